@@ -1,0 +1,39 @@
+"""Attribution maps of Vision Transformers from intercepted attention; independent of Lightning."""
+
+from gmarpp.attribution.explain import Explanation, explain
+from gmarpp.attribution.grid import Architecture, architecture_of
+from gmarpp.attribution.methods import (
+    GMAR,
+    METHOD_LABELS,
+    METHODS,
+    Chefer,
+    GMARPlusPlus,
+    LastAttention,
+    LeGrad,
+    Method,
+    RandomMap,
+    Rollout,
+    resolve_method,
+)
+from gmarpp.attribution.tap import UnsupportedNetworkError
+from gmarpp.attribution.target import Contrast
+
+__all__ = [
+    "GMAR",
+    "METHODS",
+    "METHOD_LABELS",
+    "Architecture",
+    "Chefer",
+    "Contrast",
+    "Explanation",
+    "GMARPlusPlus",
+    "LastAttention",
+    "LeGrad",
+    "Method",
+    "RandomMap",
+    "Rollout",
+    "UnsupportedNetworkError",
+    "architecture_of",
+    "explain",
+    "resolve_method",
+]

@@ -1,0 +1,278 @@
+"""`explain`: maps of all methods from one forward and one backward pass."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmarpp.attribution.grid import Architecture, architecture_of
+from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.methods import Method, select_methods
+from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.attribution.tap import AttentionCall, AttentionTap, UnsupportedNetworkError, readout_row
+from gmarpp.attribution.target import (
+    Contrast,
+    Score,
+    Target,
+    check_finite,
+    class_score,
+    logits_of,
+    resolve_target,
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps of a batch of images.
+
+    Attributes:
+        maps: by method name, float32, shape (B, h, w), raw and unnormalised; (B, K, h, w) where the target was (B, K).
+        target: class explained, long, (B,) or (B, K).
+        logits: the network's output, (B, C). Where the target was a score function, the scores, (B, 1), and every
+            `target` is 0.
+    """
+
+    maps: dict[str, Tensor]
+    target: Tensor
+    logits: Tensor
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    methods: str | Method | Iterable[str | Method] = ("gmarpp_l1",),
+    target: Target = None,
+    *,
+    architecture: Architecture | None = None,
+    recompute: bool = False,
+) -> Explanation:
+    """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
+
+    The network is explained in eval mode and left exactly as it was: modes, `requires_grad` and `.grad` of the
+    parameters; no parameter's gradient is computed. Works under autocast, with attention arithmetic in float32, and
+    inside `torch.inference_mode`.
+
+    Args:
+        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
+        images: preprocessed for the network, shape (B, 3, H, W).
+        methods: names in `gmarpp.METHODS`, aliases, or `Method` objects with options of their own.
+        target: what is explained: `None` for the predicted class; a class index or name; one of either per image, or
+            (B, K) for K classes per image at the cost of K backward passes; a `Contrast` of two classes; or a function
+            that takes the network's output and gives one score per image.
+        architecture: token layout of a network of an unknown family.
+        recompute: keep only the blocks' inputs of the forward pass and recompute each block in the backward pass,
+            which bounds the memory of deep networks on long sequences.
+
+    Raises:
+        ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
+        UnsupportedNetworkError: if the network's attention cannot be followed.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2)
+        >>> explanation = explain(vit, torch.randn(4, 3, 32, 32), methods=["gmarpp_l1", "rollout"])
+        >>> explanation.maps["rollout"].shape
+        torch.Size([4, 2, 2])
+    """
+    selected = select_methods(methods)
+    _check_images(model, images)
+    layout = architecture or architecture_of(model)
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
+        # Autograd cannot save tensors that were made in inference mode.
+        usable = images.clone() if images.is_inference() else images.detach()
+        return _Pass(model, usable, selected, layout, recompute).run(target)
+
+
+class _Pass:
+    """One forward pass over a batch, and the backward passes that its targets need."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, methods: Sequence[Method], layout: Architecture, recompute: bool
+    ) -> None:
+        self.model = model
+        self.images = images
+        self.methods = methods
+        self.layout = layout
+        self.grid = layout.grid(images.shape[-2], images.shape[-1])
+        self.blocks = list(layout.blocks)
+        self.block_forwards = [block.forward for block in self.blocks]
+        self.through_gradients = any(method.needs_gradient for method in methods)
+        self.recompute = recompute and self.through_gradients
+        needs_local = any(method.needs_local_gradient for method in methods)
+        if (needs_local and (not self.blocks or layout.head is None)) or (self.recompute and not self.blocks):
+            raise UnsupportedNetworkError(
+                "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
+                "gmarpp.Architecture(..., blocks=..., head=...)"
+            )
+        self.tap = AttentionTap(
+            self.blocks, self._consume, self._local_gradient if needs_local else None, self.through_gradients
+        )
+        self.rows: dict[str, Tensor] = {}
+        self.score: Score
+        self.local_rows: int | None = None
+        device = images.device.type
+        self.autocast: Callable[[], torch.autocast] = partial(
+            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+
+    def run(self, target: Target) -> Explanation:
+        blocks = _recomputing(self.blocks) if self.recompute else nullcontext()
+        with self.tap.intercepting(), blocks:
+            with self.tap.recording(len(self.images)):
+                output = self.model(self.images)
+            self.tap.check_calls()
+            self._check_grid()
+            logits, indices, scores = self._scores(output, target)
+            # float16 would lose small gradients.
+            self.tap.gradient_scale = 2.0**10 if torch.float16 in (logits.dtype, self.images.dtype) else 1.0
+            maps = [
+                self._maps(output, score, retain_graph=position < len(scores) - 1)
+                for position, score in enumerate(scores)
+            ]
+        stacked = {
+            method.name: torch.stack([each[method.name] for each in maps], dim=1)
+            if indices.dim() == 2
+            else maps[0][method.name]
+            for method in self.methods
+        }
+        return Explanation(stacked, indices, logits.detach())
+
+    def _scores(self, output: Any, target: Target) -> tuple[Tensor, Tensor, list[Score]]:
+        if callable(target):
+            score = target(output)
+            if not isinstance(score, Tensor) or score.shape != (len(self.images),):
+                raise ValueError(
+                    f"the target function must give one score per image, shape ({len(self.images)},), and gave "
+                    f"{tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__}"
+                )
+            logits = score[:, None]
+            check_finite(logits)
+            return logits, torch.zeros(len(score), dtype=torch.long, device=score.device), [target]
+        logits = logits_of(output)
+        check_finite(logits)
+        if isinstance(target, Contrast):
+            indices = resolve_target(target.target, logits, self.model)
+            other = resolve_target(target.other, logits, self.model)
+            if indices.dim() != 1 or other.dim() != 1:
+                raise ValueError("a contrast takes one class per image on either side")
+            plus, minus = class_score(indices), class_score(other)
+            return logits, indices, [lambda output: plus(output) - minus(output)]
+        indices = resolve_target(target, logits, self.model)
+        columns = indices[:, None] if indices.dim() == 1 else indices
+        return logits, indices, [class_score(column) for column in columns.unbind(dim=1)]
+
+    def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
+        self.score = score
+        self.rows.clear()
+        total = score(output).sum() * self.tap.gradient_scale
+        if not total.requires_grad:
+            raise UnsupportedNetworkError("the score does not depend on the network's attention")
+        if self.through_gradients:
+            torch.autograd.grad(total, self.tap.leaves, retain_graph=retain_graph, allow_unused=True)
+        else:
+            top = self.tap.calls[-1].output
+            assert top is not None
+            (gradient,) = torch.autograd.grad(total, top, retain_graph=retain_graph)
+            self.tap.readout = readout_row(gradient)
+            with torch.no_grad(), torch.autocast(self.images.device.type, enabled=False):
+                self.tap.replay_without_gradients()
+        if not self.rows:
+            raise UnsupportedNetworkError("the score does not depend on the network's attention")
+        first_patch = self.layout.prefix_tokens
+        return {name: row[:, first_patch:].reshape(-1, *self.grid) for name, row in self.rows.items()}
+
+    def _consume(self, part: slice, layer: AttentionLayer) -> None:
+        batch, tokens = len(self.images), layer.attention.shape[-1]
+        for method in self.methods:
+            if layer.is_top:
+                assert self.tap.readout is not None
+                row = method.start(self.tap.readout[part], self.images[part], tokens)
+            else:
+                row = self.rows[method.name][part]
+            row = method.step(row, layer)
+            self.rows.setdefault(method.name, row.new_zeros(batch, tokens))[part] = row
+
+    def _local_gradient(
+        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        if call.block is None:
+            return None
+        (tokens, *others), keywords = self.tap.block_inputs[call.block]
+        rows = call.queries
+        if all(each is None or isinstance(each, bool | int | float) for each in (*others, *keywords.values())):
+            # The rest of a block and the head work token by token: only the tokens that the head reads matter.
+            rows = self._rows_read(call)
+        with self.tap.passing():
+            attended = nn.functional.scaled_dot_product_attention(
+                query[:, :, :rows],
+                key,
+                value,
+                mask if mask is None or rows == call.queries else mask[..., :rows, :],
+                scale=call.scale,
+            )
+        attended = attended.detach().requires_grad_()
+        with torch.enable_grad(), self.autocast():
+            with self.tap.substituting(attended):
+                left = self.block_forwards[call.block](tokens[:, :rows], *others, **keywords)
+            left = left[0] if isinstance(left, tuple) else left
+            with self.tap.passing():
+                assert self.layout.head is not None
+                total = self.score(self.layout.head(left)).sum() * self.tap.gradient_scale
+        (gradient,) = torch.autograd.grad(total, attended)
+        return gradient.float() / self.tap.gradient_scale
+
+    def _rows_read(self, call: AttentionCall) -> int:
+        """Give the number of leading tokens that hold all that the head reads."""
+        top, prefix = self.tap.calls[-1], self.layout.prefix_tokens
+        assert self.tap.readout is not None
+        if top.queries != top.keys:
+            return call.queries
+        if call is top:
+            self.local_rows = call.queries if (self.tap.readout[:, prefix:] > 0).any() else prefix
+        assert self.local_rows is not None
+        return self.local_rows
+
+    def _check_grid(self) -> None:
+        tokens = self.tap.calls[-1].keys
+        height, width = self.grid
+        if self.layout.prefix_tokens + height * width != tokens:
+            # An attention-pool head may leave the prefix tokens out, which is no chain of layers either.
+            raise UnsupportedNetworkError(
+                f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and "
+                f"{self.layout.prefix_tokens} prefix tokens make {self.layout.prefix_tokens + height * width}: "
+                "correct grid and prefix_tokens in gmarpp.Architecture, or the size of the images"
+            )
+
+
+@contextmanager
+def _recomputing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
+        given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"images must be a floating-point tensor of shape (images, channels, height, width), not {given}"
+        )
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device != images.device:
+        raise ValueError(
+            f"the network is on {parameter.device} and the images are on {images.device}: move them with "
+            f"images.to({str(parameter.device)!r})"
+        )

@@ -1,0 +1,291 @@
+"""Attribution methods: one small class per technique, each consuming attention layers from the top down.
+
+A method carries one row vector per image, shape (B, N), from the readout to the input tokens.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from gmarpp.attribution.layer import AttentionLayer
+
+
+class Method(ABC):
+    """A rule that turns a network's attention layers into one relevance per token.
+
+    Attributes:
+        name: key of the method's map, used in code, config, tags and file names.
+        label: name for people.
+        needs_gradient: whether the score's gradient has to be propagated through all layers.
+        needs_local_gradient: whether each layer's own score has to be differentiated.
+    """
+
+    name: str
+    label: str
+    needs_gradient: ClassVar[bool] = True
+    needs_local_gradient: ClassVar[bool] = False
+
+    def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
+        """Give the row above the top layer, shape (B, Q); by default the readout, whose rows sum to 1."""
+        return readout
+
+    @abstractmethod
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        """Carry the row (B, Q) through one layer downwards; returns (B, N)."""
+
+
+@dataclass(frozen=True)
+class Rollout(Method):
+    """Attention rollout: ``M = rownorm(mean_h A + alpha I)``.
+
+    Its parts are what the other products over layers override.
+
+    Args:
+        alpha: weight of the residual connection beside the attention.
+        name: key of the map.
+        label: name for people.
+
+    Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
+    """
+
+    alpha: float = 1.0
+    name: str = "rollout"
+    label: str = "Rollout"
+    needs_gradient: ClassVar[bool] = False
+
+    def relevance(self, layer: AttentionLayer) -> Tensor:
+        """Relevance of keys to queries by head, non-negative, shape (B, H, Q, N)."""
+        return layer.attention
+
+    def row_sums(self, layer: AttentionLayer) -> Tensor:
+        """Row sums of `relevance`, shape (B, H, Q)."""
+        return layer.attention.new_ones(()).expand(layer.attention.shape[:-1])
+
+    def head_weights(self, layer: AttentionLayer) -> Tensor:
+        """Weights of the heads, shape (B, H), summing to 1 (or to 0 where no head matters)."""
+        batch, heads = layer.attention.shape[:2]
+        return layer.attention.new_full((batch, heads), 1 / heads)
+
+    @override
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        weights = self.head_weights(layer)
+        row_sums = torch.einsum("bh,bhq->bq", weights, self.row_sums(layer))
+        if layer.is_pool:
+            # A pool's queries are no tokens: there is no residual to add, and with no relevance every key counts alike.
+            mixed = self._mix(row / row_sums.where(row_sums > 0, 1), weights, self.relevance(layer))
+            return mixed.masked_fill(mixed.sum(dim=-1, keepdim=True) == 0, 1 / mixed.shape[-1])
+        row = row / (row_sums + self.alpha)
+        return self._mix(row, weights, self.relevance(layer)) + self.alpha * row
+
+    @staticmethod
+    def _mix(row: Tensor, weights: Tensor, relevance: Tensor) -> Tensor:
+        by_head = torch.matmul(row[:, None, None], relevance).squeeze(2)
+        return torch.einsum("bh,bhk->bk", weights, by_head)
+
+
+@dataclass(frozen=True)
+class GMAR(Rollout):
+    """Rollout with heads weighted by the norm of their gradient: ``w_h = ‖G_h‖_p / Σ_h ‖G_h‖_p``.
+
+    Args:
+        alpha: weight of the residual connection beside the attention.
+        name: key of the map.
+        label: name for people.
+        norm: p, 1 or 2.
+
+    Source: Jo et al., "GMAR: Gradient-Driven Multi-Head Attention Rollout for Vision Transformer Interpretability",
+    arXiv 2504.19414, 2025.
+    """
+
+    name: str = "gmar_l1"
+    label: str = "GMAR (L1)"
+    norm: int = 1
+    needs_gradient: ClassVar[bool] = True
+
+    @override
+    def head_weights(self, layer: AttentionLayer) -> Tensor:
+        norms = layer.gradient_norms[self.norm]
+        total = norms.sum(dim=1, keepdim=True)
+        # Without any gradient no head is preferred, which is plain rollout.
+        return torch.where(total > 0, norms / total.where(total > 0, 1), 1 / norms.shape[1])
+
+
+@dataclass(frozen=True)
+class GMARPlusPlus(Rollout):
+    """Rollout of positive gradients times attention: ``E = Σ_h w_h ReLU(G_h) ⊙ A_h``, ``M = rownorm(E + alpha I)``.
+
+    Heads are weighted by ``w_h = ‖ReLU(G_h)‖_p / Σ_h ‖ReLU(G_h)‖_p``. In a layer without any positive gradient M = I.
+
+    Args:
+        alpha: weight of the residual connection beside the relevance.
+        name: key of the map.
+        label: name for people.
+        norm: p, 1 or 2.
+    """
+
+    name: str = "gmarpp_l1"
+    label: str = "GMAR++ (L1)"
+    norm: int = 1
+    needs_gradient: ClassVar[bool] = True
+
+    @override
+    def relevance(self, layer: AttentionLayer) -> Tensor:
+        return layer.positive_product
+
+    @override
+    def row_sums(self, layer: AttentionLayer) -> Tensor:
+        return layer.positive_product_row_sums
+
+    @override
+    def head_weights(self, layer: AttentionLayer) -> Tensor:
+        norms = layer.positive_gradient_norms[self.norm]
+        total = norms.sum(dim=1, keepdim=True)
+        return norms / total.where(total > 0, 1)
+
+
+@dataclass(frozen=True)
+class Chefer(Rollout):
+    """Relevance propagation by gradients only: ``M = I + mean_h ReLU(G ⊙ A)``, rows not normalised.
+
+    Source: Chefer et al., "Generic Attention-Model Explainability for Interpreting Bi-Modal and Encoder-Decoder
+    Transformers", ICCV 2021.
+    """
+
+    name: str = "chefer"
+    label: str = "Chefer"
+    needs_gradient: ClassVar[bool] = True
+
+    @override
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        mixed = self._mix(row, self.head_weights(layer), layer.positive_product)
+        return mixed if layer.is_pool else mixed + self.alpha * row
+
+
+@dataclass(frozen=True)
+class LeGrad(Method):
+    """Positive gradients of each layer's own score, averaged over heads, queries and layers.
+
+    The score of layer l is the network's head applied to the tokens that leave layer l.
+
+    Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
+    Sensitivity", arXiv 2404.03214, 2024.
+    """
+
+    name: str = "legrad"
+    label: str = "LeGrad"
+    needs_local_gradient: ClassVar[bool] = True
+
+    @override
+    def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
+        return readout.new_zeros(len(readout), tokens)
+
+    @override
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        if layer.local_gradient is None:
+            return row
+        queries = layer.attention.shape[-2]
+        return row + layer.local_gradient.relu().sum(dim=2).mean(dim=1) / (queries * layer.depth)
+
+
+@dataclass(frozen=True)
+class LastAttention(Method):
+    """Attention of the readout in the last layer, averaged over heads."""
+
+    name: str = "attention"
+    label: str = "Attention"
+    needs_gradient: ClassVar[bool] = False
+
+    @override
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        if not layer.is_top:
+            return row
+        return torch.matmul(row[:, None, None], layer.attention).squeeze(2).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class RandomMap(Method):
+    """Uniform random relevance, the control that every method has to beat.
+
+    The numbers depend on the seed and the image's content alone, whatever batch it arrives in.
+    """
+
+    name: str = "random"
+    label: str = "Random"
+    seed: int = 0
+    needs_gradient: ClassVar[bool] = False
+
+    @override
+    def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
+        rows = []
+        for image in images.detach().float().cpu():
+            generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), self.seed))
+            rows.append(torch.rand(tokens, generator=generator))
+        return torch.stack(rows).to(readout)
+
+    @override
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        return row
+
+
+_REGISTERED: dict[str, Method] = {
+    method.name: method
+    for method in (
+        GMARPlusPlus(),
+        GMARPlusPlus(name="gmarpp_l2", label="GMAR++ (L2)", norm=2),
+        GMAR(),
+        GMAR(name="gmar_l2", label="GMAR (L2)", norm=2),
+        Rollout(),
+        LeGrad(),
+        Chefer(),
+        LastAttention(),
+        RandomMap(),
+    )
+}
+_ALIASES = {"gmar++": "gmarpp_l1", "gmar": "gmar_l1"}
+
+METHODS: tuple[str, ...] = tuple(_REGISTERED)
+"""Names of all methods."""
+METHOD_LABELS: dict[str, str] = {name: method.label for name, method in _REGISTERED.items()}
+"""Label for people of each method."""
+
+
+def resolve_method(name: str) -> str:
+    """Give the canonical name of a method.
+
+    Args:
+        name: a name in `METHODS` or an alias (``gmar++``, ``gmar``).
+
+    Raises:
+        ValueError: if there is no such method; the message lists the names.
+
+    Example:
+        >>> resolve_method("gmar++")
+        'gmarpp_l1'
+    """
+    canonical = _ALIASES.get(name, name)
+    if canonical not in _REGISTERED:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join((*METHODS, *_ALIASES))}")
+    return canonical
+
+
+def select_methods(methods: str | Method | Iterable[str | Method]) -> tuple[Method, ...]:
+    """Give method objects for names and objects, each once, in the order asked for.
+
+    Raises:
+        ValueError: for an unknown name, for two different methods under one name, or if there is none.
+    """
+    wanted = [methods] if isinstance(methods, str | Method) else list(methods)
+    selected: dict[str, Method] = {}
+    for item in wanted:
+        method = item if isinstance(item, Method) else _REGISTERED[resolve_method(item)]
+        if selected.setdefault(method.name, method) != method:
+            raise ValueError(f"two different methods are named {method.name!r}: give each a name of its own")
+    if not selected:
+        raise ValueError(f"no method was asked for: choose from {', '.join(METHODS)}")
+    return tuple(selected.values())

@@ -1,0 +1,335 @@
+"""Interception of `scaled_dot_product_attention`: attention and its gradient, one layer at a time.
+
+The network keeps its fused kernels. Attention is recomputed from queries and keys when the backward pass reaches the
+layer, where it serves the methods and the layer's own backward step, and is freed before the next layer.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
+
+
+class UnsupportedNetworkError(ValueError):
+    """A network whose attention cannot be followed from its output to its input tokens."""
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of `scaled_dot_product_attention` in the forward pass.
+
+    Attributes:
+        index: position among the calls, from the input upwards.
+        block: position of the transformer block that made the call, if the blocks are known.
+        scale: factor of the query-key products.
+        queries, keys: number of each.
+        output: what the call returned; kept where the attention is read without a backward pass.
+        inputs: query, key and mask; kept likewise.
+    """
+
+    index: int
+    block: int | None
+    scale: float
+    queries: int
+    keys: int
+    output: Tensor | None = None
+    inputs: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+
+LocalGradient = Callable[[AttentionCall, Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+"""Takes a call and its query, key, value and mask; gives the gradient of the layer's own score with respect to the
+first rows of the call's output, or `None` in an attention-pool head."""
+
+_fused_attention = F.scaled_dot_product_attention
+# The interception replaces an attribute of a module, which all threads share.
+_one_at_a_time = threading.RLock()
+
+
+class AttentionTap:
+    """Follows a network's attention calls while it runs, and replays them from the top layer down.
+
+    Args:
+        blocks: the transformer blocks if they are known; they tell which block makes which call.
+        consume: takes each layer of each part of the batch, from the top down.
+        local_gradient: differentiates a layer's own score; `None` if no method needs it.
+        through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
+            their inputs and `replay_without_gradients` visits them.
+    """
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        consume: LayerConsumer,
+        local_gradient: LocalGradient | None = None,
+        through_gradients: bool = True,
+    ) -> None:
+        self.consume = consume
+        self.local_gradient = local_gradient
+        self.through_gradients = through_gradients
+        self.calls: list[AttentionCall] = []
+        self.leaves: list[Tensor] = []
+        self.block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.readout: Tensor | None = None
+        self.gradient_scale = 1.0
+        self._blocks = blocks
+        self._batch = 0
+        self._current_block: int | None = None
+        self._recording = False
+        self._substitute: Tensor | None = None
+        self._passing = False
+
+    @property
+    def depth(self) -> int:
+        """Number of self-attention calls, an attention-pool head not counted."""
+        return sum(call.queries == call.keys for call in self.calls)
+
+    @contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """Replace `torch.nn.functional.scaled_dot_product_attention`, and restore it also after an error.
+
+        The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
+        """
+        with _one_at_a_time, torch.compiler.set_stance("force_eager"):
+            fast_path = torch.backends.mha.get_fastpath_enabled()
+            original = F.scaled_dot_product_attention
+            torch.backends.mha.set_fastpath_enabled(False)
+            F.scaled_dot_product_attention = self._attend
+            try:
+                yield
+            finally:
+                F.scaled_dot_product_attention = original
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+
+    @contextmanager
+    def recording(self, batch: int) -> Iterator[None]:
+        """Number the attention calls made inside, and keep each block's inputs.
+
+        Args:
+            batch: number of images that the network is given.
+        """
+        self._batch = batch
+        handles = []
+        for position, block in enumerate(self._blocks):
+            handles.append(block.register_forward_pre_hook(self._enter_block(position), with_kwargs=True))
+            handles.append(block.register_forward_hook(self._leave_block))
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def substituting(self, output: Tensor) -> Iterator[None]:
+        """Let attention calls return a given output, whatever they are asked."""
+        self._substitute = output
+        try:
+            yield
+        finally:
+            self._substitute = None
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Let attention calls do what they did before the interception."""
+        self._passing = True
+        try:
+            yield
+        finally:
+            self._passing = False
+
+    def check_calls(self) -> None:
+        """Raise `UnsupportedNetworkError` unless the recorded calls form one chain of layers."""
+        if not self.calls:
+            raise UnsupportedNetworkError(
+                "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
+                "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
+                "networks, module.fused_attn = True on the attention modules of timm networks. Networks without "
+                "self-attention over patches (convolutional ones, for example) cannot be explained by these methods"
+            )
+        *below, top = self.calls
+        for call in below:
+            if call.queries != call.keys or call.queries != top.keys:
+                raise UnsupportedNetworkError(
+                    f"attention layer {call.index} has {call.queries} queries and {call.keys} keys, and the last layer "
+                    f"{top.keys} keys: only networks that keep all tokens from layer to layer can be explained, with "
+                    "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
+                    "pyramid networks)"
+                )
+        made = [call.block for call in self.calls if call.block is not None]
+        if self._blocks and made != list(range(len(self._blocks))):
+            raise UnsupportedNetworkError(
+                f"the {len(self._blocks)} transformer blocks made attention calls in the order {made}, not one each: "
+                "parallel or shared attention layers cannot be followed one after the other"
+            )
+
+    def replay_without_gradients(self) -> None:
+        """Visit the layers from the top down with their attention alone; `readout` must be set."""
+        for call in reversed(self.calls):
+            if call.inputs is None:
+                raise RuntimeError("the calls were recorded for a backward pass")
+            query, key, mask = call.inputs
+            call.inputs = None
+            for part in _parts(query, key):
+                attention = _attention(call, query[part], key[part], _mask_part(mask, part))
+                self.consume(part, AttentionLayer(attention, is_top=call is self.calls[-1], depth=self.depth))
+
+    def _enter_block(self, position: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._recording:
+                self._current_block = position
+                if self.local_gradient is not None:
+                    self.block_inputs.append((args, kwargs))
+
+        return enter
+
+    def _leave_block(self, *_: object) -> None:
+        self._current_block = None
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if self._substitute is not None:
+            return self._substitute
+        if self._passing:
+            return _fused_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        call = self._record(query, key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
+        if not self.through_gradients:
+            call.inputs = (query.detach(), key.detach(), attn_mask)
+            call.output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach().requires_grad_()
+            return call.output
+        if not query.requires_grad:
+            # The graph starts here: nothing below the first layer is needed, nor its activations.
+            query = query.detach().requires_grad_()
+            if self._recording:
+                self.leaves.append(query)
+        output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call)
+        return output
+
+    def _record(self, query: Tensor, key: Tensor, dropout: float, scale: float) -> AttentionCall:
+        if query.dim() != 4 or len(query) != self._batch:
+            raise UnsupportedNetworkError(
+                f"an attention call has queries of shape {tuple(query.shape)} for {self._batch} images: windowed "
+                "attention (Swin, for example) does not connect all tokens, and cannot be explained by these methods. "
+                "Use a ViT with global attention"
+            )
+        if dropout > 0:
+            raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
+        call = AttentionCall(len(self.calls), self._current_block, scale, query.shape[-2], key.shape[-2])
+        if self._recording:
+            self.calls.append(call)
+        return call
+
+    def visit(
+        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, gradient: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hand one layer to the methods, and give the gradients of its query, key and value.
+
+        Args:
+            call: the layer.
+            query: shape (B, H, Q, d).
+            key: shape (B, H, N, d).
+            value: shape (B, H, N, d).
+            mask: as `scaled_dot_product_attention` takes it.
+            gradient: gradient of the call's output, (B, H, Q, d), times `gradient_scale`.
+        """
+        is_top = call is self.calls[-1]
+        if is_top:
+            self.readout = readout_row(gradient)
+        local = None if self.local_gradient is None else self.local_gradient(call, query, key, value, mask)
+        gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+        for part in _parts(query, key):
+            q, k, v, outer = (tensor[part].float() for tensor in (query, key, value, gradient))
+            attention = _attention(call, q, k, _mask_part(mask, part))
+            layer = AttentionLayer(
+                attention,
+                is_top=is_top,
+                depth=self.depth,
+                given_gradient=torch.matmul(outer / self.gradient_scale, v.mT),
+                local_gradient=None if local is None else torch.matmul(local[part].float(), v.mT),
+            )
+            self.consume(part, layer)
+            # The softmax's own backward: dS = A ⊙ (G - rowsum(A ⊙ G)).
+            product = layer.product
+            scores = torch.addcmul(product, attention, product.sum(dim=-1, keepdim=True), value=-1)
+            scores *= call.scale * self.gradient_scale
+            gradients[0][part] = torch.matmul(scores, k)
+            gradients[1][part] = torch.matmul(scores.mT, q)
+            gradients[2][part] = torch.matmul(attention.mT, outer)
+        return gradients
+
+
+class _TappedAttention(torch.autograd.Function):
+    """Fused attention whose backward step shows the layer to the tap."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tap: AttentionTap, call: AttentionCall
+    ) -> Tensor:
+        ctx.tap, ctx.call = tap, call
+        # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
+        ctx.save_for_backward(query, key, value, mask)
+        return _fused_attention(query, key, value, mask, scale=call.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            return (*ctx.tap.visit(ctx.call, query, key, value, mask, gradients[0]), None, None, None)
+
+
+def readout_row(gradient: Tensor) -> Tensor:
+    """Give the row above the top layer: equal shares for the tokens that the head reads.
+
+    They are the tokens whose attention output influences the score: the class token, all patches under average
+    pooling, both tokens of a distilled network, the queries of an attention-pool head.
+
+    Args:
+        gradient: gradient of the top layer's attention output, shape (B, H, Q, d).
+
+    Returns:
+        float32, shape (B, Q), rows sum to 1; a row is zero where the score depends on no token.
+    """
+    read = (gradient != 0).any(dim=-1).any(dim=1).float()
+    return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
+
+
+def _attention(call: AttentionCall, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.matmul(query.float() * call.scale, key.float().mT)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(dim=-1)
+
+
+def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
+    return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """Split a batch so that a part's attention matrices stay in the cache of a CPU, or small on a GPU."""
+    bytes_per_image = query.shape[1] * query.shape[2] * key.shape[2] * 4
+    budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
+    size = max(1, budget // bytes_per_image)
+    return (slice(start, start + size) for start in range(0, len(query), size))
