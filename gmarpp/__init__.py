@@ -1,6 +1,24 @@
 """Fine-tune Vision Transformers with PyTorch Lightning and explain them with GMAR++."""
 
-from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, Contrast, Explanation, architecture_of, explain
+from gmarpp.attribution import (
+    METHOD_LABELS,
+    METHODS,
+    Architecture,
+    Contrast,
+    Explanation,
+    UnsupportedNetworkError,
+    architecture_of,
+    explain,
+)
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "METHOD_LABELS", "Architecture", "Contrast", "Explanation", "architecture_of", "explain"]
+__all__ = [
+    "METHODS",
+    "METHOD_LABELS",
+    "Architecture",
+    "Contrast",
+    "Explanation",
+    "UnsupportedNetworkError",
+    "architecture_of",
+    "explain",
+]

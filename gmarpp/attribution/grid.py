@@ -41,9 +41,11 @@ def architecture_of(model: nn.Module) -> Architecture:
         if matches(model):
             return describe(model)
     raise UnsupportedNetworkError(
-        f"the patch grid of {type(model).__name__} is not known. Pass architecture=gmarpp.Architecture(grid=..., "
-        "prefix_tokens=..., blocks=..., head=...), or architecture=gmarpp.architecture_of(network.vit) when it wraps a "
-        "network of a known family (timm, torchvision, Hugging Face, open_clip)"
+        f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=..., head=...), or "
+        "architecture=gmarpp.architecture_of(network.vit) when it wraps one of a known family (timm, torchvision, "
+        "Hugging Face, open_clip). Networks with windowed or pyramid attention (Swin, PVT, MaxViT) and convolutional "
+        "ones cannot be explained by these methods: use a ViT"
     )
 
 

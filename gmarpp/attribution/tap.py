@@ -151,8 +151,8 @@ class AttentionTap:
             raise UnsupportedNetworkError(
                 "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
                 "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
-                "networks, module.fused_attn = True on the attention modules of timm networks. Networks without "
-                "self-attention over patches (convolutional ones, for example) cannot be explained by these methods"
+                "networks, module.fused_attn = True on the attention modules of timm networks. Networks with windowed "
+                "attention (Swin) or without attention cannot be explained by these methods: use a ViT"
             )
         *below, top = self.calls
         for call in below:
