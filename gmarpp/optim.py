@@ -1,0 +1,62 @@
+"""AdamW with layer-wise learning rates, and the warm-up and cosine that they follow."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups a network's trainable parameters by depth and by whether they are decayed.
+
+    A parameter `d` layers below the head gets the learning rate `lr * layer_decay**d` (Clark et al. 2020, ELECTRA; Bao
+    et al. 2022, BEiT). Biases, norms and the parameters that the network names in `no_weight_decay()` (position
+    embedding, class token) are not decayed.
+
+    Args:
+        model: any timm network; its `group_matcher` says which layer a parameter belongs to.
+        lr: learning rate of the head, > 0.
+        weight_decay: AdamW's decoupled weight decay, >= 0.
+        layer_decay: factor per layer, in (0, 1]; 1 gives every layer the same rate.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`; nothing else has to be applied to them later.
+    """
+    exclusions: Collection[str] = getattr(model, "no_weight_decay", tuple)()
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        model, weight_decay=weight_decay, no_weight_decay_list=exclusions, layer_decay=layer_decay
+    )
+    for group in groups:
+        # torch's schedulers know nothing of timm's lr_scale: unless it is folded in here every layer gets the same rate
+        group["lr"] = lr * group.pop("lr_scale")
+    return groups
+
+
+def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
+    """Share of the peak learning rate that the update number `step` uses.
+
+    Rises linearly to 1 at `step == warmup`, then falls along half a cosine to `floor` at `step == total` (Loshchilov &
+    Hutter 2017). No update of a run, which are numbered 0 to `total` - 1, is wasted on a rate of zero.
+
+    Args:
+        step: updates done so far.
+        total: updates of the whole run.
+        warmup: updates before the peak, < `total`.
+        floor: the last value, as a share of the peak.
+
+    >>> [round(warmup_cosine(step, total=8, warmup=4), 3) for step in (0, 3, 4, 6, 8)]
+    [0.2, 0.8, 1.0, 0.5, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_cosine_schedule(optimizer: Optimizer, total: int, warmup: int, floor: float = 0.0) -> LambdaLR:
+    """Scales every group's own learning rate by `warmup_cosine`; to be stepped after each optimiser step."""
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, floor))
