@@ -1,0 +1,153 @@
+"""The map-style dataset behind every data module: samples by index, held in compact arrays."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gmarpp.data.decode import read_image, read_mask
+from gmarpp.data.transforms import Transform
+
+Sample: TypeAlias = dict[str, Any]
+
+
+class Record(NamedTuple):
+    """A decoded sample: image, uint8 (3, H, W); path as people know it; box, float (4,); mask, bool (H, W)."""
+
+    image: Tensor
+    path: str
+    box: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Source(Protocol):
+    """Where samples are read from, row by row."""
+
+    def read(self, row: int) -> Record:
+        """Reads and decodes one row."""
+        ...
+
+
+class Files:
+    """Image files below a folder, with boxes or masks where there are any.
+
+    Paths are fixed-width byte strings in one array: a list of str would be copied into every loader process, page by
+    page, as reference counts are touched.
+
+    Args:
+        root: folder that the paths start from.
+        paths: relative paths of the images.
+        boxes: (n, 4), inclusive pixel corners x0, y0, x1, y1; converted to exclusive right and bottom edges.
+        masks: paths of the masks, one per image.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: list[str],
+        boxes: NDArray[np.integer[Any]] | None = None,
+        masks: list[str] | None = None,
+    ) -> None:
+        self.root = root
+        self.paths = _packed(paths)
+        self.boxes = boxes
+        self.masks = None if masks is None else _packed(masks)
+
+    def path(self, row: int) -> str:
+        """Path of a row relative to the root."""
+        return os.fsdecode(self.paths[row])
+
+    def read(self, row: int) -> Record:
+        """Reads one image with its box and mask.
+
+        Raises:
+            FileNotFoundError: the image or mask does not exist.
+            ValueError: the image or mask is damaged, or the mask has another aspect ratio than the image.
+        """
+        path = self.path(row)
+        image = read_image(self.root / path)
+        box = None if self.boxes is None else torch.from_numpy(self.boxes[row].astype(np.float32)) + _INCLUSIVE_TO_EDGES
+        mask = None if self.masks is None else _fitted_mask(os.fsdecode(self.masks[row]), image, path)
+        return Record(image, path, box, mask)
+
+
+_INCLUSIVE_TO_EDGES = torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+
+class ImageDataset(Dataset[Sample]):
+    """Samples of a source as dictionaries, ready for torch's default collate function.
+
+    A key is an index, or an index and an epoch. All random numbers of the transform follow from seed, epoch and
+    index: neither the number of processes nor an interruption changes what a sample looks like.
+
+    Args:
+        source: where the samples come from.
+        labels: (n,), one per row of the source; -1 where unknown.
+        transform: from decoded sample to tensors.
+        seed: of the transform's random numbers.
+        rows: rows of the source to keep, in this order; all by default.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels: NDArray[np.int64],
+        transform: Transform,
+        seed: int = 0,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.source = source
+        self.rows = np.arange(len(labels)) if rows is None else rows
+        self.labels = labels[self.rows]
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        label = int(self.labels[index])
+        record = self.source.read(int(self.rows[index]))
+        with drawing_from(hash((self.seed, epoch, index))):
+            tensors = self.transform(record.image, record.box, record.mask)
+        return {**tensors, "label": label, "index": index, "path": record.path}
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Seeds torch's global CPU generator with the low 32 bits of `seed`, and restores it afterwards."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    # the generator's own method: torch.manual_seed would also queue a seed for every accelerator, at each sample
+    generator.manual_seed(seed & 0xFFFFFFFF)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _packed(paths: list[str]) -> NDArray[np.bytes_]:
+    return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+
+
+def _fitted_mask(path: str, image: Tensor, name: str) -> Tensor:
+    mask = read_mask(path)
+    (mask_height, mask_width), (height, width) = mask.shape, image.shape[-2:]
+    # half a pixel of rounding in a mask stored at another scale
+    if abs(mask_height * width - mask_width * height) > max(mask_height, mask_width, height, width):
+        raise ValueError(
+            f"mask {path} is {mask_width}x{mask_height} but image {name} is {width}x{height}: "
+            "a mask needs the aspect ratio of its image"
+        )
+    if mask.shape == image.shape[-2:]:
+        return mask
+    resized = torch.nn.functional.interpolate(mask[None, None].to(torch.uint8), size=(height, width), mode="nearest")
+    return resized[0, 0].bool()

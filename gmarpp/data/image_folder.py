@@ -1,0 +1,127 @@
+"""Images from any folder, with or without labels and masks."""
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmarpp.data.dataset import Files
+from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.names import readable_names
+
+SUFFIXES = (
+    *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp"),
+)
+
+
+class ImageFolder(ImageDataModule):
+    """Any images below a folder, in the order of their paths.
+
+    Without labels, for `predict`: every image below `root`, or `root` itself if it is one. With labels: the name of
+    the folder that directly holds an image is its class, in `root/train` and `root/val` (`root/test` where it exists)
+    or, for all but `fit`, in `root` itself.
+
+    Args:
+        root: the folder; hidden files are left out.
+        labelled: whether parent folders are class ids.
+        masks: folder of segmentation masks. An image's mask has the same relative path, or else the same name, up to
+            the suffix. Everything but black, or palette index 0, is object.
+        **options: of `ImageDataModule`.
+    """
+
+    def __init__(self, root: str, labelled: bool = False, masks: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = Path(root)
+        self.labelled = labelled
+        self.masks = None if masks is None else Path(masks)
+
+    def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Sorted names of the class folders; none without labels."""
+        if not self.labelled:
+            return (), ()
+        folder = self._split_folder("train") if (self.root / "train").is_dir() else self._split_folder("val")
+        classes = sorted({Path(path).parent.name for path in self._images(folder)})
+        return classes, readable_names(classes)
+
+    def read_split(self, split: Split) -> tuple[Files, Labels]:
+        """See `ImageDataModule`."""
+        if not self.labelled and split != "predict":
+            raise ValueError(f"{split} needs labels: set labelled to true if the folders in {self.root} are classes")
+        folder = self._split_folder(split)
+        paths = self._images(folder)
+        masks = None if self.masks is None else _matched(paths, folder, self.masks)
+        if not self.labelled:
+            labels = np.full(len(paths), -1)
+        else:
+            classes = {name: number for number, name in enumerate(self.read_classes()[0])}
+            parents = [Path(path).parent.name for path in paths]
+            unknown = next((parent for parent in parents if parent not in classes), None)
+            if unknown is not None:
+                raise ValueError(f"class {unknown!r} in {folder} is not in {self.root / 'train'}")
+            labels = np.array([classes[parent] for parent in parents])
+        root = self._base
+        return Files(root, [str((folder / path).relative_to(root)) for path in paths], masks=masks), labels
+
+    @property
+    def _base(self) -> Path:
+        return self.root.parent if self.root.is_file() else self.root
+
+    def _split_folder(self, split: Split) -> Path:
+        if not self.root.exists():
+            raise FileNotFoundError(f"image folder {self.root.absolute()} does not exist")
+        if not self.labelled:
+            return self._base
+        choices = {"train": ["train"], "selection": ["val"], "test": ["test", "val", ""]}.get(split, ["val", ""])
+        for name in choices:
+            if (self.root / name).is_dir():
+                return self.root / name
+        raise FileNotFoundError(f"{self.root.absolute()} has no folder {choices[0]!r}, which fit needs")
+
+    def _images(self, folder: Path) -> list[str]:
+        if self.root.is_file():
+            return [self.root.name]
+        paths = _files(folder, besides=self.masks)
+        if not paths:
+            raise ValueError(f"no image in {folder.absolute()} or its subfolders (suffixes {' '.join(SUFFIXES)})")
+        return paths
+
+
+def _files(folder: Path, besides: Path | None = None) -> list[str]:
+    """Relative paths of all images below a folder, sorted, without another folder's."""
+    excluded = None if besides is None else besides.resolve()
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() != excluded
+        ]
+        found += [
+            str((Path(parent) / name).relative_to(folder))
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+        ]
+    return sorted(found)
+
+
+def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
+    """Path of each image's mask."""
+    if not masks.is_dir():
+        raise FileNotFoundError(f"mask folder {masks.absolute()} does not exist")
+    by_path, by_stem = defaultdict(list), defaultdict(list)
+    for path in _files(masks):
+        by_path[str(Path(path).with_suffix(""))].append(path)
+        by_stem[Path(path).stem].append(path)
+    chosen = []
+    for image in images:
+        candidates = by_path.get(str(Path(image).with_suffix(""))) or by_stem.get(Path(image).stem, [])
+        if len(candidates) != 1:
+            found = f"{len(candidates)}: {', '.join(candidates[:3])}" if candidates else "none"
+            raise ValueError(
+                f"image {folder / image} needs one mask in {masks}, found {found}. "
+                f"Name it {Path(image).with_suffix('.png')}"
+            )
+        chosen.append(str(masks / candidates[0]))
+    return chosen

@@ -1,0 +1,249 @@
+"""Base of the data modules: preprocessing, numbering of classes, loaders."""
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, TypeAlias
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from gmarpp.data.dataset import ImageDataset, Source
+from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count
+from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, Transform
+
+# "selection" is what `fit` validates on, "val" what `validate` reports
+Split: TypeAlias = Literal["train", "selection", "val", "test", "predict"]
+Labels: TypeAlias = NDArray[np.int64]
+STAGES: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "selection"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+DEFAULT_AUGMENTATION = Augmentation()
+DROPPED = -2
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images with labels as batches: "image", "label", "index", "path", and "box" or "mask" where there are any.
+
+    Labels follow the network's own classes where it knows them, whatever the data's order is; otherwise the data's
+    (sorted ids). Subclasses say what there is to read; `prepare_data` makes it available, `setup` only opens it.
+
+    Args:
+        batch_size: images per batch and rank.
+        num_workers: loader processes per rank; None takes the CPUs that this process may use, shared among the
+            node's ranks, up to 8.
+        pin_memory: stage batches in page-locked memory, where there is an accelerator to copy them to.
+        persistent_workers: keep loader processes over epochs.
+        preprocessing: what the network expects; None takes `preprocessing` from the trainer's LightningModule.
+        augmentation: random changes of training images.
+        only_classes: the first so many classes, or a list of class ids; None keeps all.
+        images_per_class: upper limit of training images per class; None keeps all.
+        seed: of the order and augmentation of training images; None takes `seed_everything`'s.
+
+    Attributes:
+        classes: class ids in the order of the labels, after `setup`; empty when the images are unlabelled.
+        class_names: the same for people.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        pin_memory: bool = True,
+        persistent_workers: bool = True,
+        preprocessing: Preprocessing | None = None,
+        augmentation: Augmentation = DEFAULT_AUGMENTATION,
+        only_classes: int | list[str] | None = None,
+        images_per_class: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        if images_per_class is not None and images_per_class < 1:
+            raise ValueError(f"images_per_class must be at least 1, found {images_per_class}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.only_classes = only_classes
+        self.images_per_class = images_per_class
+        self.seed = seed
+        self.classes: tuple[str, ...] = ()
+        self.class_names: tuple[str, ...] = ()
+        self.datasets: dict[str, Any] = {}
+
+    @abstractmethod
+    def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Ids of all classes in the order that `read_split` numbers them, and their names for people."""
+
+    @abstractmethod
+    def read_split(self, split: Split) -> tuple[Source, Labels]:
+        """Where a split's samples are read from, and their labels: -1 where unknown."""
+
+    def setup(self, stage: str) -> None:
+        """Opens the splits of a stage ("fit", "validate", "test" or "predict").
+
+        Raises:
+            ValueError: a class is unknown to the data or the network, the preprocessing is unknown, a split is empty
+                or has fewer images than there are ranks.
+        """
+        if self.preprocessing is None:
+            self.preprocessing = getattr(self._network, "preprocessing", None)
+        if self.preprocessing is None:
+            raise ValueError(f"{type(self).__name__} needs preprocessing=... when no network's own is at hand")
+        self._number_classes(*self.read_classes())
+        for split in STAGES[stage]:
+            dataset = self.open_split(split)
+            if isinstance(dataset, ImageDataset):
+                self._check_size(split, len(dataset))
+            self.datasets["val" if split == "selection" else split] = dataset
+
+    def open_split(self, split: Split) -> Dataset[Any]:
+        """Opens one split, restricted to the chosen classes and number of images."""
+        source, labels = self.read_split(split)
+        labels = self._numbers[labels]
+        rows = np.flatnonzero(labels != DROPPED)
+        if split == "train" and self.images_per_class is not None:
+            rows = np.sort(
+                [row for k in np.unique(labels[rows]) for row in rows[labels[rows] == k][: self.images_per_class]]
+            )
+        if split == "selection":
+            # a monitor that looks at the first images sees many classes, also where the data is sorted by class
+            rows = np.random.default_rng(0).permutation(rows)
+        return ImageDataset(source, labels, self.transform(split), self.order_seed, rows)
+
+    def transform(self, split: Split) -> Transform:
+        """What turns decoded images of a split into tensors."""
+        assert self.preprocessing is not None, "setup has not run"
+        if split == "train":
+            return TrainingTransform(self.preprocessing, self.augmentation)
+        return EvaluationTransform(self.preprocessing)
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order and augmentation of training images."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled and augmented, resumable within an epoch; incomplete batches are left out where possible."""
+        dataset = self.datasets["train"]
+        sampler = EpochSampler(dataset, self.world_size, self._rank, self.order_seed)
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            # mixup pairs images within a batch: an odd last batch would break it
+            drop_last=len(sampler) >= self.batch_size,
+            **self._process_options(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """In `fit` the selection split, in `validate` the split that is reported."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The split that is reported."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The images to explain."""
+        return self._evaluation_loader("predict")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that share the data."""
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _network(self) -> L.LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
+        dataset = self.datasets[name]
+        sampler = UnrepeatedSampler(dataset, self.world_size, self._rank)
+        batch_size = equal_batch_count(len(dataset), self.world_size, self.batch_size)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._process_options())
+
+    def _process_options(self) -> dict[str, Any]:
+        workers = self.num_workers
+        if workers is None:
+            ranks = 1 if self.trainer is None else self.trainer.num_devices
+            workers = min(8, _usable_cpus() // ranks)
+        return {
+            "num_workers": workers,
+            "pin_memory": self.pin_memory and torch.accelerator.is_available(),
+            "persistent_workers": self.persistent_workers and workers > 0,
+            # the loader's own draws leave the global generator alone: they would differ after a resume
+            "generator": torch.Generator().manual_seed(self.order_seed),
+        }
+
+    def _number_classes(self, ids: Sequence[str], names: Sequence[str]) -> None:
+        """Sets the classes, and the table from the data's own numbers to labels."""
+        kept = self._chosen(ids)
+        known = tuple(getattr(self._network, "classes", ()) or ())
+        if ids and known:
+            unknown = [name for name in kept if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"the network does not know class {unknown[0]!r} of the data ({len(unknown)} of {len(kept)} are "
+                    f"unknown to it; its first is {known[0]!r}): use the data it was trained on, or only_classes"
+                )
+            self.classes, self.class_names = known, tuple(getattr(self._network, "class_names", ()) or known)
+        else:
+            self.classes = tuple(kept)
+            self.class_names = tuple(name for label, name in zip(ids, names, strict=True) if label in set(kept))
+            self._check_outputs()
+        positions = {name: position for position, name in enumerate(self.classes)}
+        chosen = set(kept)
+        # the last entry is read for label -1, unknown
+        self._numbers = np.array([positions[name] if name in chosen else DROPPED for name in ids] + [-1])
+
+    def _chosen(self, ids: Sequence[str]) -> list[str]:
+        if self.only_classes is None:
+            return list(ids)
+        if isinstance(self.only_classes, int):
+            if not 1 <= self.only_classes <= len(ids):
+                raise ValueError(f"only_classes={self.only_classes}, but the data has {len(ids)} classes")
+            return list(ids[: self.only_classes])
+        for name in self.only_classes:
+            if name not in ids:
+                close = get_close_matches(name, ids, n=1, cutoff=0) or ["none"]
+                raise ValueError(
+                    f"only_classes: the data has no class {name!r}; the closest of its ids is {close[0]!r}"
+                )
+        return [name for name in ids if name in set(self.only_classes)]
+
+    def _check_outputs(self) -> None:
+        outputs = getattr(getattr(self._network, "model", None), "num_classes", None)
+        if self.classes and outputs is not None and outputs != len(self.classes):
+            raise ValueError(
+                f"the data has {len(self.classes)} classes, but the network has {outputs} outputs: set its num_classes "
+                f"to {len(self.classes)}, or use the data it was trained on"
+            )
+
+    def _check_size(self, split: Split, images: int) -> None:
+        if images == 0:
+            raise ValueError(f"{type(self).__name__} found no image for {split}")
+        if images < self.world_size:
+            raise ValueError(
+                f"{type(self).__name__} has {images} images for {split}, fewer than the {self.world_size} ranks: "
+                "use fewer devices, or more images"
+            )
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,220 @@
+"""Tiny-ImageNet (Le & Yang 2015) in its official layout, with boxes."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmarpp.data.archive import download, extract
+from gmarpp.data.dataset import Files
+from gmarpp.data.module import ImageDataModule, Labels, Split
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "tiny-imagenet-200"
+URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+class TinyImageNet(ImageDataModule):
+    """Tiny-ImageNet: 200 ImageNet classes, 64×64 pixels, 100,000 training and 10,000 validation images with boxes.
+
+    The official test split has no labels, so `validate` and `test` report on the official validation split, and `fit`
+    selects on a part of the training split: as many images of every class, the same ones in every run.
+
+    Args:
+        root: the folder `tiny-imagenet-200`, a folder that holds it, or a zip file of it. A zip or folder with a part
+            of the images will do.
+        download: download the official archive into `root` (248 MB) and verify it, when the data is not there.
+        extract_to: folder to extract a zip file into; the zip file's own by default.
+        selection_fraction: part of the training images, per class, that `fit` validates on. 0 trains on all of them
+            and validates on the official validation split, which is then both selected on and reported.
+        selection_seed: which images these are.
+        split: what `predict` explains: "val", "train", "selection", or the unlabelled "test".
+        **options: of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = False,
+        extract_to: str | None = None,
+        selection_fraction: float = 0.05,
+        selection_seed: int = 0,
+        split: Literal["val", "train", "selection", "test"] = "val",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not 0 <= selection_fraction < 1:
+            raise ValueError(f"selection_fraction must be in [0, 1), found {selection_fraction}")
+        self.root = Path(root)
+        self.download = download
+        self.extract_to = None if extract_to is None else Path(extract_to)
+        self.selection_fraction = selection_fraction
+        self.selection_seed = selection_seed
+        self.split = split
+
+    def prepare_data(self) -> None:
+        """Downloads and extracts what is needed.
+
+        Raises:
+            FileNotFoundError: there is no data, and `download` is off.
+            OSError: the download failed, or the data cannot be written.
+            ValueError: the archive is damaged, or a path in it leads outside.
+        """
+        if self.root.suffix.lower() == ".zip":
+            if not self.folder.is_dir():
+                extract(self.root, self.folder, _locate)
+            else:
+                logger.info("%s was extracted before: delete it to extract %s again", self.folder, self.root)
+            return
+        try:
+            self.folder  # noqa: B018
+        except FileNotFoundError:
+            if not self.download:
+                raise
+            archive = self.root / f"{FOLDER}.zip"
+            download(URL, archive, MD5)
+            extract(archive, self.root / FOLDER, _locate)
+
+    @property
+    def folder(self) -> Path:
+        """The folder with `train`, `val` and `wnids.txt`.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self.root.suffix.lower() == ".zip":
+            return (self.extract_to or self.root.parent) / FOLDER
+        return _locate(self.root)
+
+    def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Sorted WordNet ids, and the first synonym of each."""
+        classes = _classes(self.folder)
+        words = dict(line.split("\t", 1) for line in _lines(self.folder / "words.txt") if "\t" in line)
+        return classes, [words.get(wnid, wnid).split(",")[0] for wnid in classes]
+
+    def read_split(self, split: Split) -> tuple[Files, Labels]:
+        """See `ImageDataModule`; boxes come with all splits but "test"."""
+        classes = _classes(self.folder)
+        name: str = {"predict": self.split, "test": "val"}.get(split, split)
+        if name == "selection" and not self.selection_fraction:
+            name = "val"
+        if name == "test":
+            table = _read_test(self.folder)
+        elif name == "val":
+            table = _read_val(self.folder, classes)
+        else:
+            table = _read_train(self.folder, classes)
+            selected = self._selected(table.labels, classes)
+            table = table.rows(selected if name == "selection" else ~selected)
+        logger.info("%s: %d images for %s", self.folder, len(table.paths), name)
+        return Files(self.folder, table.paths, table.boxes), table.labels
+
+    def _selected(self, labels: Labels, classes: Sequence[str]) -> NDArray[np.bool_]:
+        selected = np.zeros(len(labels), dtype=bool)
+        for label, wnid in enumerate(classes):
+            rows = np.flatnonzero(labels == label)
+            count = min(len(rows) - 1, max(1, round(self.selection_fraction * len(rows))))
+            if self.selection_fraction:
+                # each class has its own generator: the choice does not depend on the other classes
+                generator = np.random.default_rng([self.selection_seed, crc32(wnid.encode())])
+                selected[generator.permutation(rows)[:count]] = True
+        return selected
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Relative paths, labels (n,), and boxes (n, 4) as in the official files."""
+
+    paths: list[str]
+    labels: Labels
+    boxes: NDArray[np.int16] | None
+
+    def rows(self, mask: NDArray[np.bool_]) -> "_Table":
+        assert self.boxes is not None
+        paths = [path for path, kept in zip(self.paths, mask, strict=True) if kept]
+        return _Table(paths, self.labels[mask], self.boxes[mask])
+
+
+def _locate(root: Path) -> Path:
+    for folder in (root, root / FOLDER):
+        if (folder / "wnids.txt").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{root.absolute()} neither is nor holds a folder {FOLDER} with wnids.txt: give root the folder or a zip file "
+        "of Tiny-ImageNet, or set download to true"
+    )
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    return [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(line.strip() for line in _lines(folder / "wnids.txt"))
+
+
+def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
+    paths: list[str] = []
+    labels: list[int] = []
+    boxes: list[list[int]] = []
+    for label, wnid in enumerate(classes):
+        if not (folder / "train" / wnid).is_dir():
+            raise FileNotFoundError(f"class {wnid} of {folder / 'wnids.txt'} has no folder {folder / 'train' / wnid}")
+        rows = _read_boxes(folder / "train" / wnid / f"{wnid}_boxes.txt", f"train/{wnid}/images", folder, fields=1)
+        if not rows:
+            raise ValueError(f"{folder / 'train' / wnid} has no image")
+        rows.sort()
+        paths += [path for path, _, _ in rows]
+        labels += [label] * len(rows)
+        boxes += [box for _, _, box in rows]
+    return _Table(paths, np.array(labels), np.array(boxes, dtype=np.int16))
+
+
+def _read_val(folder: Path, classes: Sequence[str]) -> _Table:
+    file = folder / "val" / "val_annotations.txt"
+    rows = _read_boxes(file, "val/images", folder, fields=2)
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    for number, (_, wnid, _) in enumerate(rows, 1):
+        if wnid not in labels:
+            raise ValueError(f"{file}, line {number}: class {wnid!r} is not in {folder / 'wnids.txt'}")
+    boxes = np.array([box for _, _, box in rows], dtype=np.int16).reshape(-1, 4)
+    return _Table([path for path, _, _ in rows], np.array([labels[wnid] for _, wnid, _ in rows], dtype=int), boxes)
+
+
+def _read_test(folder: Path) -> _Table:
+    if not (folder / "test" / "images").is_dir():
+        raise FileNotFoundError(f"{folder / 'test' / 'images'} is missing")
+    paths = [f"test/images/{name}" for name in sorted(_images(folder / "test" / "images"))]
+    return _Table(paths, np.full(len(paths), -1), None)
+
+
+def _images(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.JPEG")}
+
+
+def _read_boxes(file: Path, images: str, folder: Path, fields: int) -> list[tuple[str, str, list[int]]]:
+    """Rows of an annotation file: path, class id (the file name where there is none), corners."""
+    present = _images(folder / images)
+    rows = []
+    for number, line in enumerate(_lines(file), 1):
+        name, *parts = line.split("\t")
+        corners = [int(part) for part in parts[fields - 1 :] if part.isdecimal() and len(part) < 5]
+        if len(parts) != fields + 3 or len(corners) != 4 or corners[0] > corners[2] or corners[1] > corners[3]:
+            columns = "file, class, x0, y0, x1, y1" if fields == 2 else "file, x0, y0, x1, y1"
+            raise ValueError(f"{file}, line {number}: expected {columns} between tabs, found {line!r}")
+        if name not in present:
+            raise FileNotFoundError(f"{folder / images / name} is missing, or listed twice: {file}, line {number}")
+        present.remove(name)
+        rows.append((f"{images}/{name}", parts[0], corners))
+    if present:
+        raise ValueError(f"{folder / images / min(present)} is not listed in {file} ({len(present)} such images)")
+    return rows

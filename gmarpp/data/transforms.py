@@ -1,0 +1,218 @@
+"""Preprocessing: from a decoded image to the tensor that a network was trained on, and back."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects of its input.
+
+    Args:
+        size: height and width in pixels.
+        mean: per channel, of RGB values in [0, 1].
+        std: per channel, of RGB values in [0, 1].
+        interpolation: "nearest", "bilinear" or "bicubic"; the last two with antialiasing.
+        crop_pct: part of the resized image's edge that the central crop keeps, in (0, 1].
+        crop_mode: "center" keeps the aspect ratio, "squash" resizes both edges and loses it, as timm defines them.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1 or min(self.std) <= 0:
+            raise ValueError(f"preprocessing needs a positive size and std, found {self.size} and {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r} is unknown: choose one of {INTERPOLATIONS}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be in (0, 1], found {self.crop_pct}")
+        if self.crop_mode not in ("center", "squash"):
+            raise ValueError(f"crop_mode {self.crop_mode!r} is unknown: choose 'center' or 'squash'")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Preprocessing":
+        """Preprocessing of a timm network, from its data config.
+
+        The size is the one the network was built with, where it accepts no other: timm's config keeps the size of the
+        pretrained weights even when `img_size` was given.
+
+        Raises:
+            ValueError: the network carries no data config.
+        """
+        if not getattr(model, "pretrained_cfg", None):
+            raise ValueError(
+                f"{type(model).__name__} carries no timm data config to take the preprocessing from: "
+                "give Preprocessing(size=..., mean=..., std=...) instead"
+            )
+        config = resolve_model_data_config(model)
+        size = config["input_size"][1:]
+        embedding = getattr(model, "patch_embed", None)
+        if getattr(embedding, "strict_img_size", False) and getattr(embedding, "img_size", None):
+            size = embedding.img_size  # type: ignore[union-attr]
+        height, width = size
+        return cls(
+            (height, width),
+            config["mean"],
+            config["std"],
+            config["interpolation"],
+            config["crop_pct"],
+            config["crop_mode"],
+        )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images, in the order they are applied.
+
+    Args:
+        scale: range of the crop's area relative to the image's, in (0, 1]; the aspect ratio varies from 3/4 to 4/3.
+        horizontal_flip: probability of mirroring.
+        policy: "none", "randaugment" (Cubuk et al. 2020) or "trivialaugment" (Müller & Hutter 2021).
+        operations: operations that RandAugment applies to an image.
+        magnitude: strength of RandAugment, from 0 to 30.
+        erasing: probability of random erasing (Zhong et al. 2020): a rectangle of 2 to 33 % of the area is filled
+            with normally distributed values after normalisation, timm's "pixel" mode.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    horizontal_flip: float = 0.5
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    operations: int = 2
+    magnitude: int = 9
+    erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augmentation scale must be two rising numbers in (0, 1], found {self.scale}")
+
+
+class Transform(Protocol):
+    """From a decoded sample to the tensors of a batch.
+
+    Takes the image, uint8 (3, H, W); a box, float (4,), xyxy in pixels with exclusive right and bottom edges; a mask,
+    bool (H, W). Returns "image", and "box" and "mask" where they still apply.
+    """
+
+    def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Transforms one sample."""
+        ...
+
+
+class EvaluationTransform:
+    """Resizes and crops an image as timm's evaluation does, and moves box and mask with it."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self.interpolation = InterpolationMode(preprocessing.interpolation)
+        self.normalise = Normalise(preprocessing)
+
+    def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Transform`. A box that lies outside the crop comes back with an area of zero."""
+        height, width = image.shape[-2:]
+        inputs = {"image": image}
+        if box is not None:
+            inputs["box"] = tv_tensors.BoundingBoxes(box[None], format="XYXY", canvas_size=(height, width))
+        if mask is not None:
+            inputs["mask"] = tv_tensors.Mask(mask)
+        size = self.resized(height, width)
+        outputs = {
+            name: F.center_crop(
+                F.resize(value, list(size), interpolation=self.interpolation, antialias=True),
+                list(self.preprocessing.size),
+            ).as_subclass(Tensor)
+            for name, value in inputs.items()
+        }
+        outputs["image"] = self.normalise(outputs["image"])
+        if box is not None:
+            outputs["box"] = outputs["box"][0]
+        return outputs
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Size of an image of this height and width before the central crop, rounded as timm does."""
+        goal_height, goal_width = (math.floor(edge / self.preprocessing.crop_pct) for edge in self.preprocessing.size)
+        if self.preprocessing.crop_mode == "squash":
+            return goal_height, goal_width
+        if goal_height == goal_width:
+            if height <= width:
+                return goal_height, int(goal_height * width / height)
+            return int(goal_height * height / width), goal_height
+        ratio = min(height / goal_height, width / goal_width)
+        return round(height / ratio), round(width / ratio)
+
+
+class TrainingTransform:
+    """Augments and normalises an image. Boxes and masks are dropped: the augmentation policies cannot move them."""
+
+    def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
+        self.crop = v2.RandomResizedCrop(
+            preprocessing.size,
+            scale=augmentation.scale,
+            interpolation=InterpolationMode(preprocessing.interpolation),
+            antialias=True,
+        )
+        self.flip = v2.RandomHorizontalFlip(augmentation.horizontal_flip)
+        self.policy = _policy(augmentation, fill=[round(255 * value) for value in preprocessing.mean])
+        self.normalise = Normalise(preprocessing)
+        self.erase = v2.RandomErasing(augmentation.erasing, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random")
+
+    def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Transform`. Draws from torch's global random generator."""
+        image = self.flip(self.crop(image))
+        if self.policy is not None:
+            # the policies' operations are two to three times faster in Pillow than on tensors
+            image = F.pil_to_tensor(self.policy(F.to_pil_image(image)))
+        return {"image": self.erase(self.normalise(image))}
+
+
+class Normalise:
+    """From uint8 in [0, 255] to float32, (x / 255 - mean) / std per channel, with two operations on the image."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        mean, std = _channels(preprocessing)
+        self.offset, self.factor = 255 * mean, 1 / (255 * std)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Normalises (..., 3, H, W)."""
+        return image.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.offset).mul_(self.factor)
+
+
+def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """From normalised images (..., 3, H, W) to RGB in [0, 1].
+
+    >>> preprocessing = Preprocessing((1, 1), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    >>> denormalise(torch.tensor([-2.0, 0.0, 3.0]).view(3, 1, 1), preprocessing).flatten().tolist()
+    [0.0, 0.5, 1.0]
+    """
+    mean, std = (value.to(images) for value in _channels(preprocessing))
+    return (images * std + mean).clamp(0, 1)
+
+
+def _channels(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    return torch.tensor(preprocessing.mean).view(3, 1, 1), torch.tensor(preprocessing.std).view(3, 1, 1)
+
+
+def _policy(augmentation: Augmentation, fill: list[int]) -> v2.Transform | None:
+    bilinear = InterpolationMode.BILINEAR
+    if augmentation.policy == "randaugment":
+        return v2.RandAugment(augmentation.operations, augmentation.magnitude, interpolation=bilinear, fill=fill)
+    if augmentation.policy == "trivialaugment":
+        return v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)
+    return None
