@@ -1,0 +1,5 @@
+"""Lightning callbacks that explain a network and keep what comes out."""
+
+from gmarpp.callbacks.writer import ExplanationWriter
+
+__all__ = ["ExplanationWriter"]

@@ -1,0 +1,99 @@
+"""What a predict run says about itself in ``run.json``, and which of it two runs must share to be one."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import lightning as L
+import timm
+import torch
+
+import gmarpp
+
+_SAME: dict[str, tuple[str, ...]] = {
+    "versions": ("gmarpp",),
+    "checkpoint": ("sha256",),
+    "model": ("name", "architecture", "parameters"),
+    "data": ("name", "images", "paths_sha256"),
+    "writer": ("overlays", "colormap", "opacity"),
+}
+
+
+def now() -> str:
+    """Time as an ISO 8601 string in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a predict run as JSON values.
+
+    Args:
+        trainer: Lightning's.
+        module: with `model`, `explainer`, `classes` and `class_names`; `checkpoint_path` and `checkpoint_sha256` where
+            they are known.
+        dataset: of the predict loop.
+        writer: the writer's options that decide what pictures look like.
+    """
+    data = trainer.datamodule
+    paths = getattr(getattr(dataset, "source", None), "paths", None)
+    options = [field.name for field in dataclasses.fields(module.explainer) if field.init]
+    configuration = getattr(module.model, "pretrained_cfg", None) or {}
+    run = {
+        "status": "running",
+        "created": now(),
+        "versions": {
+            "gmarpp": gmarpp.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "lightning": L.__version__,
+            "timm": timm.__version__,
+        },
+        "checkpoint": {
+            "path": getattr(module, "checkpoint_path", None),
+            "sha256": getattr(module, "checkpoint_sha256", None),
+        },
+        "model": {
+            "name": type(module.model).__name__,
+            "architecture": configuration.get("architecture"),
+            "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
+        },
+        "explainer": {name: getattr(module.explainer, name) for name in options},
+        "data": {
+            "name": None if data is None else type(data).__name__,
+            "images": len(dataset),
+            "paths_sha256": None if paths is None else hashlib.sha256(paths.tobytes()).hexdigest(),
+            "options": dict(getattr(data, "hparams", {})),
+        },
+        "writer": dict(writer),
+        "classes": list(module.classes),
+        "class_names": list(module.class_names),
+        "processes": trainer.world_size,
+    }
+    described: dict[str, Any] = json.loads(json.dumps(run, default=str))
+    return described
+
+
+def require_same_run(previous: Mapping[str, Any], run: Mapping[str, Any], folder: Any) -> None:
+    """Make sure that a run continues another one; how many images are computed at once may differ.
+
+    Raises:
+        ValueError: naming the options that differ.
+    """
+    explainer = sorted({*previous["explainer"], *run["explainer"]} - {"batch_size"})
+    differences = [
+        f"{section}.{name} was {previous[section].get(name)!r} and is {run[section].get(name)!r}"
+        for section, names in {**_SAME, "explainer": explainer}.items()
+        for name in names
+        if previous[section].get(name) != run[section].get(name)
+    ]
+    if previous["classes"] != run["classes"]:
+        differences.append("the classes are others")
+    if differences:
+        raise ValueError(
+            f"can't resume the run in {folder}: {'; '.join(differences)}. "
+            "Give the same options, or choose another output folder"
+        )

@@ -1,0 +1,318 @@
+"""The predict loop's output, written batch by batch on any number of ranks, so that a run can be resumed."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gmarpp.callbacks.background import BackgroundTasks
+from gmarpp.callbacks.batches import batch_loader, pending_batches
+from gmarpp.callbacks.description import describe_run, now, require_same_run
+from gmarpp.explainer import ExplainedBatch
+from gmarpp.reader import Explanations
+from gmarpp.results import write_results
+from gmarpp.storage import (
+    IMAGES,
+    MAPS,
+    OVERLAYS,
+    PARTS,
+    Shard,
+    file_stem,
+    finished_indices,
+    merge_parts,
+    read_run,
+    remove_parts,
+    reopen_maps,
+    shard_files,
+    write_atomically,
+    write_run,
+)
+from gmarpp.visualize import (
+    COLORMAPS,
+    FIGURE_FORMATS,
+    OVERLAY_SIDE,
+    add_colors,
+    backdrop,
+    encode_jpeg,
+    encode_png,
+    pixels,
+)
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 30.0
+_QUEUED_IMAGES = 128
+
+
+class ExplanationWriter(BasePredictionWriter):
+    """Writes what `ViTClassifier.predict_step` returns, and at the end tables, figures and a report.
+
+    Finished images are published every half minute in part files of their own; when all ranks are done, rank 0 merges
+    them. A run that was interrupted, however hard, goes on with ``resume`` and ends with the same tables and maps as
+    one that was not. All ranks must see the same folder.
+
+    Args:
+        output: folder of the results; created if missing.
+        overlays: write a picture per image and method.
+        resume: continue the interrupted run in ``output``, or add images to a complete one.
+        colormap: one of ``gmarpp.visualize.COLORMAPS``.
+        opacity: share of the map's colours in overlays, 0 to 1.
+        figure_images: columns of the comparison figure; 0 for no figure.
+        figure_formats: formats of the figures: ``png``, ``pdf``, ``svg``.
+        report: write ``report.html``.
+        shard_size: images per file of maps.
+
+    Raises:
+        ValueError: for an option out of range.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        overlays: bool = True,
+        resume: bool = False,
+        colormap: str = "inferno",
+        opacity: float = 0.5,
+        figure_images: int = 8,
+        figure_formats: Sequence[str] = ("png",),
+        report: bool = True,
+        shard_size: int = 1024,
+    ) -> None:
+        super().__init__("batch")
+        if colormap not in COLORMAPS:
+            raise ValueError(f"unknown colormap {colormap!r}: choose from {', '.join(COLORMAPS)}")
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity is {opacity}, not between 0 and 1")
+        if unknown := set(figure_formats) - set(FIGURE_FORMATS):
+            raise ValueError(f"unknown figure_formats {sorted(unknown)}: choose from {', '.join(FIGURE_FORMATS)}")
+        if shard_size < 1 or figure_images < 0:
+            raise ValueError(f"shard_size ({shard_size}) must be at least 1 and figure_images ({figure_images}) 0")
+        self.folder = Path(output)
+        self.overlays = overlays
+        self.resume = resume
+        self.colormap = colormap
+        self.opacity = opacity
+        self.figure_images = figure_images
+        self.figure_formats = tuple(figure_formats)
+        self.report = report
+        self.shard_size = shard_size
+        self._run: dict[str, Any] = {}
+        self._batches: list[list[int]] = []
+        self._restore_data: Callable[[], None] = _nothing
+        self._pictures: BackgroundTasks | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a folder that holds something else, and have the data module leave out finished images."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        self._run, self._batches = {}, []
+        self._require_folder()
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None:
+            if self.resume:
+                raise ValueError("resume needs a data module: give Trainer.predict(datamodule=…), not data loaders")
+            return
+        original = data.predict_dataloader
+        # The network's classes and weights are known only after setup, and the finished images only with them.
+        data.predict_dataloader = lambda: self._pending(trainer, pl_module, original())
+        self._restore_data = lambda: vars(data).pop("predict_dataloader", None)
+
+    def _require_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"output {self.folder} is a file: choose a folder")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        run = read_run(self.folder)
+        if run is None:
+            raise FileExistsError(f"output folder {self.folder} is not empty and holds no run: choose another one")
+        if not self.resume:
+            state = "a complete" if run["status"] == "complete" else "an interrupted"
+            raise FileExistsError(
+                f"output folder {self.folder} holds {state} run: continue it with resume, or choose another folder"
+            )
+
+    def _pending(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> DataLoader[Any]:
+        """Give a loader of the batches that have images left to explain."""
+        if not isinstance(loader, DataLoader) or loader.batch_size is None:
+            raise ValueError(
+                f"{type(trainer.datamodule).__name__}.predict_dataloader must give one DataLoader with a batch size, "  # type: ignore[attr-defined]
+                f"not {loader!r}"
+            )
+        self._open(trainer, module, loader.dataset)
+        finished = finished_indices(self.folder)
+        images = len(loader.dataset)  # type: ignore[arg-type]
+        # A loader's own batch size may depend on the number of ranks; what is explained together must not.
+        batch_size = getattr(trainer.datamodule, "batch_size", loader.batch_size)  # type: ignore[attr-defined]
+        self._batches = pending_batches(images, batch_size, finished, trainer.world_size)
+        if finished:
+            logger.info("%d of %d images are already explained", len(finished), images)
+        return batch_loader(loader, self._batches)
+
+    def _open(self, trainer: L.Trainer, module: Any, dataset: Any) -> None:
+        """Make sure that this is the run to resume, or describe it, and make the folders."""
+        options = {"overlays": self.overlays, "colormap": self.colormap, "opacity": self.opacity}
+        self._run = describe_run(trainer, module, dataset, options)
+        previous = read_run(self.folder)
+        trainer.strategy.barrier("explanations-read")
+        if previous is not None:
+            require_same_run(previous, self._run, self.folder)
+            self._run |= {"created": previous["created"], "status": previous["status"]}
+        if trainer.is_global_zero:
+            folders = [self.folder / name for name in (PARTS, MAPS, IMAGES)]
+            if self.overlays:
+                folders += [self.folder / OVERLAYS / method for method in module.explainer.methods]
+            for path in folders:
+                path.mkdir(parents=True, exist_ok=True)
+            for leftover in (self.folder / PARTS).glob(".*.tmp"):
+                leftover.unlink()
+            if previous is None:
+                write_run(self.folder, self._run)
+        trainer.strategy.barrier("explanations-open")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the threads that encode pictures."""
+        if not self._run:
+            loaders: Any = trainer.predict_dataloaders
+            self._open(trainer, pl_module, loaders.dataset)
+        self._pictures = BackgroundTasks(_QUEUED_IMAGES)
+        self._buffer: list[Shard] = []
+        self._done = 0
+        self._started = self._flushed = time.monotonic()
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: ExplainedBatch,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Hand the batch's pictures to the threads and keep the rest for the next part."""
+        indices = prediction.index.tolist()
+        if self._batches and batch_indices and indices != self._batches[batch_indices[0]]:
+            raise ValueError(
+                f"the data set gives its images {self._batches[batch_indices[0]]} the indices {indices}: "
+                "'index' must be the position in the data set"
+            )
+        shard = _shard(prediction)
+        assert self._pictures is not None
+        for position, row in enumerate(shard.rows):
+            maps = {method: prediction.maps[method][position] for method in shard.methods} if self.overlays else {}
+            self._pictures.submit(self._draw, prediction.images[position], row["file"], maps)
+        self._buffer.append(shard)
+        self._done += len(indices)
+        waiting = sum(len(shard.rows) for shard in self._buffer)
+        if waiting >= self.shard_size or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._flush(trainer, self._pictures)
+        self._show_rate(trainer)
+
+    def _draw(self, image: Tensor, file: str, maps: dict[str, Tensor]) -> None:
+        scratch = self.folder / PARTS
+        picture = pixels(image)
+        write_atomically(self.folder / IMAGES / f"{file}.jpg", encode_jpeg(picture), scratch, durable=False)
+        ground = backdrop(picture, self.opacity, OVERLAY_SIDE) if maps else picture
+        for method, attribution in maps.items():
+            data = encode_png(add_colors(ground, attribution, self.colormap, self.opacity))
+            write_atomically(self.folder / OVERLAYS / method / f"{file}.png", data, scratch, durable=False)
+
+    def _flush(self, trainer: L.Trainer, pictures: BackgroundTasks) -> None:
+        """Publish all finished images: their pictures first, then the part that vouches for them."""
+        pictures.wait()
+        if self._buffer:
+            shard = Shard.concatenate(self._buffer)
+            shard.write(self.folder / PARTS / f"{shard.rows[0]['index']:09d}-{trainer.global_rank}.safetensors")
+        self._buffer = []
+        self._flushed = time.monotonic()
+
+    def _show_rate(self, trainer: L.Trainer) -> None:
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+            rate = self._done * trainer.world_size / (time.monotonic() - self._started)
+            bar.predict_progress_bar.set_postfix_str(f"{rate:.1f} images/s", refresh=False)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Publish the rest and wait for all ranks."""
+        assert self._pictures is not None
+        self._flush(trainer, self._pictures)
+        self._close()
+        trainer.strategy.barrier("explanations-complete")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Merge on rank 0; also where no image was left to explain, so that the predict loop had nothing to do."""
+        self._restore_data()
+        if stage == "predict" and trainer.is_global_zero and self._run:
+            self._finish()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Keep what is finished, unless writing itself is what failed."""
+        self._restore_data()
+        try:
+            if self._pictures is not None and not isinstance(exception, OSError):
+                self._flush(trainer, self._pictures)
+        finally:
+            self._close()
+        if self._run and trainer.is_global_zero:
+            logger.error("The run in %s is interrupted: continue it with resume", self.folder)
+
+    def _close(self) -> None:
+        if self._pictures is not None:
+            self._pictures.close()
+            self._pictures = None
+
+    def _finish(self) -> None:
+        if not shard_files(self.folder / PARTS):
+            logger.info("The run in %s is complete: nothing was left to explain", self.folder)
+            return
+        if self._run["status"] == "complete":
+            reopen_maps(self.folder)
+            self._run["status"] = "running"
+            write_run(self.folder, self._run)
+        images = merge_parts(self.folder, self.shard_size)
+        explanations = Explanations(self.folder, self._run)
+        write_results(explanations, self.figure_images, self.figure_formats, self.colormap, self.opacity, self.report)
+        write_run(self.folder, {**self._run, "status": "complete", "finished": now(), "explained": images})
+        remove_parts(self.folder)
+        logger.info("Explained %d images: %s", images, self.folder)
+
+
+def _nothing() -> None:
+    """Stand for a data module that was not changed."""
+
+
+def _shard(explained: ExplainedBatch) -> Shard:
+    """Bring an `ExplainedBatch` into the form that is stored."""
+    methods = tuple(explained.maps)
+    metrics = tuple(next(iter(explained.values.values()), {}))
+    tensors: dict[str, Tensor] = {}
+    fractions = None
+    for method in methods:
+        tensors[method] = explained.maps[method].float()
+        tensors |= {f"{method}/{metric}": value.float() for metric, value in explained.values[method].items()}
+        if explained.curves:
+            curves = explained.curves[method]
+            fractions = curves.fractions.float()
+            tensors[f"{method}/insertion"] = curves.insertion.float()
+            tensors[f"{method}/deletion"] = curves.deletion.float()
+    rows = []
+    for position, (index, path) in enumerate(zip(explained.index.tolist(), explained.path, strict=True)):
+        row = {
+            "index": index,
+            "path": path,
+            "file": file_stem(index, path),
+            **{role: int(getattr(explained, role)[position]) for role in ("label", "target", "predicted")},
+            "target_probability": float(explained.target_probability[position]),
+            "predicted_probability": float(explained.predicted_probability[position]),
+        }
+        if explained.boxes is not None:
+            row["box"] = [round(float(edge), 2) for edge in explained.boxes[position]]
+        rows.append(row)
+    return Shard(methods, metrics, rows, tensors, fractions)

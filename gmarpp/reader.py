@@ -1,0 +1,173 @@
+"""Reading what ``explain.py predict`` wrote, lazily."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gmarpp.storage import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, Shard, iterate_shards, read_run
+from gmarpp.summary import CurveSum, MeanCurve
+
+
+class Explanations:
+    """A complete run's output; nothing but its description is read before it is asked for.
+
+    Attributes:
+        folder: where it lies.
+        run: content of ``run.json``.
+        methods: names of the methods, in the order they were asked for.
+        metrics: names of the metrics.
+        indices: data set index of each image, ascending.
+
+    Made by `load_explanations`.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.run = run
+        about = json.loads((folder / MAPS / MAPS_INDEX).read_text(encoding="utf-8"))
+        self.methods: tuple[str, ...] = tuple(about["methods"])
+        self.metrics: tuple[str, ...] = tuple(about["metrics"])
+        self._places: dict[int, tuple[str, int]] = {
+            index: (shard["file"], place) for shard in about["shards"] for place, index in enumerate(shard["indices"])
+        }
+        self.indices: tuple[int, ...] = tuple(self._places)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def map(self, index: int, method: str) -> Tensor:
+        """Give one raw map (h, w), float32.
+
+        Args:
+            index: data set index of the image.
+            method: one of `methods`.
+
+        Raises:
+            KeyError: for an image or method that the run does not hold.
+        """
+        if index not in self._places:
+            raise KeyError(f"{self.folder} holds no image with index {index}")
+        if method not in self.methods:
+            raise KeyError(f"{self.folder} holds no maps of {method!r}: its methods are {', '.join(self.methods)}")
+        name, place = self._places[index]
+        with safe_open(self.folder / MAPS / name, "pt") as file:
+            part: Tensor = file.get_slice(method)[place : place + 1]
+            return part[0]
+
+    def maps(self, method: str) -> Tensor:
+        """Give all raw maps of a method (n, h, w), float32, in the order of `indices`."""
+        return torch.cat([shard.tensors[method] for shard in self.shards()])
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield all that is stored, a bounded number of images at a time, in the order of `indices`."""
+        return iterate_shards(self.folder)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per image: index, path, label, target, predicted, probabilities, box if there is one."""
+        return [dict(row) for shard in self.shards() for row in shard.rows]
+
+    @cached_property
+    def values(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+        """Metric values by method and metric, one per image (n,), float32; NaN where undefined."""
+        columns: dict[str, dict[str, list[Any]]] = {method: {m: [] for m in self.metrics} for method in self.methods}
+        for shard in self.shards():
+            for method, metrics in columns.items():
+                for metric, parts in metrics.items():
+                    parts.append(shard.tensors[f"{method}/{metric}"].numpy())
+        return {
+            method: {metric: np.concatenate(parts) for metric, parts in metrics.items()}
+            for method, metrics in columns.items()
+        }
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """One dictionary per image and method, with the columns of ``explanations.csv``."""
+        return [record for shard in self.shards() for record in self.records(shard)]
+
+    def records(self, shard: Shard) -> Iterator[dict[str, Any]]:
+        """Yield the table's records of one shard."""
+        values = {
+            method: {metric: shard.tensors[f"{method}/{metric}"].tolist() for metric in self.metrics}
+            for method in self.methods
+        }
+        for position, row in enumerate(shard.rows):
+            record: dict[str, Any] = {"path": row["path"], "index": row["index"], "method": ""}
+            for role in ("label", "target", "predicted"):
+                known = row[role] >= 0
+                record[role] = row[role] if known else None
+                record[f"{role}_name"] = self.class_name(row[role]) if known else None
+                if role != "label":
+                    record[f"{role}_probability"] = row[f"{role}_probability"]
+            for method in self.methods:
+                metrics = {metric: column[position] for metric, column in values[method].items()}
+                overlay = f"{OVERLAYS}/{method}/{row['file']}.png" if self.run["writer"]["overlays"] else None
+                yield {
+                    **record,
+                    "method": method,
+                    **metrics,
+                    "image": f"{IMAGES}/{row['file']}.jpg",
+                    "overlay": overlay,
+                }
+
+    def class_name(self, number: int) -> str:
+        """Name of a class for people; its number where the run knows no names."""
+        names = self.run["class_names"]
+        return str(names[number]) if names else str(number)
+
+    def mean_curves(self) -> tuple[dict[str, MeanCurve], dict[str, MeanCurve]]:
+        """Give the mean insertion and the mean deletion curve of each method; empty where there are no curves."""
+        sums: tuple[dict[str, CurveSum], dict[str, CurveSum]] = ({}, {})
+        for shard in self.shards():
+            if shard.fractions is None:
+                continue
+            for curves, kind in zip(sums, ("insertion", "deletion"), strict=True):
+                for method in self.methods:
+                    curves.setdefault(method, CurveSum(shard.fractions.numpy())).add(
+                        shard.tensors[f"{method}/{kind}"].numpy()
+                    )
+        insertion, deletion = ({method: total.mean() for method, total in curves.items()} for curves in sums)
+        return insertion, deletion
+
+    def image_path(self, index: int) -> Path:
+        """Path of the image as the network saw it, undone of normalisation (JPEG)."""
+        return self.folder / IMAGES / f"{self._row(index)['file']}.jpg"
+
+    def overlay_path(self, index: int, method: str) -> Path:
+        """Path of the map laid over its image (PNG)."""
+        return self.folder / OVERLAYS / method / f"{self._row(index)['file']}.png"
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if index not in self._row_of:
+            raise KeyError(f"{self.folder} holds no image with index {index}")
+        return self._row_of[index]
+
+    @cached_property
+    def _row_of(self) -> dict[int, dict[str, Any]]:
+        return {row["index"]: row for row in self.rows}
+
+
+def load_explanations(folder: str | Path) -> Explanations:
+    """Open the output of a complete predict run.
+
+    Args:
+        folder: what was given as ``--output``.
+
+    Raises:
+        FileNotFoundError: if the folder holds no run.
+        ValueError: if the run was interrupted.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    if run is None:
+        raise FileNotFoundError(f"{folder} holds no explanations: give the output folder of a predict run")
+    if run["status"] != "complete":
+        raise ValueError(f"the run in {folder} was interrupted: finish it by running it again with resume")
+    return Explanations(folder, run)

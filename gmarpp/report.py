@@ -1,0 +1,220 @@
+"""``report.html``: one page about a run, readable without a network."""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gmarpp.reader import Explanations
+from gmarpp.storage import IMAGES, atomic_file, write_atomically
+from gmarpp.summary import MeanCurve, bootstrap, higher_is_better, leaders, metric_label
+from gmarpp.visualize import COLORMAPS, colormap_table, method_color, method_dashes, method_label, normalise_map
+
+TEMPLATE = Path(__file__).with_name("report.html")
+MAPS_FOLDER = "report_maps"
+
+_CHUNK = 512
+_EMBEDDED_MAPS = 8_000_000
+_EMBEDDED_IMAGES = 4_000_000
+_SEPARATOR = "<!-- data -->"
+_CONTROL = "random"
+
+Array = npt.NDArray[Any]
+
+
+def write_report(explanations: Explanations, path: Path, colormap: str = "inferno", opacity: float = 0.5) -> None:
+    """Write the report of a run.
+
+    Maps are embedded as bytes and coloured by the page, so that their opacity and colours can be changed. The pictures
+    of a small run are embedded too, and the page then needs no other file; those of a large one, and then its maps,
+    are read from the run's folder when they come into view.
+
+    Args:
+        explanations: the run.
+        path: the page, in the run's folder.
+        colormap: colour map it starts with.
+        opacity: opacity it starts with, 0 to 1.
+    """
+    head, tail = TEMPLATE.read_text(encoding="utf-8").split(_SEPARATOR)
+    first = next(explanations.shards())
+    grid = first.tensors[explanations.methods[0]].shape[-2:]
+    chunks = math.ceil(len(explanations) / _CHUNK)
+    embed_maps = len(explanations) * len(explanations.methods) * math.prod(grid) <= _EMBEDDED_MAPS
+    if not embed_maps:
+        path.with_name(MAPS_FOLDER).mkdir(exist_ok=True)
+    pictures = [explanations.folder / IMAGES / f"{row['file']}.jpg" for row in explanations.rows]
+    embed_pictures = sum(picture.stat().st_size for picture in pictures) <= _EMBEDDED_IMAGES
+    data = _summary_data(explanations) | {
+        "name": explanations.folder.resolve().name,
+        "grid": list(grid),
+        "size": _picture_size(pictures[0]),
+        "chunk": _CHUNK,
+        "mapFiles": None if embed_maps else [f"{MAPS_FOLDER}/{number:05d}.js" for number in range(chunks)],
+        "colormaps": {name: base64.b64encode(colormap_table(name).tobytes()).decode() for name in COLORMAPS},
+        "colormap": colormap,
+        "opacity": opacity,
+        "images": _image_data(explanations),
+        "thumbnails": [base64.b64encode(p.read_bytes()).decode() for p in pictures] if embed_pictures else None,
+    }
+    with atomic_file(path) as file:
+        file.write(head.encode())
+        file.write(_script("data", data))
+        for number, encoded in enumerate(_map_chunks(explanations)):
+            if embed_maps:
+                file.write(_script(f"maps-{number}", encoded))
+            else:
+                script = f'receiveMaps({number},"{encoded}")\n'.encode()
+                write_atomically(path.with_name(MAPS_FOLDER) / f"{number:05d}.js", script, durable=False)
+        file.write(tail.encode())
+
+
+def _picture_size(path: Path) -> list[int]:
+    """Height and width of all pictures: a network sees images of one size."""
+    with Image.open(path) as picture:
+        return [picture.height, picture.width]
+
+
+def _script(identifier: str, data: Any) -> bytes:
+    """Embed data so that no text in it can end the element or start another one."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return f'<script type="application/json" id="{identifier}">{text}</script>\n'.encode()
+
+
+def _map_chunks(explanations: Explanations) -> Iterator[str]:
+    """Yield the maps of some hundred images at a time as base64 of bytes (image, method, row, column)."""
+    images = (
+        image
+        for shard in explanations.shards()
+        for image in (np.stack([normalise_map(shard.tensors[m]) for m in shard.methods], axis=1) * 255 + 0.5)
+    )
+    while chunk := list(islice(images, _CHUNK)):
+        yield base64.b64encode(np.stack(chunk).astype(np.uint8).tobytes()).decode()
+
+
+def _summary_data(explanations: Explanations) -> dict[str, Any]:
+    """Collect what the page says about the run as a whole."""
+    methods, metrics, values = explanations.methods, explanations.metrics, explanations.values
+    intervals: dict[str, Any] = {method: {} for method in methods}
+    best: dict[str, list[str]] = {}
+    for metric in metrics:
+        columns = {method: values[method][metric] for method in methods}
+        for method, interval in zip(methods, bootstrap(np.stack(list(columns.values()), axis=1)), strict=True):
+            intervals[method][metric] = [*map(_number, (interval.mean, interval.low, interval.high)), interval.n]
+        higher = higher_is_better(metric)
+        best[metric] = [] if higher is None or len(methods) < 2 else leaders(columns, higher)
+    insertion, deletion = explanations.mean_curves()
+    return {
+        "run": explanations.run,
+        "methods": [
+            {"name": m, "label": method_label(m), "color": method_color(m), "dashes": method_dashes(m)} for m in methods
+        ],
+        "metrics": [{"name": m, "label": metric_label(m), "higher": higher_is_better(m)} for m in metrics],
+        "summary": intervals,
+        "leaders": best,
+        "curves": {"insertion": _curves(insertion), "deletion": _curves(deletion)} if insertion else None,
+    }
+
+
+def _curves(curves: dict[str, MeanCurve]) -> dict[str, Any]:
+    return {
+        method: {
+            "auc": _number(curve.auc),
+            **{key: _numbers(getattr(curve, key)) for key in ("fractions", "mean", "low", "high")},
+        }
+        for method, curve in curves.items()
+    }
+
+
+def _image_data(explanations: Explanations) -> dict[str, Any]:
+    """Collect one column per fact about the images, which is several times smaller than one object per image."""
+    rows = explanations.rows
+    agreement, weakest, pair = _agreement(explanations)
+    used = sorted({row[role] for row in rows for role in ("label", "target", "predicted") if row[role] >= 0})
+    return {
+        "classNames": {number: explanations.class_name(number) for number in used},
+        **{key: [row[key] for row in rows] for key in ("index", "path", "file", "label", "target", "predicted")},
+        "targetProbability": _numbers([row["target_probability"] for row in rows]),
+        "predictedProbability": _numbers([row["predicted_probability"] for row in rows]),
+        "box": [row["box"] for row in rows] if rows and "box" in rows[0] else None,
+        "values": {
+            method: {metric: _numbers(column) for metric, column in metrics.items()}
+            for method, metrics in explanations.values.items()
+        },
+        "agreement": agreement,
+        "weakest": weakest,
+        "weakestPair": pair,
+    }
+
+
+def _agreement(explanations: Explanations) -> tuple[Any, Any, Any]:
+    """Give the mean rank correlation of each two methods, and for each image the two that agree least and how little.
+
+    The random control takes no part in the latter, or it would always be one of the two.
+    """
+    methods = explanations.methods
+    pairs = list(combinations(range(len(methods)), 2))
+    compared = [pair for pair in pairs if _CONTROL not in (methods[pair[0]], methods[pair[1]])]
+    if not pairs:
+        return None, None, None
+    total, count = np.zeros(len(pairs)), 0
+    weakest: list[float | None] = []
+    weakest_pair: list[list[int] | None] = []
+    for shard in explanations.shards():
+        correlations = np.stack(
+            [rank_correlation(shard.tensors[methods[a]], shard.tensors[methods[b]]).numpy() for a, b in pairs], axis=1
+        )
+        total += correlations.sum(axis=0)
+        count += len(correlations)
+        if compared:
+            among = correlations[:, [pairs.index(pair) for pair in compared]]
+            weakest += _numbers(among.min(axis=1))
+            weakest_pair += [list(compared[choice]) for choice in among.argmin(axis=1)]
+    matrix = np.eye(len(methods))
+    for (a, b), mean in zip(pairs, total / count, strict=True):
+        matrix[a, b] = matrix[b, a] = mean
+    return [_numbers(row) for row in matrix], weakest or None, weakest_pair or None
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation of maps, pair by pair, equal values sharing their mean rank.
+
+    Args:
+        first: maps (n, h, w).
+        second: maps (n, h, w).
+
+    Returns:
+        (n,) in [-1, 1]; 0 where one of the two is constant.
+
+    Example:
+        >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 6.0, 7.0]]]))
+        tensor([1.], dtype=torch.float64)
+    """
+    a, b = _centred_ranks(first), _centred_ranks(second)
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(norms > 0, (a * b).sum(dim=1) / norms.clamp(min=1e-12), 0.0)
+
+
+def _centred_ranks(maps: Tensor) -> Tensor:
+    values = maps.flatten(1).nan_to_num().contiguous()
+    ordered = values.sort(dim=1).values
+    below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + up_to).double() / 2 - values.shape[1] / 2
+
+
+def _number(value: float) -> float | None:
+    """Four significant digits, None for NaN: JSON has none."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _numbers(values: Sequence[float] | Array) -> list[float | None]:
+    return [_number(float(value)) for value in values]

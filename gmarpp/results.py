@@ -1,0 +1,98 @@
+"""The outputs that are made from stored explanations: tables, figures and the report."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gmarpp.reader import Explanations
+from gmarpp.report import write_report
+from gmarpp.storage import atomic_file, write_atomically
+from gmarpp.summary import bootstrap
+from gmarpp.visualize import comparison_figure, curves_figure, figure_bytes
+
+
+def write_results(
+    explanations: Explanations,
+    figure_images: int = 8,
+    figure_formats: Sequence[str] = ("png",),
+    colormap: str = "inferno",
+    opacity: float = 0.5,
+    report: bool = True,
+) -> None:
+    """Write the tables, the figures and the report of a run into its folder.
+
+    Args:
+        explanations: the run; nothing of it is computed anew.
+        figure_images: columns of the comparison figure, images spread evenly over the run; 0 for no figure.
+        figure_formats: ``png``, ``pdf``, ``svg``.
+        colormap: colour map of the figure and of the report.
+        opacity: share of the maps' colours, 0 to 1.
+        report: write ``report.html``.
+    """
+    folder = explanations.folder
+    write_csv(
+        folder / "explanations.csv", (record for s in explanations.shards() for record in explanations.records(s))
+    )
+    if explanations.metrics:
+        write_csv(folder / "summary.csv", summarise(explanations))
+    figures = {}
+    if figure_images:
+        figures["comparison"] = _comparison(explanations, figure_images, colormap, opacity)
+    insertion, deletion = explanations.mean_curves()
+    if insertion:
+        score = str(explanations.run["explainer"].get("score", "score"))
+        figures["curves"] = curves_figure(insertion, deletion, score)
+    for name, figure in figures.items():
+        for extension in figure_formats:
+            write_atomically(folder / f"{name}.{extension}", figure_bytes(figure, extension))
+    if report:
+        write_report(explanations, folder / "report.html", colormap, opacity)
+
+
+def summarise(explanations: Explanations) -> list[dict[str, Any]]:
+    """Give mean, 95 % bootstrap interval and number of images of each method and metric."""
+    keys = [(method, metric) for method in explanations.methods for metric in explanations.metrics]
+    values = np.stack([explanations.values[method][metric] for method, metric in keys], axis=1)
+    return [
+        {"method": method, "metric": metric, "mean": i.mean, "low": i.low, "high": i.high, "n": i.n}
+        for (method, metric), i in zip(keys, bootstrap(values), strict=True)
+    ]
+
+
+def write_csv(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as a table: six significant digits, empty cells for None and NaN, the first record's columns.
+
+    A path that is not valid UTF-8 keeps its bytes.
+    """
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        writer = csv.writer(text, lineterminator="\n")
+        for number, record in enumerate(records):
+            if number == 0:
+                writer.writerow(record)
+            writer.writerow([_cell(value) for value in record.values()])
+        text.detach()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}" if value == value else ""
+    return "" if value is None else str(value)
+
+
+def _comparison(explanations: Explanations, count: int, colormap: str, opacity: float) -> Any:
+    spread = np.unique(np.linspace(0, len(explanations) - 1, min(count, len(explanations))).round().astype(int))
+    rows = [explanations.rows[position] for position in spread]
+    images = []
+    for row in rows:
+        with Image.open(explanations.image_path(row["index"])) as image:
+            images.append(np.asarray(image))
+    maps = {method: [explanations.map(row["index"], method).numpy() for row in rows] for method in explanations.methods}
+    names = [explanations.class_name(row["target"]) for row in rows]
+    boxes = [row.get("box") for row in rows]
+    return comparison_figure(images, maps, names, [r["target_probability"] for r in rows], boxes, colormap, opacity)
