@@ -1,0 +1,237 @@
+"""Maps, perturbation curves and metric values of one batch: what the predict loop and the monitor share."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmarpp.attribution import Explanation, explain, resolve_method
+from gmarpp.data.transforms import Preprocessing, denormalise
+from gmarpp.metrics import METRICS, functional
+from gmarpp.metrics.functional import boxes_to_masks
+from gmarpp.perturbation import (
+    BASELINES,
+    SCORES,
+    Baseline,
+    Curves,
+    KeptMask,
+    PerturbationScores,
+    RoadScores,
+    Score,
+    road_scores,
+    score_perturbations,
+)
+
+FAITHFULNESS_METRICS = ("average_drop", "average_increase", "average_gain", "insertion_auc", "deletion_auc")
+"""The five metrics of the published claim."""
+
+
+@dataclass(frozen=True)
+class ExplainedBatch:
+    """Everything known of a batch of explained images; all tensors on the CPU.
+
+    Attributes:
+        index: (B,) long, positions in the data set.
+        path: of each image, relative to the data's root.
+        label: (B,) long, -1 where unknown.
+        target: (B,) long, class explained.
+        predicted: (B,) long.
+        target_probability: (B,).
+        predicted_probability: (B,).
+        maps: by method, float32 (B, h, w), raw.
+        values: by method and metric, float32 (B,); NaN where a value is undefined, as without a box.
+        inputs: by method, the keyword arguments that update a `torchmetrics.MetricCollection` of the metrics.
+        curves: by method; empty if no metric asked for them.
+        images: float32 (B, 3, H, W) in [0, 1].
+        boxes: float32 (B, 4), x0, y0, x1, y1 in pixels, or `None`.
+        masks: bool (B, H, W), or `None`.
+    """
+
+    index: Tensor
+    path: list[str]
+    label: Tensor
+    target: Tensor
+    predicted: Tensor
+    target_probability: Tensor
+    predicted_probability: Tensor
+    maps: dict[str, Tensor]
+    values: dict[str, dict[str, Tensor]]
+    inputs: dict[str, dict[str, Tensor]]
+    curves: dict[str, Curves]
+    images: Tensor
+    boxes: Tensor | None = None
+    masks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Explains batches of a data module.
+
+    Args:
+        methods: attribution methods, in the order of all outputs.
+        target: class explained: `predicted`, `label`, or a class name or index for all images.
+        metrics: names in `gmarpp.metrics.METRICS`; localisation metrics need boxes or masks in the data. Empty for maps
+            alone, which is about fifty times faster.
+        steps: of the insertion and deletion curves.
+        baseline: what replaces a removed patch: `blur`, `mean`, `black`, or `drop`, which takes the token out.
+        score: `probability` or `logit`.
+        mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
+        normalize: rescale each curve by the score on the image minus the score on the baseline.
+        batch_size: images per forward pass of the perturbed images, which bounds the memory.
+        recompute: recompute blocks in the backward pass, for long sequences.
+
+    Raises:
+        ValueError: for an unknown method, metric, baseline or score.
+    """
+
+    methods: Sequence[str] = ("gmarpp_l1", "gmar_l1", "rollout", "legrad")
+    target: str | int = "predicted"
+    metrics: Sequence[str] = FAITHFULNESS_METRICS
+    steps: int = 28
+    baseline: Baseline = "blur"
+    score: Score = "probability"
+    mask: KeptMask = "topk"
+    normalize: bool = False
+    batch_size: int = 128
+    recompute: bool = False
+    _needs: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("explain.methods is empty: name at least one method")
+        object.__setattr__(self, "methods", tuple(dict.fromkeys(map(resolve_method, self.methods))))
+        object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
+        for option, value, choices in (
+            *(("metrics", metric, tuple(METRICS)) for metric in self.metrics),
+            ("baseline", self.baseline, BASELINES),
+            ("score", self.score, SCORES),
+        ):
+            if value not in choices:
+                raise ValueError(f"explain.{option}: {value!r} is unknown: choose from {', '.join(choices)}")
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError("explain.steps and explain.batch_size must be at least 1")
+        needs = {name for metric in self.metrics for name in metric_inputs(metric)}
+        object.__setattr__(self, "_needs", frozenset(needs))
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch:
+        """Explain a batch of a data module.
+
+        Args:
+            model: the network, in any mode.
+            batch: `image` (B, 3, H, W), `label`, `index` (B,), `path`, and `box` (B, 4) or `mask` (B, H, W) if any.
+
+        Raises:
+            ValueError: if the target is `label` and an image has none; what `gmarpp.explain` raises.
+        """
+        images: Tensor = batch["image"]
+        explanation = explain(model, images, self.methods, self._target(batch), recompute=self.recompute)
+        probabilities = explanation.logits.float().softmax(dim=1)
+        predicted = explanation.logits.argmax(dim=1)
+        boxes, masks = batch.get("box"), batch.get("mask")
+        objects = (
+            masks if masks is not None or boxes is None else boxes_to_masks(boxes, (images.shape[2], images.shape[3]))
+        )
+        inputs = self._metric_inputs(model, images, explanation, objects)
+        values = {
+            method: {metric: self._value(metric, inputs[method]) for metric in self.metrics} for method in self.methods
+        }
+        curves = {
+            method: Curves(given["fractions"], given["insertion"], given["deletion"])
+            for method, given in inputs.items()
+            if "fractions" in given
+        }
+        return ExplainedBatch(
+            index=batch["index"].cpu(),
+            path=list(batch["path"]),
+            label=batch["label"].cpu(),
+            target=explanation.target.cpu(),
+            predicted=predicted.cpu(),
+            target_probability=probabilities.gather(1, explanation.target[:, None])[:, 0].cpu(),
+            predicted_probability=probabilities.amax(dim=1).cpu(),
+            maps={method: maps.cpu() for method, maps in explanation.maps.items()},
+            values=values,
+            inputs=inputs,
+            curves=curves,
+            images=denormalise(images.float(), Preprocessing.of(model)).cpu(),
+            boxes=None if boxes is None else boxes.cpu(),
+            masks=None if masks is None else masks.cpu(),
+        )
+
+    def _target(self, batch: Mapping[str, Any]) -> Tensor | str | int | None:
+        if self.target == "predicted":
+            return None
+        if self.target == "label":
+            unlabelled = (batch["label"] < 0).nonzero().flatten().tolist()
+            if unlabelled:
+                raise ValueError(
+                    f"explain.target is label, but {batch['path'][unlabelled[0]]} has none: explain the predicted "
+                    "class, or name a class"
+                )
+            return batch["label"]  # type: ignore[no-any-return]
+        return int(self.target) if isinstance(self.target, int) or self.target.isdigit() else self.target
+
+    def _metric_inputs(
+        self, model: nn.Module, images: Tensor, explanation: Explanation, objects: Tensor | None
+    ) -> dict[str, dict[str, Tensor]]:
+        inputs: dict[str, dict[str, Tensor]] = {method: {"maps": maps} for method, maps in explanation.maps.items()}
+        if objects is not None:
+            for given in inputs.values():
+                given["masks"] = objects
+        if self._needs & {"full", "kept", "insertion", "deletion"}:
+            scores = score_perturbations(
+                model,
+                images,
+                explanation.maps,
+                explanation.target,
+                steps=self.steps,
+                baseline=self.baseline,
+                score=self.score,
+                mask=self.mask,
+                normalize=self.normalize,
+                batch_size=self.batch_size,
+                curves=bool(self._needs & {"insertion", "deletion"}),
+                kept="kept" in self._needs,
+            )
+            _add_scores(inputs, scores)
+        if "most_relevant_first" in self._needs:
+            road = road_scores(
+                model, images, explanation.maps, explanation.target, score=self.score, batch_size=self.batch_size
+            )
+            _add_road(inputs, road)
+        return {method: {name: value.cpu() for name, value in given.items()} for method, given in inputs.items()}
+
+    @staticmethod
+    def _value(metric: str, given: Mapping[str, Tensor]) -> Tensor:
+        arguments = metric_inputs(metric)
+        if "masks" in arguments and "masks" not in given:
+            return torch.full((len(given["maps"]),), torch.nan)
+        twin = getattr(functional, metric)
+        value: Tensor = twin(**{name: given[name] for name in arguments}, reduction="none")
+        return value.float()
+
+
+def metric_inputs(metric: str) -> tuple[str, ...]:
+    """Give the names of the inputs that a metric takes, such as `full` and `kept`."""
+    parameters = inspect.signature(METRICS[metric].update).parameters
+    return tuple(name for name in parameters if name != "self")
+
+
+def _add_scores(inputs: dict[str, dict[str, Tensor]], scores: PerturbationScores) -> None:
+    for method, given in inputs.items():
+        if method in scores.kept:
+            given |= {"full": scores.full, "kept": scores.kept[method]}
+        if method in scores.insertion:
+            given |= {
+                "fractions": scores.fractions,
+                "insertion": scores.insertion[method],
+                "deletion": scores.deletion[method],
+            }
+
+
+def _add_road(inputs: dict[str, dict[str, Tensor]], road: RoadScores) -> None:
+    for method, given in inputs.items():
+        given["most_relevant_first"] = road.most_relevant_first[method]
+        given["least_relevant_first"] = road.least_relevant_first[method]

@@ -1,0 +1,204 @@
+"""Model-parameter randomisation: do the maps depend on what the network has learned?
+
+    python -m gmarpp.sanity --ckpt_path checkpoints/X --data TinyImageNet --data.root data --output results/sanity
+
+Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, cascading randomisation.
+"""
+
+import copy
+import csv
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
+from gmarpp.callbacks.monitor import spread_over_classes
+from gmarpp.module import load_classifier
+from gmarpp.storage import write_atomically
+from gmarpp.visualize import figure_bytes, method_color, method_dashes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SanityCheck:
+    """Rank correlation of maps with the trained network's, while the network is randomised from the head down.
+
+    Attributes:
+        stages: what has been randomised so far, from `trained` to `embedding`.
+        correlations: by method, shape (stages, images): Spearman's rank correlation, in [-1, 1].
+    """
+
+    stages: tuple[str, ...]
+    correlations: dict[str, Tensor]
+
+    def unchanged(self, threshold: float = 0.9) -> list[str]:
+        """Name the methods whose mean correlation stays above a threshold with all parameters randomised."""
+        return [method for method, values in self.correlations.items() if values[-1].mean() > threshold]
+
+    def blind_to_head(self, threshold: float = 0.99) -> list[str]:
+        """Name the methods whose maps do not change when the head, which alone knows the classes, is randomised."""
+        return [method for method, values in self.correlations.items() if values[1].mean() > threshold]
+
+
+def sanity_check(
+    model: nn.Module,
+    images: Tensor,
+    methods: Sequence[str] = METHODS,
+    target: Tensor | None = None,
+    *,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+) -> SanityCheck:
+    """Randomise a network's parameters from the head down, and compare the maps with the trained network's.
+
+    Every parameter is replaced by normal numbers of its own mean and standard deviation: what was learned is gone, the
+    scale of activations stays. The given network is not touched.
+
+    Args:
+        model: a network that `gmarpp.explain` can explain, of which the blocks are known.
+        images: shape (B, 3, H, W), preprocessed.
+        methods: names in `gmarpp.METHODS`.
+        target: class explained at every stage, (B,); the trained network's prediction by default.
+        architecture: token layout of a network of an unknown family.
+        seed: of the random parameters.
+
+    Raises:
+        ValueError: as `gmarpp.explain` does.
+    """
+    trained = explain(model, images, methods, target, architecture=architecture)
+    randomised = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    stages = ["trained"]
+    correlations = {method: [torch.ones(len(images))] for method in trained.maps}
+    layout = architecture or architecture_of(randomised)
+    for stage, parameters in _cascade(randomised, list(layout.blocks)):
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            spread = parameter.data.std() if parameter.numel() > 1 else parameter.data.abs().mean()
+            parameter.data = parameter.data.mean() + spread * noise
+        stages.append(stage)
+        maps = explain(randomised, images, methods, trained.target, architecture=architecture).maps
+        for method, values in maps.items():
+            correlations[method].append(rank_correlation(values, trained.maps[method]).cpu())
+    return SanityCheck(tuple(stages), {method: torch.stack(each) for method, each in correlations.items()})
+
+
+def _cascade(model: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Give what is randomised at each stage: what follows the blocks, each block from the top, what precedes them."""
+    owned = [{id(parameter) for parameter in block.parameters()} for block in blocks]
+    in_blocks = set().union(*owned)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in in_blocks]
+    names = [name for name, _ in model.named_parameters()]
+    first_block = min((names.index(name) for name, parameter in model.named_parameters() if id(parameter) in in_blocks))
+    yield "head", [parameter for name, parameter in named if names.index(name) > first_block]
+    for position in reversed(range(len(blocks))):
+        yield f"block {position + 1}", list(blocks[position].parameters())
+    yield "embedding", [parameter for name, parameter in named if names.index(name) < first_block]
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation of two maps per image, ties sharing their mean rank; 0 where a map is constant.
+
+    Args:
+        first: shape (B, h, w).
+        second: shape (B, h, w).
+
+    Returns:
+        shape (B,), in [-1, 1].
+
+    Example:
+        >>> rank_correlation(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[10.0, 30.0, 20.0]]]))
+        tensor([0.5000])
+    """
+    ranks = [_mean_ranks(values.flatten(1).double()) for values in (first, second)]
+    centred = [rank - rank.mean(dim=1, keepdim=True) for rank in ranks]
+    covariance = (centred[0] * centred[1]).sum(dim=1)
+    scale = centred[0].norm(dim=1) * centred[1].norm(dim=1)
+    return torch.where(scale > 0, covariance / scale.where(scale > 0, 1), 0.0).float()
+
+
+def _mean_ranks(values: Tensor) -> Tensor:
+    smaller = (values[:, None, :] < values[:, :, None]).sum(dim=-1)
+    equal = (values[:, None, :] == values[:, :, None]).sum(dim=-1)
+    return smaller + (equal - 1) / 2
+
+
+def cascade_figure(check: SanityCheck) -> Figure:
+    """Draw each method's mean rank correlation against how far the network has been randomised."""
+    figure = Figure(figsize=(7.6, 3.9), dpi=200, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method in sorted(check.correlations, key=lambda name: -float(check.correlations[name][1:].mean())):
+        mean = check.correlations[method].mean(dim=1).numpy()
+        (line,) = axes.plot(np.arange(len(mean)), mean, label=METHOD_LABELS.get(method, method), linewidth=1.6)
+        line.set(color=method_color(method), linestyle=method_dashes(method))
+    axes.set_xticks(np.arange(len(check.stages)), check.stages, rotation=45, ha="right", fontsize=8)
+    axes.set_xlabel("randomised from the head down to …", fontsize=9)
+    axes.set_ylabel("rank correlation with\nthe trained network's map", fontsize=9)
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def write_sanity_check(
+    ckpt_path: str,
+    data: L.LightningDataModule,
+    output: str = "results/sanity",
+    methods: Sequence[str] = METHODS,
+    images: int = 64,
+    seed: int = 0,
+) -> None:
+    """Randomise a trained network step by step and write `sanity.csv` and `sanity.png`.
+
+    Args:
+        ckpt_path: checkpoint, as for `explain.py`.
+        data: data module; images are chosen from what it predicts on, spread over the classes.
+        output: folder of the results.
+        methods: attribution methods.
+        images: number of images.
+        seed: of the random parameters.
+    """
+    module = load_classifier(ckpt_path)
+    data.preprocessing = module.preprocessing  # type: ignore[attr-defined]
+    data.prepare_data()
+    data.setup("predict")
+    dataset = data.datasets["predict"]  # type: ignore[attr-defined]
+    chosen = spread_over_classes(dataset.labels, images)
+    batch = default_collate([dataset[int(index)]["image"] for index in chosen])
+    check = sanity_check(module.model, batch, [resolve_method(method) for method in methods], seed=seed)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(("method", *check.stages))
+    for method, values in check.correlations.items():
+        writer.writerow((method, *(f"{value:.4f}" for value in values.mean(dim=1).tolist())))
+    write_atomically(folder / "sanity.csv", table.getvalue().encode())
+    write_atomically(folder / "sanity.png", figure_bytes(cascade_figure(check)))
+    logger.info("%s: %s", folder / "sanity.csv", table.getvalue())
+    for names, text in (
+        (check.unchanged(), "does not change when all parameters are random: it does not show what was learned"),
+        (check.blind_to_head(), "does not change when the head is random: it does not depend on the class"),
+    ):
+        for name in names:
+            logger.warning("%s %s", METHOD_LABELS[name], text)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    auto_cli(write_sanity_check, as_positional=False)
