@@ -1,0 +1,73 @@
+"""Average Drop, Increase and Gain: the score on the image against the score on its most relevant part."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gmarpp.metrics.functional.reduction import Reduction, reduce_images
+
+
+def _check(full: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    if full.ndim != 1 or full.shape != kept.shape:
+        raise ValueError(f"full and kept must both have shape (B,), got {tuple(full.shape)} and {tuple(kept.shape)}")
+    return full.float(), kept.float()
+
+
+def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
+    r"""Average Drop in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(Y - O) / Y)` (Chattopadhyay et al. 2018).
+
+    Lower is better. A score of 0 has nothing to lose: its drop is 0. Relative to a negative score (a logit) the drop is
+    undefined: NaN, left out of the mean.
+
+    Args:
+        full: (B,), Y, score on the image.
+        kept: (B,), O, score on the kept region.
+        reduction: `mean`, or `none` for a value per image.
+
+    Example:
+        >>> average_drop(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor(25.)
+    """
+    full, kept = _check(full, kept)
+    drop = torch.where(full == 0, 0.0, 100 * (full - kept).relu() / full)
+    return reduce_images(torch.where(full < 0, math.nan, drop), reduction)
+
+
+def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
+    r"""Average Increase in percent: :math:`100 \cdot \text{mean}[O > Y]` (Chattopadhyay et al. 2018).
+
+    Higher is better. NaN where a score is NaN.
+
+    Args:
+        full: (B,), Y, score on the image.
+        kept: (B,), O, score on the kept region.
+        reduction: `mean`, or `none` for a value per image.
+
+    Example:
+        >>> average_increase(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor(50.)
+    """
+    full, kept = _check(full, kept)
+    increase = 100 * (kept > full).float()
+    return reduce_images(torch.where(full.isnan() | kept.isnan(), math.nan, increase), reduction)
+
+
+def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
+    r"""Average Gain in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(O - Y) / (1 - Y))` (Zhang et al. 2024).
+
+    Higher is better. A probability of 1 has nothing to gain: its gain is 0. Above 1 (a logit) the gain is undefined:
+    NaN, left out of the mean.
+
+    Args:
+        full: (B,), Y, score on the image.
+        kept: (B,), O, score on the kept region.
+        reduction: `mean`, or `none` for a value per image.
+
+    Example:
+        >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor(10.0000)
+    """
+    full, kept = _check(full, kept)
+    gain = torch.where(full == 1, 0.0, 100 * (kept - full).relu() / (1 - full))
+    return reduce_images(torch.where(full > 1, math.nan, gain), reduction)

@@ -1,0 +1,30 @@
+"""Sparseness of maps."""
+
+import torch
+from torch import Tensor
+
+from gmarpp.metrics.functional.reduction import Reduction, check_finite_maps, reduce_images
+
+
+def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
+    r"""Gini index of the patches' absolute relevance (Chalasani et al. 2020): 0 even, towards 1 a single patch.
+
+    .. math::
+        G = \frac{\sum_{k=1}^{n} (2k - n - 1) v_k}{n \sum_k v_k}, \quad v_1 \le \dots \le v_n
+
+    A map of zeros is even: 0.
+
+    Args:
+        maps: (B, h, w), raw; the scale does not matter, an offset does.
+        reduction: `mean`, or `none` for a value per image.
+
+    Example:
+        >>> sparseness(torch.tensor([[[0.0, 0.0], [0.0, 5.0]], [[1.0, 1.0], [1.0, 1.0]]]), reduction="none")
+        tensor([0.7500, 0.0000])
+    """
+    check_finite_maps(maps)
+    values = maps.float().abs().flatten(1).sort(dim=1).values
+    count = values.shape[1]
+    weights = torch.arange(1 - count, count, 2, device=values.device, dtype=values.dtype)
+    total = count * values.sum(1)
+    return reduce_images(torch.where(total > 0, (values * weights).sum(1) / total, 0.0), reduction)

@@ -1,0 +1,29 @@
+"""Sparseness of maps."""
+
+from torch import Tensor
+
+from gmarpp.metrics.base import MeanOverImages
+from gmarpp.metrics.functional.sparseness import sparseness
+
+
+class Sparseness(MeanOverImages):
+    """Gini index of the patches' absolute relevance; see `gmarpp.metrics.functional.sparseness`.
+
+    As input to `forward` and `update`: `maps` (B, h, w), raw.
+    As output of `forward` and `compute`: a scalar; higher is sparser and so easier to read, not more faithful.
+
+    Args:
+        kwargs: of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> Sparseness()(torch.tensor([[[0.0, 0.0], [0.0, 5.0]]]))
+        tensor(0.7500)
+    """
+
+    is_differentiable: bool = True
+    higher_is_better: bool = True
+
+    def update(self, maps: Tensor) -> None:
+        """Add a batch."""
+        self._accumulate(sparseness(maps, reduction="none"))

@@ -1,0 +1,31 @@
+"""Perturbation: the only place that runs the network for metrics.
+
+Patches are ranked once per map, removed or revealed in that order, and the network scores what is left. See
+`score_perturbations` (several maps at once), `perturbation_curves` (one map) and `road_scores`.
+"""
+
+from gmarpp.perturbation.baselines import BASELINES, Baseline, baseline_images, gaussian_blur
+from gmarpp.perturbation.curves import Curves, KeptMask, PerturbationScores, perturbation_curves, score_perturbations
+from gmarpp.perturbation.imputation import noisy_linear_imputation
+from gmarpp.perturbation.jobs import SCORES, Score
+from gmarpp.perturbation.masks import rank_patches, step_counts
+from gmarpp.perturbation.road import RoadScores, road_scores
+
+__all__ = [
+    "BASELINES",
+    "SCORES",
+    "Baseline",
+    "Curves",
+    "KeptMask",
+    "PerturbationScores",
+    "RoadScores",
+    "Score",
+    "baseline_images",
+    "gaussian_blur",
+    "noisy_linear_imputation",
+    "perturbation_curves",
+    "rank_patches",
+    "road_scores",
+    "score_perturbations",
+    "step_counts",
+]

@@ -1,0 +1,186 @@
+"""Insertion and deletion curves and kept-region scores."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.perturbation.baselines import BASELINES, Baseline, TokenDrop, baseline_images
+from gmarpp.perturbation.jobs import Objective, Render, Score, composite, score_intervals, score_weighted
+from gmarpp.perturbation.masks import check_maps, minmax, pixel_to_patch, rank_patches, step_counts
+
+KeptMask = Literal["topk", "soft"]
+KEPT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Insertion and deletion curves of one map per image.
+
+    Attributes:
+        fractions: (S + 1,), share of the patches inserted or deleted, from 0 to 1.
+        insertion: (B, S + 1), from the baseline's score to the image's.
+        deletion: (B, S + 1), from the image's score to the baseline's.
+    """
+
+    fractions: Tensor
+    insertion: Tensor
+    deletion: Tensor
+
+
+@dataclass(frozen=True)
+class PerturbationScores:
+    """Scores of perturbed images, per method.
+
+    Attributes:
+        fractions: (S + 1,), share of the patches inserted or deleted, from 0 to 1.
+        full: (B,), score on the image.
+        empty: (B,), score on the baseline alone.
+        insertion: (B, S + 1) per method; empty without curves.
+        deletion: (B, S + 1) per method; empty without curves.
+        kept: (B,) per method, score on the kept region; empty without kept regions.
+    """
+
+    fractions: Tensor
+    full: Tensor
+    empty: Tensor
+    insertion: dict[str, Tensor]
+    deletion: dict[str, Tensor]
+    kept: dict[str, Tensor]
+
+
+def _rescaled(curves: Tensor, full: Tensor, empty: Tensor) -> Tensor:
+    span = (full - empty)[:, None]
+    return torch.where(span > 0, (curves - empty[:, None]) / span, math.nan)
+
+
+def score_perturbations(
+    model: nn.Module,
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    target: Tensor,
+    *,
+    steps: int = 28,
+    baseline: Baseline = "blur",
+    score: Score = "probability",
+    mask: KeptMask = "topk",
+    normalize: bool = False,
+    batch_size: int = 128,
+    curves: bool = True,
+    kept: bool = True,
+) -> PerturbationScores:
+    """Score images of which patches are removed in the order of their maps, for several methods at once.
+
+    Patches are ranked once per map (ties by index). All jobs - images × methods × curves × steps - run in batches
+    without gradients, under the ambient autocast, with the network in eval mode. The image, the baseline and every set
+    of kept patches that several methods or curves share are scored once.
+
+    Args:
+        model: any network from images to logits (or to an object with `.logits`).
+        images: (B, C, H, W), normalised.
+        maps: raw maps (B, h, w) per method, all on one grid. A grid that does not divide the image is upsampled by
+            nearest neighbour, so every pixel belongs to exactly one patch.
+        target: (B,) long, the class scored for each image.
+        steps: S, curve steps; more steps than patches means one patch per step (`fractions` tells the truth).
+        baseline: what replaces a removed patch: `blur`, `mean` (the image's mean colour), `black` (needs
+            `model.pretrained_cfg`) or `drop` (the token leaves the sequence; timm Vision Transformers).
+        score: softmax `probability` of the target, or its `logit`.
+        mask: kept region: `topk` keeps the top 25 % of the patches, rounded up; `soft` fades the image into the
+            baseline with weight 1 - E, E the min-max map on its grid (constant: 0), which over `black` is the E * x of
+            Grad-CAM++ (Chattopadhyay et al. 2018).
+        normalize: rescale each curve by (full - empty); a curve is NaN where the image scores no higher than its
+            baseline, and metrics leave that image out. `kept`, `full` and `empty` stay as they are.
+        batch_size: most images per forward pass; bounds the memory.
+        curves: score insertion and deletion.
+        kept: score kept regions.
+
+    Raises:
+        ValueError: wrong options or shapes, maps that are not finite (naming the method and the image positions),
+            `drop` for other networks or with `soft`, `black` without `pretrained_cfg`.
+    """
+    grid = check_maps(maps, images)
+    objective = Objective.of(target, score, images)
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
+    if mask not in get_args(KeptMask):
+        raise ValueError(f"mask must be one of {', '.join(get_args(KeptMask))}, got {mask!r}")
+    if kept and mask == "soft" and baseline == "drop":
+        raise ValueError("mask 'soft' cannot drop half a token: use mask 'topk', or baseline 'blur', 'mean' or 'black'")
+
+    stacked = torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()])
+    ranks = rank_patches(stacked)
+    patches = ranks.shape[-1]
+    counts = step_counts(patches, steps)
+    intervals = [(0, patches), (0, 0)]
+    if curves:
+        intervals += [(0, count) for count in counts] + [(count, patches) for count in counts]
+    if kept and mask == "topk":
+        intervals.append((0, math.ceil(KEPT_SHARE * patches)))
+
+    with evaluation_mode(model), torch.no_grad():
+        render: Render
+        if baseline == "drop":
+            render = TokenDrop(model, images, grid, batch_size)
+        else:
+            to_patch = pixel_to_patch(grid, (images.shape[2], images.shape[3]), images.device)
+            render = composite(model, images, baseline_images(model, images, baseline), to_patch)
+        scores = score_intervals(render, ranks, intervals, objective, batch_size, equal_sizes=baseline == "drop")
+        region = scores[..., -1]
+        if kept and mask == "soft":
+            region = score_weighted(render, minmax(stacked).flatten(2), objective, batch_size)
+
+    full, empty = scores[0, :, 0], scores[0, :, 1]
+    inserted, deleted = scores[..., 2 : 2 + len(counts)], scores[..., 2 + len(counts) : 2 + 2 * len(counts)]
+    if normalize:
+        inserted, deleted = (_rescaled(each, full, empty) for each in (inserted, deleted))
+    return PerturbationScores(
+        fractions=torch.tensor(counts, device=images.device) / patches,
+        full=full,
+        empty=empty,
+        insertion=dict(zip(maps, inserted, strict=True)) if curves else {},
+        deletion=dict(zip(maps, deleted, strict=True)) if curves else {},
+        kept=dict(zip(maps, region, strict=True)) if kept else {},
+    )
+
+
+def perturbation_curves(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    steps: int = 28,
+    baseline: Baseline = "blur",
+    score: Score = "probability",
+    normalize: bool = False,
+    batch_size: int = 128,
+) -> Curves:
+    """Insertion and deletion curves of one map per image (Petsiuk et al. 2018, by whole patches).
+
+    Args:
+        model: any network from images to logits.
+        images: (B, C, H, W), normalised.
+        maps: (B, h, w), raw.
+        target: (B,) long.
+        steps: S; capped at the number of patches.
+        baseline: `blur`, `mean`, `black` or `drop`.
+        score: `probability` or `logit`.
+        normalize: rescale by (full - empty), see `score_perturbations`.
+        batch_size: most images per forward pass.
+    """
+    scores = score_perturbations(
+        model,
+        images,
+        {"maps": maps},
+        target,
+        steps=steps,
+        baseline=baseline,
+        score=score,
+        normalize=normalize,
+        batch_size=batch_size,
+        kept=False,
+    )
+    return Curves(scores.fractions, scores.insertion["maps"], scores.deletion["maps"])

@@ -1,0 +1,85 @@
+"""ROAD: remove and debias."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.perturbation.imputation import noisy_linear_imputation
+from gmarpp.perturbation.jobs import Objective, Score, logits_of, score_intervals
+from gmarpp.perturbation.masks import check_maps, pixel_to_patch, rank_patches
+
+FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class RoadScores:
+    """Scores after imputing removed patches.
+
+    Attributes:
+        fractions: (F,), share of the patches removed.
+        most_relevant_first: (B, F) per method; low where the map is faithful.
+        least_relevant_first: (B, F) per method; high where the map is faithful.
+    """
+
+    fractions: Tensor
+    most_relevant_first: dict[str, Tensor]
+    least_relevant_first: dict[str, Tensor]
+
+
+def road_scores(
+    model: nn.Module,
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    target: Tensor,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    score: Score = "probability",
+    noise: float = 0.01,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> RoadScores:
+    """Remove patches in both orders, fill them by noisy linear imputation, and score (Rong et al. 2022).
+
+    Args:
+        model: any network from images to logits.
+        images: (B, C, H, W), normalised.
+        maps: raw maps (B, h, w) per method, all on one grid.
+        target: (B,) long.
+        fractions: shares of the patches to remove, strictly between 0 and 1; rounded to whole patches, at least one
+            removed and one left.
+        score: `probability` or `logit`.
+        noise: standard deviation of the noise on imputed pixels, in units of the normalised image.
+        seed: of the noise, one field for all images, so that no score depends on the batch it was computed in.
+        batch_size: most images per forward pass.
+
+    Raises:
+        ValueError: as `score_perturbations`, or fractions outside (0, 1), or a map of one patch.
+    """
+    grid = check_maps(maps, images)
+    objective = Objective.of(target, score, images)
+    patches = grid[0] * grid[1]
+    if not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise ValueError(f"fractions must lie strictly between 0 and 1, got {tuple(fractions)}")
+    if patches < 2:
+        raise ValueError("imputation needs maps of at least two patches: one has to stay")
+    counts = [min(max(round(fraction * patches), 1), patches - 1) for fraction in fractions]
+    to_patch = pixel_to_patch(grid, (images.shape[2], images.shape[3]), images.device)
+    field = noise * torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images.device)
+
+    def render(image: Tensor, keep: Tensor) -> Tensor:
+        known = keep[:, to_patch].view(len(keep), *images.shape[2:])
+        return logits_of(model, noisy_linear_imputation(images[image], known, field))
+
+    ranks = rank_patches(torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()]))
+    intervals = [(count, patches) for count in counts] + [(0, patches - count) for count in counts]
+    with evaluation_mode(model), torch.no_grad():
+        scores = score_intervals(render, ranks, intervals, objective, batch_size)
+    most, least = torch.split(scores, len(counts), dim=-1)
+    return RoadScores(
+        fractions=torch.tensor(counts, device=images.device) / patches,
+        most_relevant_first=dict(zip(maps, most, strict=True)),
+        least_relevant_first=dict(zip(maps, least, strict=True)),
+    )

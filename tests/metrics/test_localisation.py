@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+from torchmetrics.functional.classification import binary_jaccard_index
+
+from gmarpp.metrics import EnergyInside, IoU, PointingGame
+from gmarpp.metrics.functional import (
+    average_precision,
+    boxes_to_masks,
+    energy_inside,
+    iou,
+    pixel_accuracy,
+    pointing_game,
+)
+
+FUNCTIONS = (pointing_game, energy_inside, iou, pixel_accuracy, average_precision)
+# Min-max 0, 1/4, 3/4, 1 of mean 1/2: the bottom row is highlighted.
+MAP = torch.tensor([[[2.0, 3.0], [5.0, 6.0]]])
+
+
+def masks(*rows):
+    return torch.tensor([rows], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("mask", "pointing", "energy", "overlap", "accuracy", "precision"),
+    [
+        (masks([0, 0], [1, 1]), 1, 7 / 8, 1, 1, 1),
+        (masks([0, 0], [0, 1]), 1, 1 / 2, 1 / 2, 3 / 4, 1),
+        (masks([1, 1], [0, 0]), 0, 1 / 8, 0, 0, (1 / 3 + 2 / 4) / 2),
+        (masks([0, 1], [1, 0]), 0, 1 / 2, 1 / 3, 1 / 2, (1 / 2 + 2 / 3) / 2),
+        (masks([1, 1], [1, 1]), 1, 1, 1 / 2, 1 / 2, 1),
+    ],
+)
+def test_values_by_hand(mask, pointing, energy, overlap, accuracy, precision):
+    for function, value in zip(FUNCTIONS, (pointing, energy, overlap, accuracy, precision), strict=True):
+        assert function(MAP, mask).item() == pytest.approx(value), function.__name__
+
+
+def test_thresholds_apply_to_the_minmax_map():
+    mask = masks([0, 1], [1, 1])
+    assert iou(MAP, mask, threshold=0.2).item() == 1
+    assert iou(MAP, mask, threshold=0.8).item() == pytest.approx(1 / 3)
+    assert pixel_accuracy(MAP, mask, threshold=0.8).item() == 0.5
+    metric = IoU(threshold=0.8)
+    metric.update(MAP, mask)
+    assert metric.compute().item() == pytest.approx(1 / 3)
+
+
+def test_against_other_implementations_on_upsampled_maps():
+    torch.manual_seed(0)
+    maps, mask = torch.rand(3, 4, 4), torch.rand(3, 16, 20) > 0.7
+    upsampled = torch.nn.functional.interpolate(maps[:, None].double(), size=(16, 20), mode="bilinear")[:, 0]
+    for position, (relevance, truth) in enumerate(zip(upsampled, mask, strict=True)):
+        expected = average_precision_score(truth.flatten(), relevance.flatten().round(decimals=6))
+        assert average_precision(maps, mask, "none")[position].item() == pytest.approx(expected, abs=1e-6)
+        expected = binary_jaccard_index((relevance > relevance.mean()).int(), truth.int())
+        torch.testing.assert_close(iou(maps, mask, reduction="none")[position], expected)
+
+
+def test_images_without_an_object_do_not_count():
+    maps, mask = MAP.expand(3, 2, 2), torch.cat([masks([0, 0], [1, 1]), masks([0, 0], [0, 0]), masks([1, 1], [0, 0])])
+    for function in FUNCTIONS:
+        values = function(maps, mask, reduction="none")
+        assert values.isnan().tolist() == [False, True, False]
+        assert function(maps, mask).item() == pytest.approx(values[[0, 2]].mean().item())
+        assert math.isnan(function(maps[1:2], mask[1:2]).item())
+    metric = PointingGame()
+    metric.update(maps, mask)
+    metric.update(maps[1:2], mask[1:2])
+    assert metric.compute().item() == 0.5
+
+
+def test_constant_map_highlights_nothing_and_points_at_the_first_pixel():
+    maps, mask = torch.full((1, 2, 2), 7.0), masks([1, 0], [0, 0])
+    values = [function(maps, mask).item() for function in FUNCTIONS]
+    assert values == [1, 0, 0, 0.75, 0.25]
+
+
+def test_maps_that_are_not_finite():
+    maps = torch.rand(3, 2, 2)
+    maps[1, 0, 0] = torch.nan
+    for function in FUNCTIONS:
+        with pytest.raises(ValueError, match=r"NaN or infinite values in the maps of images \[1\]"):
+            function(maps, torch.ones(3, 4, 4))
+
+
+def test_shapes():
+    with pytest.raises(ValueError, match=r"masks must have shape \(1, H, W\)"):
+        iou(MAP, torch.ones(2, 2, 2))
+    with pytest.raises(ValueError, match="maps must be floating point"):
+        iou(MAP[None], torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match="maps must be floating point"):
+        iou(MAP.long(), torch.ones(1, 2, 2))
+
+
+class TestBoxes:
+    def test_pixels_whose_centre_is_inside(self):
+        mask = boxes_to_masks(torch.tensor([[1.0, 0.0, 3.0, 2.0], [0.6, 1.4, 2.5, 3.0]]), (3, 4))
+        assert mask[0].int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+        assert mask[1].int().tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
+
+    def test_area_of_boxes_with_whole_edges(self):
+        torch.manual_seed(0)
+        low = torch.randint(0, 20, (50, 2))
+        boxes = torch.cat([low, low + torch.randint(1, 12, (50, 2))], dim=1)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        assert torch.equal(boxes_to_masks(boxes, (32, 32)).sum((1, 2)), area)
+
+    def test_empty_boxes_give_empty_masks_which_do_not_count(self):
+        empty = torch.tensor([[2.0, 0.0, 2.0, 4.0], [3.0, 0.0, 1.0, 4.0], [torch.nan] * 4, [9.0, 9.0, 12.0, 12.0]])
+        mask = boxes_to_masks(empty, (4, 4))
+        assert not mask.any()
+        assert energy_inside(MAP.expand(4, 2, 2), mask, "none").isnan().all()
+        metric = EnergyInside()
+        metric.update(MAP.expand(4, 2, 2), mask)
+        assert metric.compute().isnan()
+
+    def test_shape(self):
+        with pytest.raises(ValueError, match=r"boxes must have shape \(B, 4\)"):
+            boxes_to_masks(torch.rand(4), (2, 2))
