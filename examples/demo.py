@@ -8,6 +8,7 @@ Michetti), both CC0; the digits are scikit-learn's, on scikit-learn's two sample
 
 import csv
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -79,13 +80,12 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     started = time.perf_counter()
     print("\n1/2  Explaining photographs with the shipped checkpoint\n")
+    shutil.rmtree(RESULTS, ignore_errors=True)
     photographs = RESULTS / "photographs"
     write_photographs(photographs)
     options = ["--trainer.accelerator", "cpu", "--data", "ImageFolder", "--data.root", str(photographs)]
     options += ["--data.num_workers", "0", "--explain.methods", f"[{', '.join(METHODS)}]"]
-    explain_main(
-        ["predict", "--ckpt_path", CHECKPOINT, "--output", str(RESULTS / "explained"), *options, "--overwrite"]
-    )
+    explain_main(["predict", "--ckpt_path", CHECKPOINT, "--output", str(RESULTS / "explained"), *options])
     halves = explain_two_classes(photographs, RESULTS)
 
     print("\n2/2  Fine-tuning the shipped checkpoint on handwritten digits\n")

@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from squares import ColouredSquares, Squares
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gmarpp
+from gmarpp.callbacks import AttributionMonitor
+from gmarpp.callbacks.monitor import spread_over_classes
+from gmarpp.explainer import Explainer
+from gmarpp.metrics import METRICS
+from gmarpp.module import ViTClassifier
+from gmarpp.perturbation import score_perturbations
+
+EXPLAINER = Explainer(
+    methods=["gmarpp_l1", "rollout"], metrics=["average_drop", "insertion_auc", "deletion_auc", "road"], steps=4
+)
+
+
+def classifier(**options):
+    torch.manual_seed(0)
+    defaults = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "pretrained": False}
+    return ViTClassifier(**defaults, model_args={"depth": 2}, lr=1e-3, layer_decay=1.0, **options)
+
+
+def trainer(folder, *callbacks, **options):
+    defaults = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults |= {"enable_checkpointing": False, "max_epochs": 2}
+    return L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **(defaults | options))
+
+
+def expected_metrics(model, images):
+    """What the metrics are, from the public functions alone."""
+    maps = gmarpp.explain(model, images, EXPLAINER.methods)
+    scores = score_perturbations(model, images, maps.maps, maps.target, steps=4)
+    expected = {}
+    for method in EXPLAINER.methods:
+        expected[f"attribution/{method}/average_drop"] = METRICS["average_drop"]()(scores.full, scores.kept[method])
+        expected[f"attribution/{method}/insertion_auc"] = METRICS["insertion_auc"]()(
+            scores.fractions, scores.insertion[method]
+        )
+    return {tag: value.item() for tag, value in expected.items()}
+
+
+def test_logs_the_metrics_of_the_same_images_at_every_validation(tmp_path):
+    network, monitor = classifier(), AttributionMonitor(EXPLAINER, images=6, batch_size=4)
+    run = trainer(tmp_path, monitor)
+    run.validate(network, Squares(), verbose=False)
+    squares = ColouredSquares(23, 3, seed=1)
+    chosen = spread_over_classes(squares.labels.numpy(), 6)
+    assert sorted(squares.labels[chosen].tolist()) == [0, 0, 1, 1, 2, 2]
+    expected = expected_metrics(network.model, squares.images[chosen])
+    for tag, value in expected.items():
+        assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
+    assert {f"attribution/{m}/{n}" for m in EXPLAINER.methods for n in EXPLAINER.metrics} < set(run.callback_metrics)
+    assert run.callback_metrics["attribution/seconds"] > 0
+    again = trainer(tmp_path, monitor)
+    again.validate(network, Squares(), verbose=False)
+    for tag in expected:
+        assert again.callback_metrics[tag] == run.callback_metrics[tag]
+
+
+def test_fits_as_without_it_and_draws(tmp_path):
+    weights, logger = [], TensorBoardLogger(tmp_path, name="", version="run")
+    for callbacks, loggers in (((), False), ((AttributionMonitor(EXPLAINER, images=6),), logger)):
+        network = classifier()
+        run = trainer(tmp_path, *callbacks, logger=loggers, accumulate_grad_batches=2, precision="bf16-mixed")
+        L.seed_everything(0)
+        run.fit(network, Squares())
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    assert torch.equal(*weights)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert {"attribution/maps", "attribution/curves"} <= set(events.Tags()["images"])
+    assert len(events.Images("attribution/maps")) == 2
+    assert [event.step for event in events.Scalars("attribution/gmarpp_l1/insertion_auc")] == [1, 3]
+
+
+def test_checkpointing_and_early_stopping_monitor_it(tmp_path):
+    tag = "attribution/gmarpp_l1/insertion_auc"
+    best = ModelCheckpoint(tmp_path, "best", monitor=tag, mode="max", auto_insert_metric_name=False)
+    stop = EarlyStopping(tag, mode="min", patience=1)
+    monitor = AttributionMonitor(EXPLAINER, images=3)
+    run = trainer(tmp_path, monitor, best, stop, max_epochs=30, enable_checkpointing=True)
+    run.fit(classifier(), Squares())
+    assert best.best_model_score.item() >= run.callback_metrics[tag].item()
+    assert (tmp_path / "best.ckpt").exists()
+    assert run.current_epoch < 30
+
+
+def test_explains_the_averaged_weights(tmp_path):
+    network = classifier()
+    run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=6), EMAWeightAveraging(decay=0.5))
+    run.fit(network, Squares())
+    # After fitting, the averaged weights are the module's own.
+    squares = ColouredSquares(23, 3, seed=1)
+    chosen = spread_over_classes(squares.labels.numpy(), 6)
+    for tag, value in expected_metrics(network.model, squares.images[chosen]).items():
+        assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
+
+
+def test_is_off_with_one_option_and_skips_validations(tmp_path):
+    run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=0))
+    run.fit(classifier(), Squares())
+    assert not any(tag.startswith("attribution") for tag in run.callback_metrics)
+    logger = TensorBoardLogger(tmp_path, name="", version="sparse")
+    trainer(tmp_path, AttributionMonitor(EXPLAINER, images=3, every_n_epochs=2), logger=logger, max_epochs=3).fit(
+        classifier(), Squares()
+    )
+    events = EventAccumulator(str(tmp_path / "sparse")).Reload()
+    assert [event.step for event in events.Scalars("attribution/rollout/deletion_auc")] == [2, 8]
+
+
+def test_what_cannot_be_monitored_says_so(tmp_path):
+    with pytest.raises(ValueError, match="pointing_game cannot be monitored: the data has neither boxes nor masks"):
+        trainer(tmp_path, AttributionMonitor(Explainer(metrics=["pointing_game"]), images=3)).validate(
+            classifier(), Squares(), verbose=False
+        )
+    with pytest.raises(ValueError, match="images and grid_images must not be negative"):
+        AttributionMonitor(images=-1)
+
+
+def test_probe_is_spread_over_classes():
+    labels = np.array([3, 3, 3, 1, 1, 0, 7, 7, 7, 7])
+    assert spread_over_classes(labels, 4).tolist() == [5, 3, 0, 6]
+    assert spread_over_classes(labels, 6).tolist() == [5, 3, 0, 6, 4, 1]
+    assert spread_over_classes(labels, 2).tolist() == [5, 0]
+    assert sorted(spread_over_classes(labels, 99).tolist()) == list(range(10))
+
+
+TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from squares import Squares
+from callbacks.test_monitor import EXPLAINER, classifier, trainer
+from gmarpp.callbacks import AttributionMonitor
+
+if __name__ == "__main__":
+    devices = int(sys.argv[1])
+    monitor = AttributionMonitor(EXPLAINER, images=7)
+    run = trainer({folder!r}, monitor, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    run.validate(classifier(), Squares(), verbose=False)
+    if run.is_global_zero:
+        values = {{tag: value.item() for tag, value in run.callback_metrics.items()}}
+        curves = {{
+            kind: {{method: each.mean().mean.tolist() for method, each in sums.items()}}
+            for kind, sums in monitor._curves.items()
+        }}
+        Path({folder!r}, f"{{devices}}.json").write_text(json.dumps((values, curves)))
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
+    for devices in ("1", "2"):
+        subprocess.run([sys.executable, str(script), devices], check=True, cwd=tmp_path, timeout=200)
+    (alone, curves), (shared, shared_curves) = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    compared = [tag for tag in alone if tag.startswith("attribution") and not tag.endswith("seconds")]
+    assert len(compared) == 8
+    for tag in compared:
+        assert shared[tag] == pytest.approx(alone[tag], rel=1e-5), tag
+    for kind, method in (("insertion", "gmarpp_l1"), ("deletion", "rollout")):
+        np.testing.assert_allclose(shared_curves[kind][method], curves[kind][method], rtol=1e-5)
