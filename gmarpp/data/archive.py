@@ -60,6 +60,8 @@ def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
         OSError: no room for it, or no right to write.
         ValueError: the archive is damaged, or a path in it leads outside.
     """
+    if not archive.is_file():
+        raise FileNotFoundError(f"{archive} does not exist")
     logger.info("extracting %s to %s", archive, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

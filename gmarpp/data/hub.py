@@ -156,7 +156,10 @@ class HubDataset(ImageDataModule):
     def _evaluation_loader(self, name: str) -> DataLoader[Any]:
         if not self.streaming:
             return super()._evaluation_loader(name)
-        return DataLoader(self.datasets[name], batch_size=self.batch_size, **self._process_options())
+        options = self._process_options()
+        # `datasets` would share the files among several processes, and no row would know its number
+        options["num_workers"] = min(1, options["num_workers"])
+        return DataLoader(self.datasets[name], batch_size=self.batch_size, **options)
 
     def _load(self, split: Split) -> Any:
         """The dataset of a split, images left encoded."""
@@ -165,7 +168,7 @@ class HubDataset(ImageDataModule):
             data = datasets.load_dataset(self.path, split=self.splits[split], streaming=self.streaming, **options)
         except OSError as error:
             raise OSError(f"dataset {self.path!r} cannot be loaded: {error}") from error
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"split {self.splits[split]!r} of {self.path!r} cannot be loaded: {error}") from error
         for column in (self.image_column, self.label_column):
             if column not in data.features:
@@ -193,8 +196,8 @@ class HubRows:
 class HubStream(IterableDataset[Sample]):
     """Samples of a streamed dataset.
 
-    For evaluation each rank and process takes its own rows of the same stream, so that "index" is the row's number.
-    For training the stream's files are shared among them, and "index" only tells samples of an epoch apart.
+    For evaluation each rank takes its own rows of the same stream, so that "index" is the row's number. For training
+    the stream's files are shared among ranks and processes, and "index" only tells samples of an epoch apart.
 
     Args:
         stream: the streamed dataset, already this rank's share when training.
@@ -233,16 +236,15 @@ class HubStream(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         """Yields this process's samples; one pass is one epoch."""
-        worker = get_worker_info()
-        share, shares = (self.rank, self.world_size)
-        if worker is not None:
-            share, shares = self.rank * worker.num_workers + worker.id, self.world_size * worker.num_workers
-        epoch = self.epoch
-        if epoch is None:
-            yield from self._samples(((k, row) for k, row in enumerate(self.stream) if k % shares == share), 0)
+        if self.epoch is None:
+            rows = ((k, row) for k, row in enumerate(self.stream) if k % self.world_size == self.rank)
+            yield from self._samples(rows, 0)
             return
+        worker = get_worker_info()
+        share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        share, shares = self.rank * shares + share, self.world_size * shares
+        epoch, self.epoch = self.epoch, self.epoch + 1
         self.stream.set_epoch(epoch)
-        self.epoch = epoch + 1
         yield from self._samples(((k * shares + share, row) for k, row in enumerate(self.stream)), epoch)
 
     def _samples(self, rows: Iterator[tuple[int, Any]], epoch: int) -> Iterator[Sample]:

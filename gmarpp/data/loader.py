@@ -1,8 +1,10 @@
 """Samplers and loader whose order depends on seed and epoch only, on any number of ranks, also after a resume."""
 
 from collections.abc import Iterator, Sized
+from itertools import chain, count
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
@@ -20,13 +22,16 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __init__(self, dataset: Sized, world_size: int, rank: int, seed: int) -> None:
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.images = len(dataset)
         self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Skips `start` keys, once."""
-        keys = [(int(index), self.epoch) for index in super().__iter__()]
-        keys, self.start = keys[self.start :], 0
-        return iter(keys)
+        # hashed: the base class adds seed and epoch, so that seed 1 would repeat in its first epoch seed 0's second
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) & 0xFFFFFFFF)
+        order = torch.randperm(self.images, generator=generator)[: self.total_size][self.rank :: self.num_replicas]
+        start, self.start = self.start, 0
+        return iter([(index, self.epoch) for index in order[start:].tolist()])
 
 
 class UnrepeatedSampler(DistributedSampler[Any]):
@@ -48,10 +53,10 @@ class UnrepeatedSampler(DistributedSampler[Any]):
 
 
 def equal_batch_count(images: int, world_size: int, batch_size: int) -> int:
-    """The largest batch size up to `batch_size` that gives every rank the same number of unequal shares' batches.
+    """The batch size nearest to `batch_size`, rather smaller, that gives every rank the same number of batches.
 
-    A rank with one batch more than the others would wait for them forever where a network synchronises buffers.
-    Where no size does, `batch_size` itself.
+    The ranks' shares differ by one image where nothing is repeated. A rank with one batch more than the others would
+    wait for them forever where a network synchronises buffers.
 
     >>> equal_batch_count(9, world_size=2, batch_size=4)  # shares of 5 and 4 images: 2 and 1 batches of 4, but 2 of 3
     3
@@ -59,8 +64,7 @@ def equal_batch_count(images: int, world_size: int, batch_size: int) -> int:
     4
     """
     share, rest = divmod(images, world_size)
-    sizes = (size for size in range(batch_size, 0, -1) if rest == 0 or share % size)
-    return next(sizes, batch_size)
+    return next(size for size in chain(range(batch_size, 0, -1), count(batch_size)) if rest == 0 or share % size)
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -70,8 +74,6 @@ class ResumableLoader(DataLoader[Any]):
     batch sizes or ranks. Iteration starts at the first `next`, after Lightning has set the sampler's epoch.
     """
 
-    sampler: EpochSampler
-
     def __init__(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset, *args, **kwargs)
         self._seen = 0
@@ -79,6 +81,10 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yields the batches of the sampler's epoch that were not yet seen in it."""
+        if not isinstance(self.sampler, EpochSampler):
+            # Lightning puts a sequential sampler in its place to overfit a few batches
+            yield from super().__iter__()
+            return
         resumed, self._resumed = self._resumed, {}
         self._seen = resumed["images"] if resumed.get("epoch") == self.sampler.epoch else 0
         assert self.batch_size is not None
@@ -90,7 +96,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and images handed out in it over all ranks."""
-        return {"epoch": self.sampler.epoch, "images": self._seen}
+        return self._resumed or {"epoch": getattr(self.sampler, "epoch", -1), "images": self._seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes effect when the epoch of the state is iterated next."""

@@ -175,7 +175,9 @@ class ImageDataModule(L.LightningDataModule):
     def _evaluation_loader(self, name: str) -> DataLoader[Any]:
         dataset = self.datasets[name]
         sampler = UnrepeatedSampler(dataset, self.world_size, self._rank)
-        batch_size = equal_batch_count(len(dataset), self.world_size, self.batch_size)
+        batch_size = self.batch_size
+        if name != "predict":
+            batch_size = equal_batch_count(len(dataset), self.world_size, batch_size)
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._process_options())
 
     def _process_options(self) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmarpp.data import read_image, read_mask
+
+
+def pixels(image, **options):
+    """The decoded picture, after a round trip through the format, as nested lists (3, H, W)."""
+    file = io.BytesIO()
+    image.save(file, **options)
+    file.seek(0)
+    decoded = read_image(file, "picture")
+    assert decoded.dtype.itemsize == 1
+    return decoded.tolist()
+
+
+def grey(value, size=(1, 1)):
+    return Image.new("L", size, value)
+
+
+def test_grey_and_one_bit_have_three_equal_channels():
+    assert pixels(grey(77), format="PNG") == [[[77]]] * 3
+    assert pixels(Image.new("1", (1, 1), 1), format="PNG") == [[[255]]] * 3
+
+
+def test_half_transparent_red_is_pink():
+    # 128/255 of red over white: 255 · (1 - 128/255) = 127 in green and blue
+    assert pixels(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), format="PNG") == [[[255]], [[127]], [[127]]]
+
+
+def test_transparent_grey_and_palette_are_white():
+    assert pixels(Image.new("LA", (1, 1), (10, 0)), format="PNG") == [[[255]]] * 3
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert pixels(palette, format="PNG") == [[[10, 40]], [[20, 50]], [[30, 60]]]
+    assert pixels(palette, format="PNG", transparency=0) == [[[255, 40]], [[255, 50]], [[255, 60]]]
+
+
+def test_sixteen_bits_keep_their_range():
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for file_format in ("PNG", "TIFF"):
+        assert pixels(Image.fromarray(values), format=file_format)[0] == [[0, 1, 128, 255]]
+    wide = Image.fromarray(values.astype(np.int32))
+    assert pixels(wide, format="TIFF")[0] == [[0, 1, 128, 255]]
+
+
+def test_floating_point_is_taken_in_its_range():
+    assert pixels(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)), format="TIFF")[0] == [[0, 128, 255]]
+    assert pixels(Image.fromarray(np.array([[0.0, 100.0]], np.float32)), format="TIFF")[0] == [[0, 100]]
+
+
+@pytest.mark.parametrize("values", [np.array([[-1.0]], np.float32), np.array([[70000]], np.int32)])
+def test_values_without_a_range_are_refused(values):
+    with pytest.raises(ValueError, match=r"picture cannot be read .*no defined brightness"):
+        pixels(Image.fromarray(values), format="TIFF")
+
+
+def test_cmyk():
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red, green, blue = (np.array(channel) for channel in pixels(ink, format="JPEG", quality=100))
+    assert red.min() > 245
+    assert max(green.max(), blue.max()) < 10
+
+
+def test_exif_orientation_is_applied():
+    image = Image.fromarray(np.array([[[9, 9, 9], [200, 200, 200]]], np.uint8))  # dark left, bright right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees to view
+    assert pixels(image, format="PNG", exif=exif)[0] == [[9], [200]]
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"image .*absent\.png does not exist"):
+        read_image(tmp_path / "absent.png")
+    grey(3, (64, 64)).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").touch()
+    for name in ("half.jpg", "text.png", "empty.png"):
+        with pytest.raises(ValueError, match=rf"image .*{name} cannot be read .*: replace or remove it"):
+            read_image(tmp_path / name)
+
+
+def test_mask_is_everything_but_black(tmp_path):
+    values = np.array([[0, 1], [255, 0]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    Image.fromarray(np.stack([values, 0 * values, 0 * values], axis=2)).save(tmp_path / "colour.png")
+    palette = Image.fromarray(values, mode="P")
+    palette.putpalette([0, 0, 0] * 256)
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(values > 0).save(tmp_path / "bits.png")
+    for name in ("grey.png", "colour.png", "palette.png", "bits.png"):
+        assert read_mask(tmp_path / name).tolist() == [[False, True], [True, False]], name
+
+
+def test_compressed_mask_has_no_noise(tmp_path):
+    values = np.zeros((32, 32), np.uint8)
+    values[5:20, 7:23] = 255
+    Image.fromarray(values).save(tmp_path / "mask.jpg", quality=60)
+    assert np.asarray(Image.open(tmp_path / "mask.jpg"))[values == 0].max() > 0
+    assert (read_mask(tmp_path / "mask.jpg").numpy() == (values > 0)).all()

@@ -1,0 +1,210 @@
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from miniature import PLAIN, WNIDS, picture, tiny_imagenet, trainer
+from PIL import Image
+
+from gmarpp.data import Augmentation, HubDataset, TinyImageNet
+
+SORTED = sorted(WNIDS)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # seconds that the library waits for its threads after each pass over a shuffled stream
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
+    datasets.disable_progress_bars()
+
+
+def parquet(folder, rows, label=None, columns=("image", "label")):
+    """Writes one split per name: rows of encoded image (or Pillow's) and label."""
+    folder.mkdir(exist_ok=True)
+    files = {}
+    features = datasets.Features(
+        {columns[0]: datasets.Image(), columns[1]: label or datasets.ClassLabel(names=list(SORTED))}
+    )
+    for split, content in rows.items():
+        images = [
+            {"bytes": image if isinstance(image, bytes) else encoded(image), "path": None} for image, _ in content
+        ]
+        table = {columns[0]: images, columns[1]: [value for _, value in content]}
+        files[split] = str(folder / f"{split}.parquet")
+        datasets.Dataset.from_dict(table, features=features).to_parquet(files[split])
+    return files
+
+
+def encoded(image):
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def opened(files, *stages, **options):
+    data = HubDataset("parquet", data_files=files, preprocessing=PLAIN, num_workers=0, **options)
+    data.prepare_data()
+    for stage in stages:
+        data.setup(stage)
+    return data
+
+
+def ten(start=0):
+    return [(picture(start + k, (20, 16)), k % 3) for k in range(10)]
+
+
+def test_same_images_and_labels_as_the_folder(tmp_path):
+    root = tiny_imagenet(tmp_path, train=5)
+    folder = TinyImageNet(str(tmp_path), preprocessing=PLAIN, num_workers=0, split="train", selection_fraction=0)
+    folder.setup("predict")
+    folder.setup("validate")
+    rows = {
+        split: [((root / sample["path"]).read_bytes(), sample["label"]) for sample in folder.datasets[name]]
+        for split, name in (("train", "predict"), ("valid", "val"))
+    }
+    hub = opened(parquet(tmp_path / "hub", rows), "validate", "predict", predict_split="train")
+    assert hub.classes == folder.classes
+    assert hub.class_names == folder.class_names
+    for name in ("val", "predict"):
+        pairs = list(zip(folder.datasets[name], hub.datasets[name], strict=True))
+        assert len(pairs) in (6, 15)
+        for theirs, ours in pairs:
+            assert torch.equal(theirs["image"], ours["image"])
+            assert (theirs["label"], theirs["index"]) == (ours["label"], ours["index"])
+
+
+def test_batches(tmp_path):
+    data = opened(parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)}), "fit", batch_size=4)
+    batch = next(iter(data.val_dataloader()))
+    assert set(batch) == {"image", "label", "index", "path"}
+    assert set(batch["path"]) <= {f"valid/{k}" for k in range(10)}
+    assert sum(len(batch["label"]) for batch in data.train_dataloader()) == 8
+
+
+def test_classes_and_images_can_be_chosen(tmp_path):
+    files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
+    data = opened(files, "fit", only_classes=[SORTED[2]], images_per_class=2)
+    assert data.classes == (SORTED[2],)
+    assert [sample["path"] for sample in data.datasets["train"]] == ["train/2", "train/5"]
+    assert {sample["label"] for sample in data.datasets["val"]} == {0}
+
+
+def test_slices_of_a_split(tmp_path):
+    files = parquet(tmp_path / "hub", {"train": ten()})
+    data = opened(files, "fit", train_split="train[:80%]", val_split="train[80%:]")
+    assert (len(data.datasets["train"]), len(data.datasets["val"])) == (8, 2)
+
+
+def test_other_columns_and_text_labels(tmp_path):
+    text = [(image, ("zebra", "ant", "bee")[label]) for image, label in ten()]
+    files = parquet(tmp_path / "hub", {"train": text[:9], "valid": text[:2]}, datasets.Value("string"), ("img", "what"))
+    data = opened(files, "fit", "validate", image_column="img", label_column="what")
+    assert data.classes == ("ant", "bee", "zebra")
+    assert [sample["label"] for sample in data.datasets["val"]] == [2, 0]
+
+
+def test_numbers_need_their_classes(tmp_path):
+    files = parquet(tmp_path / "hub", {"valid": ten()}, datasets.Value("int64"))
+    with pytest.raises(ValueError, match="column 'label' of parquet does not name its classes: set classes"):
+        opened(files, "validate")
+    data = opened(files, "validate", classes=["x", "y", "z"])
+    assert data.classes == ("x", "y", "z")
+    assert [sample["label"] for sample in data.datasets["val"]] == [k % 3 for k in range(10)]
+
+
+def test_expected_classes_are_checked(tmp_path):
+    files = parquet(tmp_path / "hub", {"valid": ten()})
+    opened(files, "validate", classes=SORTED)
+    with pytest.raises(ValueError, match=r"another order: 3 and 3 of them, number 1 is \['n02124075'\] and should be"):
+        opened(files, "validate", classes=[SORTED[0], SORTED[2], SORTED[1]])
+    with pytest.raises(ValueError, match=r"3 and 2 of them, number 2 is"):
+        opened(files, "validate", classes=SORTED[:2])
+
+
+def test_unsorted_classes_are_reported(tmp_path, caplog):
+    files = parquet(tmp_path / "hub", {"valid": ten()}, datasets.ClassLabel(names=["b", "a", "c"]))
+    assert opened(files, "validate").classes == ("b", "a", "c")
+    assert "not sorted" in caplog.text
+
+
+def test_grey_and_unlabelled(tmp_path):
+    files = parquet(tmp_path / "hub", {"valid": [(Image.new("L", (20, 16), 51), -1)]})
+    sample = opened(files, "predict").datasets["predict"][0]
+    assert sample["label"] == -1
+    assert torch.allclose(sample["image"], torch.full((3, 16, 16), 0.2))
+
+
+def test_image_folder_of_the_library(tmp_path):
+    for name in ("train/cat/1.png", "train/ant/2.png", "validation/cat/3.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(name)).save(tmp_path / "photos" / name)
+    data = HubDataset(str(tmp_path / "photos"), val_split="validation", preprocessing=PLAIN, num_workers=0)
+    data.setup("fit")
+    assert data.classes == ("ant", "cat")
+    assert [sample["label"] for sample in data.datasets["train"]] in ([0, 1], [1, 0])
+    assert data.datasets["val"][0]["path"].endswith("3.png")
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    files = parquet(tmp_path / "hub", {"train": ten()})
+    with pytest.raises(ValueError, match=r"split 'valid' of 'parquet' cannot be loaded: .*\['train'\]"):
+        opened(files)
+    with pytest.raises(ValueError, match="'parquet' has no column 'picture'; it has image, label"):
+        opened(files, val_split="train", image_column="picture")
+    with pytest.raises(OSError, match=r"dataset '.*absent' cannot be loaded"):
+        HubDataset(str(tmp_path / "absent"), preprocessing=PLAIN).prepare_data()
+    damaged = opened(parquet(tmp_path / "bad", {"valid": [(b"text", 0)]}), "predict").datasets["predict"]
+    with pytest.raises(ValueError, match="image valid/0 cannot be read"):
+        damaged[0]
+
+
+def streamed(files, stage, rank=0, world_size=1, workers=0, **options):
+    data = HubDataset("parquet", data_files=files, preprocessing=PLAIN, num_workers=workers, streaming=True, **options)
+    data.trainer = trainer(world_size, rank)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_evaluation_sees_every_row_once(tmp_path, workers):
+    files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
+    local = opened(files, "predict").datasets["predict"]
+    found = {}
+    for rank in range(2):
+        data = streamed(files, "predict", rank, 2, workers, batch_size=2)
+        for batch in data.predict_dataloader():
+            for index, image, label in zip(
+                batch["index"].tolist(), batch["image"], batch["label"].tolist(), strict=True
+            ):
+                assert index not in found
+                found[index] = label
+                assert torch.equal(image, local[index]["image"])
+    assert found == {k: k % 3 for k in range(10)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_training_is_shuffled_shared_and_augmented(tmp_path, workers):
+    rows = [(Image.fromarray(np.full((16, 16, 3), k, np.uint8)), k % 3) for k in range(40)]
+    files = parquet(tmp_path / "hub", {"train": rows, "valid": rows[:3]})
+    plain = Augmentation(scale=(1, 1), horizontal_flip=0)
+    epochs = []
+    ranks = [streamed(files, "fit", rank, 2, workers, batch_size=1, augmentation=plain, seed=4) for rank in range(2)]
+    loaders = [data.train_dataloader() for data in ranks]
+    for _ in range(2):
+        orders = [[round(batch["image"][0, 0, 0, 0].item() * 255) for batch in loader] for loader in loaders]
+        assert sorted(orders[0] + orders[1]) == list(range(40))
+        epochs.append(orders)
+    assert epochs[0] != epochs[1]
+    assert epochs[0][0] != sorted(epochs[0][0])
+
+
+def test_streamed_classes_can_be_chosen_but_not_counted(tmp_path):
+    files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
+    data = streamed(files, "predict", only_classes=[SORTED[1]])
+    assert [(sample["label"], sample["index"]) for sample in data.datasets["predict"]] == [(0, 1), (0, 4), (0, 7)]
+    with pytest.raises(ValueError, match="images_per_class needs"):
+        streamed(files, "fit", images_per_class=1)
