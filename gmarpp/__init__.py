@@ -10,6 +10,9 @@ from gmarpp.attribution import (
     architecture_of,
     explain,
 )
+from gmarpp.checkpoint import load_model
+from gmarpp.perturbation import perturbation_curves
+from gmarpp.reader import load_explanations
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,4 +24,7 @@ __all__ = [
     "UnsupportedNetworkError",
     "architecture_of",
     "explain",
+    "load_explanations",
+    "load_model",
+    "perturbation_curves",
 ]

@@ -1,6 +1,7 @@
 """Attribution maps of Vision Transformers from intercepted attention; independent of Lightning."""
 
-from gmarpp.attribution.explain import Explanation, explain
+from gmarpp.attribution.explain import explain
+from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.methods import (
     GMAR,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gmarpp.attribution.explanation import Explanation, displayable
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method, select_methods
@@ -20,26 +20,11 @@ from gmarpp.attribution.target import (
     Score,
     Target,
     check_finite,
+    class_names,
     class_score,
     logits_of,
     resolve_target,
 )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Maps of a batch of images.
-
-    Attributes:
-        maps: by method name, float32, shape (B, h, w), raw and unnormalised; (B, K, h, w) where the target was (B, K).
-        target: class explained, long, (B,) or (B, K).
-        logits: the network's output, (B, C). Where the target was a score function, the scores, (B, 1), and every
-            `target` is 0.
-    """
-
-    maps: dict[str, Tensor]
-    target: Tensor
-    logits: Tensor
 
 
 def explain(
@@ -85,7 +70,8 @@ def explain(
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        return _Pass(model, usable, selected, layout, recompute).run(target)
+        maps, indices, logits = _Pass(model, usable, selected, layout, recompute).run(target)
+    return Explanation(maps, indices, logits, displayable(model, images.detach()), class_names(model))
 
 
 class _Pass:
@@ -120,7 +106,8 @@ class _Pass:
             torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
 
-    def run(self, target: Target) -> Explanation:
+    def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Give maps by method, targets and logits."""
         blocks = _recomputing(self.blocks) if self.recompute else nullcontext()
         with self.tap.intercepting(), blocks:
             with self.tap.recording(len(self.images)):
@@ -140,7 +127,7 @@ class _Pass:
             else maps[0][method.name]
             for method in self.methods
         }
-        return Explanation(stacked, indices, logits.detach())
+        return stacked, indices, logits.detach()
 
     def _scores(self, output: Any, target: Target) -> tuple[Tensor, Tensor, list[Score]]:
         if callable(target):

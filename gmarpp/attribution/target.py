@@ -53,6 +53,12 @@ def check_finite(logits: Tensor) -> None:
         )
 
 
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Give the class names that a network carries: its attribute `class_names`, or Hugging Face's `id2label`."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    return tuple(labels[index] for index in sorted(labels)) if labels else tuple(getattr(model, "class_names", ()))
+
+
 def class_index(name: str, model: nn.Module) -> int:
     """Find a class by its name or identifier.
 

@@ -240,3 +240,20 @@ def test_bad_targets_and_images_are_named():
     model.head.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"logits of images \[0, 1, 2\] are not finite"):
         gmarpp.explain(model, batch)
+
+
+def test_an_explanation_draws_itself():
+    model, batch = vit(img_size=(24, 48)), images(2, (24, 48))
+    model.class_names = tuple("abcdefg")
+    model.pretrained_cfg = {"mean": (0.5, 0.25, 0.0), "std": (0.5, 0.5, 1.0)}
+    found = gmarpp.explain(model, batch, ["gmarpp_l1", "rollout"], target=[[0, 3], [1, 2]])
+    torch.testing.assert_close(found.images[:, 1], (batch[:, 1] * 0.5 + 0.25).clamp(0, 1))
+    picture = found.overlay(1, "rollout", column=1)
+    assert picture.width == 2 * picture.height
+    assert picture.tobytes() != found.overlay(1, "gmarpp_l1", column=1).tobytes()
+    texts = [text.get_text() for axes in found.show().axes for text in axes.texts] + [
+        text.get_text() for text in found.show().texts
+    ]
+    assert {"a", "d", "b", "c"} <= set(texts)
+    stretched = gmarpp.explain(vit(), images(2)).images.amin(dim=(1, 2, 3))
+    assert stretched.shape == (2,)

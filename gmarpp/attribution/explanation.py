@@ -1,0 +1,80 @@
+"""The result of `explain`, which draws itself in a notebook."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps of a batch of images.
+
+    Attributes:
+        maps: by method name, float32, shape (B, h, w), raw and unnormalised; (B, K, h, w) where the target was (B, K).
+        target: class explained, long, (B,) or (B, K).
+        logits: the network's output, (B, C). Where the target was a score function, the scores, (B, 1), and every
+            `target` is 0.
+        images: what was explained, float32 in [0, 1] for display, (B, 3, H, W).
+        class_names: names of the classes for people; empty if the network carries none.
+    """
+
+    maps: dict[str, Tensor]
+    target: Tensor
+    logits: Tensor
+    images: Tensor = field(repr=False)
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+
+    def overlay(self, image: int = 0, method: str | None = None, column: int = 0) -> Image.Image:
+        """Lay a map over its image.
+
+        Args:
+            image: position in the batch.
+            method: key of `maps`; the first by default.
+            column: which class, where several classes per image were explained.
+        """
+        from gmarpp.visualize import overlay
+
+        pixels = overlay(self.images[image].cpu(), self._map(method or next(iter(self.maps)), image, column))
+        return Image.fromarray(pixels)
+
+    def show(self, images: int = 8) -> "Figure":
+        """Draw images across and methods down, with class and probability above each; a notebook shows the figure.
+
+        Args:
+            images: draw the first so many; every explained class of an image has a column of its own.
+        """
+        from gmarpp.visualize import comparison_figure
+
+        targets = self.target[:, None] if self.target.dim() == 1 else self.target
+        columns = [(image, column) for image in range(min(images, len(targets))) for column in range(targets.shape[1])]
+        probabilities = self.logits.float().softmax(dim=1)
+        explained = [int(targets[column]) for column in columns]
+        return comparison_figure(
+            images=[self.images[image].cpu() for image, _ in columns],
+            maps={method: [self._map(method, *column) for column in columns] for method in self.maps},
+            names=[self.class_names[index] if self.class_names else f"class {index}" for index in explained],
+            probabilities=[
+                float(probabilities[image, index]) for (image, _), index in zip(columns, explained, strict=True)
+            ],
+        )
+
+    def _map(self, method: str, image: int, column: int) -> Tensor:
+        maps = self.maps[method][image]
+        return (maps if maps.dim() == 2 else maps[column]).cpu()
+
+
+def displayable(model: nn.Module, images: Tensor) -> Tensor:
+    """Undo the normalisation of images (B, 3, H, W), as far as the network tells; else stretch each to [0, 1]."""
+    images = images.float()
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if "mean" in config and "std" in config:
+        mean, std = (torch.tensor(config[key], device=images.device).view(-1, 1, 1) for key in ("mean", "std"))
+        return (images * std + mean).clamp(0, 1)
+    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    return (images - low) / (high - low).clamp_min(1e-12)
