@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 PIL_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -33,8 +33,8 @@ PIL_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 class Weights:
     """A state dict in timm's naming, and what its file says about the network that it fits.
 
-    `None` or empty means that the file does not say. `preprocessing` holds any of `mean`, `std`, `interpolation` and
-    `crop_pct`; `model_args` are options of `build_model` beyond the architecture's own.
+    `None` or empty means that the file does not say. `preprocessing` holds any of `PREPROCESSING`; `model_args` are
+    options of `build_model` beyond the architecture's own.
     """
 
     state: dict[str, Tensor]
@@ -156,7 +156,7 @@ def build_model(
 
 
 def get_preprocessing(model: nn.Module) -> dict[str, Any]:
-    """The `mean`, `std`, `interpolation` and `crop_pct` a network was trained with, as plain lists and values."""
+    """The `PREPROCESSING` that a network was trained with, as plain lists and values."""
     config = resolve_model_data_config(model)
     return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in PREPROCESSING}
 
@@ -451,6 +451,7 @@ def _hugging_face_preprocessing(folder: Path, image_size: int) -> dict[str, Any]
         "std": config.get("image_std", [0.5] * 3) if normalised else [1.0] * 3,
         "interpolation": PIL_INTERPOLATION[config.get("resample", 2)],
         "crop_pct": image_size / shortest if shortest else 1.0,
+        "crop_mode": "center" if shortest else "squash",
     }
 
 

@@ -124,6 +124,7 @@ def test_hugging_face_folder_gives_equal_logits(tmp_path, options):
     config = resolve_model_data_config(loaded)
     assert (config["mean"], config["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1.0)
+    assert config["crop_mode"] == "squash"
 
 
 def test_hugging_face_import_survives_an_export(tmp_path):

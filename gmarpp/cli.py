@@ -1,0 +1,237 @@
+"""The command lines: `train.py fit|validate|test` and `explain.py predict`."""
+
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
+
+import gmarpp.data
+from gmarpp.callbacks.writer import ExplanationWriter
+from gmarpp.checkpoint import read_lightning_checkpoint
+from gmarpp.explainer import Explainer
+from gmarpp.module import ViTClassifier, load_classifier
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
+RESUME_KEYWORDS = ("best", "last", "hpc")
+# what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
+RESOLVED = ("image_size", "model_args", "preprocessing")
+
+
+class Trainer(L.Trainer):
+    """A Trainer for which the command line's `--trainer.limit_train_batches 1` means one batch.
+
+    Lightning's own annotation makes the parser read 1 as 1.0, all batches; so for the other three limits.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **kwargs,
+        )
+
+
+class TrainCLI(LightningCLI):
+    """Fine-tunes and evaluates; every run logs to TensorBoard and keeps its best and its last checkpoint."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=ViTClassifier,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            trainer_defaults={
+                "default_root_dir": "logs",
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "logs", "name": "", "default_hp_metric": False},
+                },
+            },
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=_parser_options("fit", "validate", "test"),
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit, validate and test; explaining is `explain.py`'s."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the checkpoint of the best validation and the one of the latest state, both configurable."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.auto_insert_metric_name": False,
+                "last_checkpoint.filename": "last",
+                "last_checkpoint.save_on_exception": True,
+                "last_checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Leaves out the checkpoints where `--trainer.enable_checkpointing false` asks for it."""
+        if self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys.clear()
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
+        options = self.config[self.config.subcommand]
+        path = options.get("ckpt_path")
+        if path is None or path in RESUME_KEYWORDS:
+            return
+        if Path(path).exists() and Path(path).suffix != ".ckpt":
+            raise ValueError(
+                f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
+            )
+        saved = read_lightning_checkpoint(path)["hyper_parameters"]
+        saved = {key: value for key, value in saved.items() if not key.startswith("_")}
+        asked = options.model.as_dict()
+        default = self._parser(self.config.subcommand).get_defaults().model.as_dict()
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
+        taken = self.config[self.config.subcommand].model
+        for key in sorted(asked.keys() - set(RESOLVED)):
+            if asked[key] not in (taken[key], default[key]):
+                rank_zero_warn(f"--model.{key} {asked[key]} is not used: the checkpoint was trained with {taken[key]}")
+
+
+class ExplainCLI(LightningCLI):
+    """Explains images with a trained network, which comes from the checkpoint alone."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            trainer_defaults={"logger": False, "enable_checkpointing": False, "enable_model_summary": False},
+            seed_everything_default=0,
+            save_config_callback=None,
+            parser_kwargs=_parser_options("predict"),
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Predict alone; its results go to files, not back to the caller."""
+        return {"predict": LightningCLI.subcommands()["predict"] | {"return_predictions"}}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the trainer and the data, but no model: its options are the checkpoint's."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what to explain and where to write it."""
+        parser.add_class_arguments(Explainer, "explain")
+        parser.add_class_arguments(ExplanationWriter, "write", skip={"output", "resume"}, instantiate=False)
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="Folder of the results (default: results/<checkpoint>)."
+        )
+        parser.add_argument("--resume", action="store_true", help="Continue an interrupted run in the same folder.")
+
+    def _parse_ckpt_path(self) -> None:
+        if not self.config.predict.ckpt_path:
+            raise ValueError(
+                "--ckpt_path is missing: explain.py explains a trained network, "
+                "for example --ckpt_path checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors"
+            )
+
+    def instantiate_classes(self) -> None:
+        """Builds the network from the checkpoint, the data and the trainer from the command line."""
+        options = self.parser.instantiate_classes(self.config)
+        self.config_init = options
+        self.datamodule = options.predict.data
+        self.model = load_classifier(options.predict.ckpt_path)
+        self.model.explainer = options.predict.explain
+        output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
+        writer: Callback = ExplanationWriter(output, resume=options.predict.resume, **options.predict.write)
+        self.trainer = self.instantiate_trainer(callbacks=[*(options.predict.trainer.callbacks or []), writer])
+
+    def predict(self, model: ViTClassifier, datamodule: L.LightningDataModule, **_: Any) -> None:
+        """Runs the predict loop without letting Lightning load the checkpoint a second time."""
+        self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
+
+
+CLI = TypeVar("CLI", TrainCLI, ExplainCLI)
+
+
+def train_main(args: list[str] | None = None) -> TrainCLI:
+    """Runs `train.py`; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        args: command line without the program's name; `sys.argv`'s when `None`.
+    """
+    return _run(TrainCLI, args)
+
+
+def explain_main(args: list[str] | None = None) -> ExplainCLI:
+    """Runs `explain.py`; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        args: command line without the program's name; `sys.argv`'s when `None`.
+    """
+    return _run(ExplainCLI, args)
+
+
+def _run(command: type[CLI], args: list[str] | None) -> CLI:
+    # both come from inside Lightning, and nothing that a user does makes them go away
+    warnings.filterwarnings("ignore", r"(?is).*(deprecated in v4|JsonargparseDeprecation)", module="lightning")
+    warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
+    try:
+        return command(args)
+    except (*USER_ERRORS, ArgumentError) as error:
+        if os.environ.get("GMARPP_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {_one_line(error)} (GMARPP_TRACEBACK=1 shows where)\n")
+        raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
+
+
+def _one_line(error: Exception) -> str:
+    message = str(error).strip() or type(error).__name__
+    if "Original Traceback" in message:
+        # an error in a data loader's worker arrives with its whole traceback as the message
+        message = message.splitlines()[-1].partition(": ")[2]
+    if message.startswith('Parser key "data"'):
+        message += f"; this project's data modules are {', '.join(_data_modules())}"
+    return " ".join(message.split())
+
+
+def _data_modules() -> list[str]:
+    return [
+        name
+        for name, value in vars(gmarpp.data).items()
+        if isinstance(value, type) and issubclass(value, L.LightningDataModule)
+    ]
+
+
+def _parser_options(*subcommands: str) -> dict[str, Any]:
+    """Has every parser raise its errors instead of printing a page of usage."""
+    return {"exit_on_error": False, **{name: {"exit_on_error": False} for name in subcommands}}

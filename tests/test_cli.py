@@ -1,0 +1,186 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from squares import Squares
+
+from gmarpp import cli
+from gmarpp.cli import explain_main, train_main
+
+ROOT = Path(__file__).parents[1]
+MODEL = [
+    "--model.architecture=test_vit",
+    "--model.num_classes=3",
+    "--model.image_size=32",
+    "--model.pretrained=false",
+    "--model.model_args={depth: 2}",
+]
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+FIT = ["fit", "--data=Squares", *MODEL, *QUIET, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
+
+
+class DamagedSquares(Squares):
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        if self.trainer.current_epoch == 0:
+            loader.dataset.images[23] = float("nan")
+        return loader
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert Squares  # its short name exists by being imported
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(folder):
+    train_main([*FIT, "--trainer.logger=false"])
+    return folder / "logs" / "checkpoints" / "last.ckpt"
+
+
+def failure(main, arguments, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code not in (0, None)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_fit_logs_and_keeps_best_and_last(folder):
+    run = train_main(FIT)
+    files = {str(path.relative_to(folder / "logs")) for path in (folder / "logs").rglob("*") if path.is_file()}
+    assert {"version_0/checkpoints/best.ckpt", "version_0/checkpoints/last.ckpt", "version_0/config.yaml"} <= files
+    assert any("tfevents" in file for file in files)
+    assert run.trainer.checkpoint_callback.monitor == "val/accuracy"
+    assert torch.load(folder / "logs/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    config = yaml.safe_load((folder / "logs/version_0/config.yaml").read_text())
+    assert config["seed_everything"] == 0
+    assert train_main(["fit", "--config", "logs/version_0/config.yaml"]).trainer.global_step == 6
+
+
+def test_resume_continues_and_takes_the_models_options_from_the_checkpoint(checkpoint, recwarn):
+    run = train_main([*FIT, "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint), "--model.lr=0.5"])
+    assert run.trainer.global_step == 9
+    assert run.model.hparams["lr"] == pytest.approx(2.5e-4)
+    assert [str(w.message) for w in recwarn if "is not used" in str(w.message)] == [
+        "--model.lr 0.5 is not used: the checkpoint was trained with 0.00025"
+    ]
+
+
+def test_validate_a_checkpoint(checkpoint):
+    run = train_main(["validate", "--data=Squares", *QUIET, "--ckpt_path", str(checkpoint), "--trainer.logger=false"])
+    assert set(run.trainer.callback_metrics) == {
+        "val/loss",
+        "val/accuracy",
+        "val/accuracy_top5",
+        "val/calibration_error",
+    }
+
+
+@pytest.mark.parametrize(("value", "batches"), [("1", 1), ("1.0", 3), ("2", 2)])
+def test_a_limit_of_1_is_one_batch(value, batches):
+    run = train_main(
+        [*FIT, "--trainer.logger=false", "--trainer.max_epochs=1", f"--trainer.limit_train_batches={value}"]
+    )
+    assert run.trainer.global_step == batches
+
+
+def test_callbacks_and_checkpoints_are_configurable(folder):
+    (folder / "ema.yaml").write_text("trainer: {callbacks+: [{class_path: EMAWeightAveraging}]}")
+    run = train_main([*FIT, "--config=ema.yaml", "--checkpoint.monitor=val/loss", "--checkpoint.mode=min"])
+    assert run.trainer.checkpoint_callback.mode == "min"
+    assert "EMAWeightAveraging" in {type(callback).__name__ for callback in run.trainer.callbacks}
+    run = train_main(
+        [*FIT, "--trainer.enable_checkpointing=false", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv"]
+    )
+    assert run.trainer.checkpoint_callback is None
+    assert list(folder.glob("csv/**/metrics.csv"))
+
+
+def test_interrupted_run_leaves_the_last_state(folder, capsys):
+    message = failure(
+        train_main, [*FIT, "--data=DamagedSquares", "--trainer.logger=false", "--data.batch_size=2"], capsys
+    )
+    assert "the loss is nan at step" in message
+    assert "square023.png" in message
+
+
+def test_explain_writes_with_the_checkpoints_network_alone(checkpoint, folder):
+    run = explain_main(
+        ["predict", "--ckpt_path", str(checkpoint), "--data=Squares", *QUIET, "--explain.methods=[rollout]",
+         "--explain.metrics=[]", "--trainer.limit_predict_batches=1"]
+    )  # fmt: skip
+    assert run.model.classes == ("class0", "class1", "class2")
+    assert (folder / "results" / "last").is_dir()
+    assert run.model.explainer.methods == ("rollout",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--ckpt_path is missing"),
+        (["--ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
+        (["--ckpt_path=broken.ckpt"], "broken.ckpt is damaged or incomplete"),
+        (["--ckpt_path=gone.ckpt", "--explain.methods=[gradcamm]"], "gradcamm"),
+        (["--ckpt_path=gone.ckpt", "--explain.stepz=3"], "stepz"),
+        (["--ckpt_path=gone.ckpt", "--model.lr=3"], "model.lr"),
+    ],
+)
+def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, message):
+    (folder / "broken.ckpt").write_bytes(b"PK\x03\x04 no more")
+    assert message in failure(explain_main, ["predict", "--data=Squares", *arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*FIT, "--model.lr=0"], "lr is 0"),
+        ([*FIT, "--model.lrr=1"], "model.lrr"),
+        ([*FIT, "--data=Circles"], "Circles"),
+        ([*FIT, "--config=gone.yaml"], "gone.yaml"),
+        ([*FIT, "--model.architecture=vit_bse"], "unknown architecture 'vit_bse'"),
+        ([*FIT, "--model.weights=gone.safetensors"], "there is no checkpoint gone.safetensors"),
+        ([*FIT, "--data.num_classes=4"], "set --model.num_classes 4"),
+        ([*FIT, "--ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
+        ([*FIT, "--ckpt_path=weights.safetensors"], "use --model.weights"),
+        ([*FIT, "--trainer.max_epochs=-1"], "set --trainer.max_epochs"),
+        (["fat"], "fat"),
+    ],
+)
+def test_mistakes_in_train_end_with_one_line(folder, capsys, arguments, message):
+    (folder / "weights.safetensors").touch()
+    assert message in failure(
+        train_main, [*arguments, "--trainer.logger=false"][: len(arguments) + (arguments != ["fat"])], capsys
+    )
+
+
+def test_a_traceback_can_be_had(monkeypatch):
+    monkeypatch.setenv("GMARPP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="lr is 0"):
+        train_main([*FIT, "--model.lr=0"])
+
+
+def test_an_error_in_a_loaders_worker_is_one_line():
+    error = ValueError(
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in f\nValueError: photo.jpg is truncated: replace it\n'
+    )
+    assert cli._one_line(error) == "photo.jpg is truncated: replace it"
+
+
+@pytest.mark.parametrize("script", ["train.py", "explain.py"])
+def test_scripts_offer_help(script):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0
+    assert ("predict" in run.stdout) is (script == "explain.py")
+    assert ("validate" in run.stdout) is (script == "train.py")

@@ -1,0 +1,111 @@
+"""Training from the command line to the checkpoint, in one process and in two."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmarpp.checkpoint import load_model, sha256
+from gmarpp.cli import train_main
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "checkpoints" / "vit_small_patch14_112.tiny_imagenet.safetensors"
+SCRIPT = """
+import squares
+from gmarpp.cli import train_main
+if __name__ == "__main__":
+    train_main()
+"""
+MODEL = [
+    "--model.architecture=test_vit",
+    "--model.num_classes=3",
+    "--model.image_size=32",
+    "--model.pretrained=false",
+    "--model.model_args={depth: 2}",
+]
+PLAIN = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.logger=CSVLogger",
+    "--trainer.logger.save_dir=csv",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+def start(folder, *arguments):
+    """A training process of its own, as DDP's launcher and signals need it."""
+    (folder / "script.py").write_text(SCRIPT)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "script.py", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def logged(folder, name):
+    rows = [line.split(",") for line in next(folder.glob("csv/**/metrics.csv")).read_text().splitlines()]
+    column = rows[0].index(name)
+    return [float(row[column]) for row in rows[1:] if row[column]]
+
+
+def test_shipped_checkpoint_is_what_its_readme_says():
+    assert sha256(SHIPPED) in (SHIPPED.parent / "README.md").read_text()
+    model = load_model(SHIPPED)
+    assert len(model.classes) == len(model.class_names) == model.num_classes == 200
+    assert model.classes == tuple(sorted(model.classes))
+    assert model.class_names[model.classes.index("n02124075")] == "Egyptian cat"
+
+
+def test_digits_recipe_trains_validates_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (tmp_path / "checkpoints").symlink_to(SHIPPED.parent)
+    options = ["--data.train_images=8", "--data.val_images=2", "--data.batch_size=8", "--data.num_workers=0"]
+    short = ["--trainer.limit_train_batches=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    run = train_main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *options, *short])
+    assert run.trainer.global_step == 3
+    model = load_model(tmp_path / "logs/version_0/checkpoints/last.ckpt")
+    assert model.class_names[:2] == ("zero", "one")
+    # the shipped weights arrived: three steps move them little, random ones would be far away
+    shipped = load_model(SHIPPED).blocks[5].mlp.fc1.weight
+    assert torch.cosine_similarity(model.blocks[5].mlp.fc1.weight.flatten(), shipped.flatten(), dim=0) > 0.99
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Same effective batch: same rates and same validation metrics, every image counted once (23 on 2 ranks)."""
+    both = ["fit", "--data=OrderedSquares", *MODEL, *PLAIN, "--trainer.max_epochs=2", "--model.lr_batch_size=8"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4"]
+    for process in (start(one, *both, "--data.batch_size=8"), start(two, *both, *ranks)):
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output.decode()
+    assert b"Effective batch size 8 = 4 x 2 devices" in output
+    assert logged(two, "train/lr") == pytest.approx(logged(one, "train/lr"))
+    for name in ("val/loss", "val/accuracy", "val/calibration_error"):
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4), name
+    assert len(logged(one, "val/loss")) == 2
+
+
+def test_terminated_run_saves_its_last_state_and_resumes(tmp_path):
+    arguments = ["fit", "--data=Squares", *MODEL, *PLAIN, "--trainer.max_epochs=100000"]
+    process = start(tmp_path, *arguments)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.rglob("best.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    last = next(tmp_path.rglob("last.ckpt"))
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert step > 0
+    output, _ = start(tmp_path, *arguments, f"--ckpt_path={last}", f"--trainer.max_steps={step + 2}").communicate(
+        timeout=100
+    )
+    assert f"`Trainer.fit` stopped: `max_steps={step + 2}` reached" in output.decode()
