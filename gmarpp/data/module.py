@@ -50,6 +50,7 @@ class ImageDataModule(L.LightningDataModule):
     Attributes:
         classes: class ids in the order of the labels, after `setup`; empty when the images are unlabelled.
         class_names: the same for people.
+        preprocessing: the one in use, after `setup`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ImageDataModule(L.LightningDataModule):
         self.pin_memory = pin_memory
         self.persistent_workers = persistent_workers
         self.preprocessing = preprocessing
+        self._follows_network = preprocessing is None
         self.augmentation = augmentation
         self.only_classes = only_classes
         self.images_per_class = images_per_class
@@ -97,8 +99,8 @@ class ImageDataModule(L.LightningDataModule):
             ValueError: a class is unknown to the data or the network, the preprocessing is unknown, a split is empty
                 or has fewer images than there are ranks.
         """
-        if self.preprocessing is None:
-            self.preprocessing = getattr(self._network, "preprocessing", None)
+        if self._follows_network:
+            self.preprocessing = getattr(self._network, "preprocessing", self.preprocessing)
         if self.preprocessing is None:
             raise ValueError(f"{type(self).__name__} needs preprocessing=... when no network's own is at hand")
         self._number_classes(*self.read_classes())

@@ -92,6 +92,11 @@ def test_preprocessing_is_the_networks():
     other = Preprocessing((8, 8), (0, 0, 0), (1, 1, 1))
     data = points(attached=trainer(preprocessing=other), preprocessing=None)
     assert data.datasets["val"][0]["image"].shape == (3, 8, 8)
+    data.trainer = trainer(preprocessing=PLAIN)
+    data.setup("fit")
+    assert data.datasets["val"][0]["image"].shape == (3, 16, 16)
+    data = points(attached=trainer(preprocessing=other), preprocessing=PLAIN)
+    assert data.datasets["val"][0]["image"].shape == (3, 16, 16)
 
 
 def test_labels_follow_the_classes_that_the_network_knows():

@@ -53,6 +53,7 @@ def test_training_boxes_belong_to_their_images(tmp_path):
     dataset = opened(tmp_path, "predict", split="train", selection_fraction=0, preprocessing=preprocessing).datasets[
         "predict"
     ]
+    assert paths(dataset) == sorted(paths(dataset))
     assert len(dataset) == 36
     for sample in (dataset[k] for k in range(36)):
         wnid, k = Path(sample["path"]).stem.split("_")
@@ -85,6 +86,9 @@ def test_selection_is_the_same_in_every_run_whatever_the_other_classes(tmp_path)
     assert selected() != selected(selection_seed=1)
     cats = {path for path in selected() if "n02124075" in path}
     assert selected(only_classes=["n02124075"]) == cats
+    # a part of the data without the first class
+    (tmp_path / "tiny-imagenet-200" / "wnids.txt").write_text("n02124075\nn07920052\n")
+    assert {path for path in selected() if "n02124075" in path} == cats
 
 
 def test_no_selection_validates_on_the_official_split(tmp_path):
