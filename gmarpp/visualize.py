@@ -290,8 +290,8 @@ def curves_figure(
     FigureCanvasAgg(figure)
     panels = (("Insertion", "inserted", "higher", insertion), ("Deletion", "deleted", "lower", deletion))
     for axes, (title, verb, better, curves) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        ranked = sorted(curves, key=lambda method: -curves[method].auc)
-        for method in ranked:
+        best_first = sorted(curves, key=lambda method: curves[method].auc, reverse=better == "higher")
+        for method in best_first:
             curve = curves[method]
             style = {"color": method_color(method), "linestyle": method_dashes(method), "linewidth": 1.6}
             axes.plot(curve.fractions, curve.mean, label=f"{method_label(method)}   {curve.auc:.3f}", **style)
@@ -299,6 +299,7 @@ def curves_figure(
         axes.set_title(f"{title} ({better} is better)", fontsize=10, loc="left")
         axes.set_xlabel(f"share of patches {verb}, most relevant first", fontsize=9)
         axes.set_xlim(0, 1)
+        axes.set_axisbelow(True)
         axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
@@ -320,7 +321,8 @@ def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
     if extension not in FIGURE_FORMATS:
         raise ValueError(f"unknown figure format {extension!r}: choose from {', '.join(FIGURE_FORMATS)}")
     stream = io.BytesIO()
-    # Without a date in the file, equal figures are equal bytes.
+    # Without dates and random identifiers, equal figures are equal bytes.
     metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[extension]
-    figure.savefig(stream, format=extension, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "gmarpp"}):
+        figure.savefig(stream, format=extension, metadata=metadata)
     return stream.getvalue()

@@ -270,6 +270,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     def _finish(self) -> None:
         if not shard_files(self.folder / PARTS):
+            remove_parts(self.folder)
             logger.info("The run in %s is complete: nothing was left to explain", self.folder)
             return
         if self._run["status"] == "complete":

@@ -1,0 +1,313 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from gmarpp.callbacks import ExplanationWriter, writer
+from gmarpp.explainer import ExplainedBatch, Explainer
+from gmarpp.perturbation import Curves
+from gmarpp.reader import load_explanations
+
+METHODS = ("gmarpp_l1", "rollout")
+METRICS = ("insertion_auc", "deletion_auc")
+
+
+class Squares(Dataset):
+    def __init__(self, count, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.rand(count, 3, 16, 24, generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        path = ["a/same.jpg", "b/same.jpg", '"<b>&.jpg', "x" * 300][index % 4]
+        return {"image": self.images[index], "label": index % 3 - 1, "index": index, "path": path}
+
+
+class SquaresData(L.LightningDataModule):
+    def __init__(self, count=11, batch_size=2):
+        super().__init__()
+        self.dataset = Squares(count)
+        self.batch_size = batch_size
+
+    def predict_dataloader(self):
+        return DataLoader(self.dataset, batch_size=self.batch_size)
+
+
+class FakeExplaining(L.LightningModule):
+    """Explains without a network; `stop_at` names the image at which it fails."""
+
+    def __init__(self, methods=METHODS, metrics=METRICS, stop_at=None, pause=0.0):
+        super().__init__()
+        self.model = torch.nn.Linear(2, 2)
+        self.explainer = Explainer(methods=methods, metrics=metrics, steps=4)
+        self.classes, self.class_names = ("n1", "n2"), ("cat, moggy", "dog")
+        self.stop_at, self.pause, self.seen = stop_at, pause, []
+
+    def predict_step(self, batch, batch_idx):
+        time.sleep(self.pause)
+        images, index = batch["image"], batch["index"]
+        self.seen += index.tolist()
+        if self.stop_at in index.tolist():
+            raise RuntimeError("the network failed")
+        share = images.mean((1, 2, 3)) + 1e-3 * len(images)  # depends on the batch as real arithmetic may
+        curves = {
+            method: Curves(torch.linspace(0, 1, 5), images[:, number, :5, 0], images[:, number, 0, :5])
+            for number, method in enumerate(self.explainer.methods)
+        }
+        return ExplainedBatch(
+            index=index,
+            path=list(batch["path"]),
+            label=batch["label"],
+            target=index % 2,
+            predicted=index % 2,
+            target_probability=share,
+            predicted_probability=share,
+            maps={method: images[:, number, ::4, ::4] for number, method in enumerate(self.explainer.methods)},
+            values={method: dict.fromkeys(self.explainer.metrics, share) for method in self.explainer.methods},
+            inputs={},
+            curves=curves if self.explainer.metrics else {},
+            images=images,
+        )
+
+
+def predict(folder, data=None, module=None, devices=1, limit=1.0, **options):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ExplanationWriter(folder, **options)],
+        limit_predict_batches=limit,
+    )
+    module = module or FakeExplaining()
+    trainer.predict(module, datamodule=data or SquaresData(), return_predictions=False)
+    return module
+
+
+def contents(folder, leave_out=("run.json", "report.html")):
+    """Bytes of all files by relative path."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and path.name not in leave_out)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    predict(folder)
+    return contents(folder)
+
+
+def test_a_run_writes_everything_that_is_promised(tmp_path):
+    predict(tmp_path / "run", shard_size=4, figure_formats=["png", "svg"])
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    tables = {"explanations.csv", "summary.csv", "run.json", "report.html"}
+    figures = {"comparison.png", "comparison.svg", "curves.png", "curves.svg"}
+    assert names == tables | figures | {"maps", "images", "overlays"}
+    assert len(list((tmp_path / "run" / "maps").glob("*.safetensors"))) == 3
+    with (tmp_path / "run" / "explanations.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 11 * 2
+    assert [row["index"] for row in table[::2]] == [str(index) for index in range(11)]
+    for row in table:
+        with (
+            Image.open(tmp_path / "run" / row["overlay"]) as overlay,
+            Image.open(tmp_path / "run" / row["image"]) as image,
+        ):
+            assert image.size == (24, 16)
+            assert overlay.size == (24 * 14, 16 * 14)
+    assert len({row["overlay"] for row in table}) == len(table)
+    assert table[0]["label"] == ""
+    assert table[6]["target_name"] == "dog"
+
+
+def test_what_is_read_back_is_what_was_explained(tmp_path):
+    data = SquaresData()
+    predict(tmp_path / "run", data)
+    explanations = load_explanations(tmp_path / "run")
+    images = data.dataset.images
+    assert torch.equal(explanations.maps("rollout"), images[:, 1, ::4, ::4])
+    assert explanations.rows[3]["path"] == "x" * 300
+    insertion, deletion = explanations.mean_curves()
+    assert insertion["gmarpp_l1"].mean == pytest.approx(images[:, 0, :5, 0].mean(0).numpy(), rel=1e-5)
+    assert deletion["rollout"].mean == pytest.approx(images[:, 1, 0, :5].mean(0).numpy(), rel=1e-5)
+
+
+def test_run_json_describes_the_run(tmp_path):
+    module = FakeExplaining()
+    module.checkpoint_path, module.checkpoint_sha256 = "checkpoints/x.ckpt", "ab" * 32
+    predict(tmp_path / "run", module=module)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "complete"
+    assert run["explained"] == run["data"]["images"] == 11
+    assert run["checkpoint"] == {"path": "checkpoints/x.ckpt", "sha256": "ab" * 32}
+    assert run["explainer"]["methods"] == list(METHODS)
+    assert run["class_names"] == ["cat, moggy", "dog"]
+    assert set(run["versions"]) >= {"gmarpp", "torch", "lightning", "timm", "python"}
+
+
+def test_maps_alone_need_no_metrics(tmp_path):
+    predict(tmp_path / "run", module=FakeExplaining(metrics=()), overlays=False, report=False, figure_images=0)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"explanations.csv", "run.json", "maps", "images"}
+
+
+def test_a_failed_run_resumes_to_the_same_files_and_explains_nothing_twice(tmp_path, reference):
+    with pytest.raises(RuntimeError, match="the network failed"):
+        predict(tmp_path / "run", module=FakeExplaining(stop_at=6))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    assert predict(tmp_path / "run", resume=True).seen == [6, 7, 8, 9, 10]
+    assert contents(tmp_path / "run") == reference
+
+
+def test_the_data_module_is_left_as_it_was(tmp_path):
+    data = SquaresData()
+    predict(tmp_path / "run", data)
+    with pytest.raises(RuntimeError):
+        predict(tmp_path / "other", data, FakeExplaining(stop_at=2))
+    assert "predict_dataloader" not in vars(data)
+
+
+def test_resuming_a_complete_run_changes_nothing(tmp_path):
+    predict(tmp_path / "run")
+    before = contents(tmp_path / "run", leave_out=())
+    assert predict(tmp_path / "run", resume=True).seen == []
+    assert contents(tmp_path / "run", leave_out=()) == before
+    assert not (tmp_path / "run" / "parts").exists()
+
+
+def test_images_can_be_added_to_a_complete_run(tmp_path, reference):
+    predict(tmp_path / "run", limit=2)
+    assert len(load_explanations(tmp_path / "run")) == 4
+    assert predict(tmp_path / "run", resume=True).seen == list(range(4, 11))
+    assert contents(tmp_path / "run") == reference
+
+
+def test_another_batch_size_may_resume(tmp_path):
+    with pytest.raises(RuntimeError):
+        predict(tmp_path / "run", module=FakeExplaining(stop_at=6))
+    predict(tmp_path / "run", SquaresData(batch_size=4), resume=True)
+    assert load_explanations(tmp_path / "run").indices == tuple(range(11))
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    predict(tmp_path / "run", report=False)
+    with pytest.raises(FileExistsError, match=r"complete run.*resume"):
+        predict(tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"photos is not empty.*another"):
+            predict(tmp_path / "photos", resume=resume)
+    with pytest.raises(NotADirectoryError, match=r"cat\.jpg is a file"):
+        predict(tmp_path / "photos" / "cat.jpg")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"module": FakeExplaining(methods=("rollout",))}, r"explainer\.methods was \['gmarpp_l1', 'rollout'\]"),
+        ({"data": SquaresData(count=5)}, r"data\.images was 11 and is 5"),
+        ({"colormap": "jet"}, r"writer\.colormap was 'inferno' and is 'jet'"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path, change, message):
+    with pytest.raises(RuntimeError):
+        predict(tmp_path / "run", module=FakeExplaining(stop_at=6))
+    before = contents(tmp_path / "run", leave_out=())
+    with pytest.raises(ValueError, match=message):
+        predict(tmp_path / "run", resume=True, **change)
+    assert contents(tmp_path / "run", leave_out=()) == before
+
+
+def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, reference):
+    original, written = writer.write_atomically, []
+
+    def until_full(path, *arguments, **options):
+        written.append(path)
+        if len(written) == 14:
+            raise OSError(28, "can't write: No space left on device", str(path))
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(writer, "write_atomically", until_full)
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
+    with pytest.raises(OSError, match=r"No space left on device.*run/"):
+        predict(tmp_path / "run")
+    monkeypatch.undo()
+    predict(tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == reference
+
+
+def test_an_index_that_is_not_the_position_is_refused(tmp_path):
+    class Renumbered(Squares):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "index": index + 5}
+
+    data = SquaresData()
+    data.dataset = Renumbered(11)
+    with pytest.raises(ValueError, match="must be the position in the data set"):
+        predict(tmp_path / "run", data)
+
+
+def test_data_loaders_alone_can_be_explained_but_not_resumed(tmp_path):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(callbacks=[ExplanationWriter(tmp_path / "run")], **options)
+    trainer.predict(FakeExplaining(), DataLoader(Squares(3), batch_size=2), return_predictions=False)
+    assert len(load_explanations(tmp_path / "run")) == 3
+    trainer = L.Trainer(callbacks=[ExplanationWriter(tmp_path / "run", resume=True)], **options)
+    with pytest.raises(ValueError, match="resume needs a data module"):
+        trainer.predict(FakeExplaining(), DataLoader(Squares(3), batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"colormap": "rainbow"}, "rainbow.*inferno"),
+        ({"figure_formats": ["bmp"]}, "bmp.*png, pdf, svg"),
+        ({"opacity": 50}, "opacity is 50"),
+        ({"shard_size": 0}, "shard_size"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExplanationWriter("out", **options)
+
+
+def start(folder, devices, pause):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(folder), str(devices), str(pause)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_killed_in_the_middle_resume_to_the_same_files(tmp_path, reference):
+    folder = tmp_path / "run"
+    process = start(folder, 2, 0.3)
+    deadline = time.monotonic() + 150
+    while len(list((folder / "parts").glob("*.safetensors"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    predict(folder, resume=True)
+    assert contents(folder) == reference
+
+
+if __name__ == "__main__":
+    writer._FLUSH_SECONDS = 0
+    predict(sys.argv[1], module=FakeExplaining(pause=float(sys.argv[3])), devices=int(sys.argv[2]), resume=True)

@@ -1,0 +1,145 @@
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from stored_run import CLASS_NAMES, METHODS, METRICS, stored_run
+
+from gmarpp import report
+from gmarpp.report import rank_correlation, write_report
+from gmarpp.visualize import normalise_map
+
+PATHS = ["a/same.jpg", "b/same.jpg", "</script><script>alert(1)</script>.jpg", "bad\udcff&.jpg", "x" * 300, "猫.jpg"]
+
+
+class Scripts(HTMLParser):
+    """Texts of the script elements by id, and every address the page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.scripts, self.addresses, self.opened = {}, [], None
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "script":
+            self.opened = attributes.get("id", "code")
+        self.addresses += [attributes[key] for key in ("src", "href") if key in attributes]
+
+    def handle_data(self, data):
+        if self.opened is not None:
+            self.scripts[self.opened] = self.scripts.get(self.opened, "") + data
+
+    def handle_endtag(self, tag):
+        self.opened = None
+
+
+def parse(page):
+    parser = Scripts()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser, json.loads(parser.scripts["data"])
+
+
+@pytest.fixture
+def explanations(tmp_path):
+    return stored_run(tmp_path / "run", PATHS)
+
+
+@pytest.fixture
+def page(explanations):
+    write_report(explanations, explanations.folder / "report.html")
+    return explanations.folder / "report.html"
+
+
+def test_no_text_of_the_data_can_leave_its_element(page):
+    parser, data = parse(page)
+    assert set(parser.scripts) == {"data", "maps-0", "code"}
+    assert data["images"]["path"] == PATHS
+    assert set(data["images"]["classNames"].values()) == set(CLASS_NAMES)
+    assert "<b>dog" not in page.read_text(encoding="utf-8")
+    assert "alert(1)</script>" not in page.read_text(encoding="utf-8")
+    assert "innerHTML" not in parser.scripts["code"]
+
+
+def test_the_page_needs_no_network(page):
+    parser, _ = parse(page)
+    assert [address for address in parser.addresses if not address.startswith("#")] == []
+    addresses = re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]+", page.read_text(encoding="utf-8"))
+    assert set(addresses) <= {"http://www.w3.org"}
+    assert "default-src 'none'" in page.read_text(encoding="utf-8")
+
+
+def test_maps_are_bytes_in_the_order_of_images_and_methods(page, explanations):
+    parser, data = parse(page)
+    assert data["grid"] == [4, 6]
+    assert data["size"] == [24, 36]
+    decoded = np.frombuffer(base64.b64decode(json.loads(parser.scripts["maps-0"])), dtype=np.uint8)
+    maps = decoded.reshape(len(PATHS), len(METHODS), 4, 6)
+    expected = normalise_map(explanations.map(4, "rollout")) * 255
+    assert np.abs(maps[4, 1] - expected).max() <= 0.5
+
+
+def test_values_intervals_and_leaders(page, explanations):
+    _, data = parse(page)
+    assert [metric["higher"] for metric in data["metrics"]] == [False, True, None]
+    values = explanations.values["rollout"]["average_drop"]
+    assert data["images"]["values"]["rollout"]["average_drop"][1] is None
+    assert data["images"]["values"]["rollout"]["average_drop"][2] == pytest.approx(float(values[2]), rel=1e-3)
+    mean, low, high, n = data["summary"]["rollout"]["average_drop"]
+    assert mean == pytest.approx(float(np.nanmean(values)), rel=1e-3)
+    assert low <= mean <= high
+    assert n == len(PATHS) - 1
+    assert set(data["leaders"]) == set(METRICS)
+    assert data["leaders"]["sparseness"] == []
+    assert data["curves"]["insertion"]["rollout"]["fractions"] == [0, 0.25, 0.5, 0.75, 1]
+    assert data["images"]["label"][0] == -1
+
+
+def test_disagreement_is_that_of_the_two_methods_beside_the_control(page, explanations):
+    _, data = parse(page)
+    first, second = (explanations.maps(method).flatten(1).numpy() for method in ("gmarpp_l1", "rollout"))
+    expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(first, second, strict=True)]
+    assert data["images"]["weakest"] == pytest.approx(expected, abs=1e-3)
+    assert data["images"]["weakestPair"] == [[0, 1]] * len(PATHS)
+    assert data["images"]["agreement"][0][1] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert data["images"]["agreement"][2][2] == 1
+
+
+def test_rank_correlation_shares_the_ranks_of_equal_values():
+    maps = torch.randint(0, 4, (20, 3, 5), generator=torch.Generator().manual_seed(0)).float()
+    expected = [
+        scipy.stats.spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(maps, maps.flip(0), strict=True)
+    ]
+    assert rank_correlation(maps, maps.flip(0)).tolist() == pytest.approx(expected)
+    assert rank_correlation(torch.ones(1, 2, 2), torch.rand(1, 2, 2)).tolist() == [0]
+
+
+def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatch):
+    monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
+    monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
+    monkeypatch.setattr(report, "_CHUNK", 4)
+    write_report(explanations, explanations.folder / "report.html")
+    parser, data = parse(explanations.folder / "report.html")
+    assert set(parser.scripts) == {"data", "code"}
+    assert data["thumbnails"] is None
+    assert data["mapFiles"] == ["report_maps/00000.js", "report_maps/00001.js"]
+    script = (explanations.folder / data["mapFiles"][1]).read_text()
+    encoded = re.fullmatch(r'receiveMaps\(1,"([A-Za-z0-9+/=]*)"\)\n', script)[1]
+    assert len(base64.b64decode(encoded)) == 2 * len(METHODS) * 24
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_a_browser_draws_the_page(page, tmp_path):
+    switches = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    options = ["--headless=new", "--disable-sync", *(f"--{switch}" for switch in switches.split())]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", *options, profile, "--dump-dom", page.as_uri()]
+    document = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert document.count('class="item"') >= len(PATHS)
+    assert "&lt;b&gt;dog&lt;/b&gt;" in document
+    assert re.search(r'<p[^>]*id="status"[^>]*>1\u20136 of 6 images</p>', document)

@@ -1,0 +1,60 @@
+import csv
+import math
+
+import pytest
+from PIL import Image
+from stored_run import stored_run
+
+from gmarpp.results import summarise, write_csv, write_results
+
+PATHS = ["a/same.jpg", "b/same.jpg", 'q"uote, <b>&.jpg', "new\nline.jpg", "猫.jpg", "x" * 300, "bad\udcff.jpg"]
+
+
+@pytest.fixture
+def explanations(tmp_path):
+    return stored_run(tmp_path / "run", PATHS)
+
+
+def read_table(path):
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_give_back_paths_and_values(explanations):
+    write_results(explanations, figure_images=0, report=False)
+    table = read_table(explanations.folder / "explanations.csv")
+    assert [row["path"] for row in table[::3]] == PATHS
+    assert [row["image"] for row in table[:4:3]] == ["images/000000-same.jpg", "images/000001-same.jpg"]
+    assert [row["method"] for row in table[:3]] == ["gmarpp_l1", "rollout", "random"]
+    assert table[3]["average_drop"] == ""
+    expected = explanations.values["rollout"]["insertion_auc"][2]
+    assert float(table[7]["insertion_auc"]) == pytest.approx(expected, rel=1e-5)
+    assert len(table[7]["insertion_auc"]) <= 9
+    summary = read_table(explanations.folder / "summary.csv")
+    assert list(summary[0]) == ["method", "metric", "mean", "low", "high", "n"]
+    assert (summary[0]["n"], summary[1]["n"]) == ("6", "7")
+    mean = explanations.values["gmarpp_l1"]["insertion_auc"].mean()
+    assert float(summary[1]["mean"]) == pytest.approx(mean, rel=1e-5)
+    assert float(summary[1]["low"]) < mean < float(summary[1]["high"])
+    assert not (explanations.folder / "comparison.png").exists()
+    assert not (explanations.folder / "report.html").exists()
+
+
+def test_the_first_metric_of_the_summary_leaves_the_undefined_image_out(explanations):
+    values = [v for v in explanations.values["rollout"]["average_drop"].tolist() if not math.isnan(v)]
+    (row,) = [r for r in summarise(explanations) if (r["method"], r["metric"]) == ("rollout", "average_drop")]
+    assert row["mean"] == pytest.approx(sum(values) / 6)
+
+
+def test_figures_in_all_formats(explanations):
+    write_results(explanations, figure_images=3, figure_formats=("png", "svg"), report=False)
+    with Image.open(explanations.folder / "comparison.png") as figure:
+        assert figure.width > figure.height / 2
+    assert "<svg" in (explanations.folder / "comparison.svg").read_text()
+    assert (explanations.folder / "curves.png").exists()
+    assert (explanations.folder / "curves.svg").exists()
+
+
+def test_numbers_have_six_digits_and_none_is_empty(tmp_path):
+    write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": None, "c": float("nan"), "d": 12, "e": "=1"}])
+    assert (tmp_path / "x.csv").read_text() == "a,b,c,d,e\n0.333333,,,12,=1\n"

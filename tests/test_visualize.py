@@ -1,0 +1,170 @@
+import io
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from gmarpp.attribution import METHODS
+from gmarpp.summary import MeanCurve
+from gmarpp.visualize import (
+    COLORMAPS,
+    backdrop,
+    comparison_figure,
+    curves_figure,
+    encode_jpeg,
+    encode_png,
+    figure_bytes,
+    method_color,
+    method_dashes,
+    method_label,
+    normalise_map,
+    overlay,
+    short_name,
+    upsample_map,
+)
+
+
+def test_normalise_map_scales_every_map_by_itself():
+    maps = torch.tensor([[[1.0, 3.0], [2.0, 5.0]], [[-1.0, 0.0], [0.0, 0.0]]])
+    assert normalise_map(maps).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.0, 1.0], [1.0, 1.0]]]
+
+
+def test_normalise_map_of_a_constant_map_is_zero():
+    assert normalise_map(torch.full((2, 3), 7.0)).tolist() == [[0.0] * 3] * 2
+
+
+def test_normalise_map_takes_what_is_not_finite_as_the_minimum():
+    values = torch.tensor([[torch.nan, 2.0], [torch.inf, 4.0]])
+    assert normalise_map(values).tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert normalise_map(torch.full((2, 2), torch.nan)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_upsample_map_keeps_rows_and_columns_apart_on_grids_that_are_not_square():
+    attribution = np.zeros((2, 4), dtype=np.float32)
+    attribution[1, 3] = 1
+    upsampled = upsample_map(attribution, 40, 120)
+    assert upsampled.shape == (40, 120)
+    row, column = np.unravel_index(upsampled.argmax(), upsampled.shape)
+    assert row > 20
+    assert column > 90
+    assert upsampled[:10].max() < 0.02
+    assert upsampled.min() >= 0
+    assert upsampled.max() <= 1
+
+
+def test_overlay_of_full_opacity_is_the_colour_map_and_of_none_the_image():
+    image = torch.rand(3, 8, 12)
+    attribution = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    assert (
+        overlay(image, attribution, opacity=1) == np.array(matplotlib.colormaps["inferno"](0, bytes=True)[:3])
+    ).all()
+    expected = (image.permute(1, 2, 0) * 255).round().numpy()
+    assert np.abs(overlay(image, attribution, opacity=0).astype(int) - expected).max() <= 1
+
+
+def test_overlay_adds_half_the_colour_to_half_the_grey_picture():
+    image = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 4, 4)
+    attribution = torch.zeros(2, 2)
+    grey = 0.299 * 255
+    expected = grey / 2 + np.array(matplotlib.colormaps["viridis"](0, bytes=True)[:3]) / 2
+    assert np.abs(overlay(image, attribution, "viridis", 0.5) - expected).max() <= 1.5
+
+
+def test_overlay_keeps_the_shape_of_the_image():
+    picture = overlay(torch.rand(3, 30, 70), torch.rand(3, 7))
+    assert picture.shape == (30, 70, 3)
+    assert picture.dtype == np.uint8
+
+
+def test_overlay_names_the_colour_maps_there_are():
+    with pytest.raises(ValueError, match=r"rainbow.*inferno.*jet"):
+        overlay(torch.rand(3, 4, 4), torch.rand(2, 2), colormap="rainbow")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((64, 64), (256, 256)), ((96, 160), (288, 480)), ((224, 300), (224, 300))]
+)
+def test_backdrop_enlarges_small_images_by_a_whole_factor(shape, expected):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    enlarged = backdrop(image, 0.5, 224)
+    assert enlarged.shape == (*expected, 3)
+    assert (enlarged[..., 0] == enlarged[..., 2]).all()
+    assert abs(enlarged.mean() - (image @ [0.299, 0.587, 0.114]).mean() / 2) < 1.5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (64, 48)])
+def test_encode_png_is_read_back_exactly(shape):
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    with Image.open(io.BytesIO(encode_png(image))) as decoded:
+        decoded.load()
+        assert decoded.mode == "RGB"
+        assert (np.asarray(decoded) == image).all()
+
+
+def test_encode_jpeg_is_close_to_the_image():
+    ramp = np.broadcast_to(np.linspace(0, 255, 48).astype(np.uint8)[None, :, None], (32, 48, 3))
+    with Image.open(io.BytesIO(encode_jpeg(np.ascontiguousarray(ramp)))) as decoded:
+        assert np.abs(np.asarray(decoded).astype(int) - ramp).mean() < 2
+
+
+def test_every_method_looks_different():
+    looks = {(method_color(method), method_dashes(method)) for method in METHODS}
+    assert len(looks) == len({method_color(method) for method in METHODS}) == len(METHODS)
+    assert method_color("my_own") == method_color("my_own")
+    assert method_label("gmarpp_l1") == "GMAR++ (L1)"
+    assert method_label("my_own") == "my_own"
+
+
+def test_short_name_takes_the_first_synonym_and_wraps_it():
+    assert short_name("Egyptian cat") == "Egyptian cat"
+    assert short_name("projectile, missile") == "projectile"
+    assert short_name("a very long name of a class with no end in sight").count("\n") == 1
+    assert short_name("a very long name of a class with no end in sight").endswith("…")
+
+
+@pytest.mark.parametrize("extension", ["png", "pdf", "svg"])
+def test_comparison_figure_has_a_cell_per_image_and_method(extension):
+    maps = {"gmarpp_l1": torch.rand(3, 4, 6), "rollout": torch.rand(3, 4, 6)}
+    names = ["cat $\\frac$", "<b>dog</b>", "x" * 300]
+    figure = comparison_figure(torch.rand(3, 3, 40, 60), maps, names, [0.5, 0.25, 1.0], [[0, 0, 10, 10], None, None])
+    cells = [axes for axes in figure.axes if axes.images]
+    assert len(cells) == 9
+    for axes in cells:
+        box = axes.get_window_extent()
+        assert box.width / box.height == pytest.approx(1.5, rel=1e-6)
+    words = {text.get_text() for text in figure.texts}
+    assert {"Image", "GMAR++ (L1)", "Rollout", "50.0%", "25.0%", "100.0%", "<b>dog</b>", "cat $\\frac$"} <= words
+    assert figure_bytes(figure, extension) == figure_bytes(figure, extension)
+
+
+def test_figures_stay_out_of_the_global_state():
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    figure = comparison_figure([torch.rand(3, 16, 16)], {"rollout": [torch.rand(2, 2)]}, ["cat"], [0.5])
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    assert pyplot.get_fignums() == before
+
+
+def test_curves_figure_states_the_areas():
+    fractions = np.linspace(0, 1, 5)
+    rising = MeanCurve(fractions, fractions, fractions - 0.1, fractions + 0.1)
+    falling = MeanCurve(fractions, 1 - fractions / 2, 1 - fractions / 2, 1 - fractions / 2)
+    figure = curves_figure({"gmarpp_l1": rising, "rollout": falling}, {"gmarpp_l1": falling, "rollout": rising})
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["Rollout   0.750", "GMAR++ (L1)   0.500"]
+    assert {line.get_color() for line in left.lines} == {line.get_color() for line in right.lines}
+    assert figure_bytes(figure).startswith(b"\x89PNG")
+
+
+def test_figure_bytes_names_the_formats_there_are():
+    with pytest.raises(ValueError, match=r"bmp.*png, pdf, svg"):
+        figure_bytes(comparison_figure([torch.rand(3, 16, 16)], {}, ["cat"], [0.5]), "bmp")
+
+
+def test_colour_maps_have_a_table_each():
+    for name in COLORMAPS:
+        assert overlay(torch.rand(3, 4, 4), torch.rand(2, 2), name).shape == (4, 4, 3)
