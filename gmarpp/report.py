@@ -84,10 +84,13 @@ def _picture_size(path: Path) -> list[int]:
 
 
 def _script(identifier: str, data: Any) -> bytes:
-    """Embed data so that no text in it can end the element or start another one."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    """Embed data so that no text in it can end the element or start another one.
+
+    What is not valid Unicode, as in file names of unknown encoding, becomes a question mark: browsers fail on it.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return f'<script type="application/json" id="{identifier}">{text}</script>\n'.encode()
+    return f'<script type="application/json" id="{identifier}">{text}</script>\n'.encode(errors="replace")
 
 
 def _map_chunks(explanations: Explanations) -> Iterator[str]:
