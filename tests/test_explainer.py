@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import timm
+import torch
+
+import gmarpp
+from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
+from gmarpp.metrics import METRICS, functional
+from gmarpp.perturbation import score_perturbations
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=5
+    )
+    network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    network.class_names = ("ant", "bee", "cat", "dog", "eel")
+    return network.eval()
+
+
+def batch(**extra):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return {
+        "image": images,
+        "label": torch.tensor([4, 0, 2]),
+        "index": torch.tensor([7, 8, 9]),
+        "path": list("xyz"),
+        **extra,
+    }
+
+
+def test_gives_maps_and_metrics_per_image(model):
+    boxes = torch.tensor([[0.0, 0, 16, 16], [8, 8, 32, 32], [5, 5, 5, 5]])
+    explainer = Explainer(["gmar++", "rollout"], metrics=(*FAITHFULNESS_METRICS, "energy_inside", "road"), steps=4)
+    explained = explainer(model, batch(box=boxes))
+    assert explainer.methods == ("gmarpp_l1", "rollout")
+    alone = gmarpp.explain(model, batch()["image"], explainer.methods)
+    scores = score_perturbations(model, batch()["image"], alone.maps, alone.target, steps=4)
+    probabilities = model(batch()["image"]).softmax(1).detach()
+    torch.testing.assert_close(explained.predicted_probability, probabilities.amax(1))
+    assert torch.equal(explained.target, explained.predicted)
+    assert torch.equal(explained.predicted, probabilities.argmax(1))
+    for method in explainer.methods:
+        assert torch.equal(explained.maps[method], alone.maps[method])
+        values = explained.values[method]
+        drop = 100 * (scores.full - scores.kept[method]).clamp(min=0) / scores.full
+        torch.testing.assert_close(values["average_drop"], drop)
+        curve = scores.insertion[method]
+        torch.testing.assert_close(values["insertion_auc"], ((curve[:, 1:] + curve[:, :-1]) / 2).mean(1))
+        assert values["energy_inside"][:2].isfinite().all()
+        assert values["energy_inside"][2].isnan(), "an empty box defines no value"
+        assert set(values) == set(explainer.metrics)
+        torch.testing.assert_close(explained.curves[method].deletion, scores.deletion[method])
+    assert explained.images.min() >= 0
+    torch.testing.assert_close(explained.images[0, 0, 0, 0], (batch()["image"][0, 0, 0, 0] / 4 + 0.5).clamp(0, 1))
+
+
+def test_inputs_feed_every_metric(model):
+    explainer = Explainer(["gmarpp_l1"], metrics=tuple(METRICS), steps=4)
+    masks = torch.zeros(3, 32, 32, dtype=torch.bool)
+    masks[:, 8:24, 4:20] = True
+    explained = explainer(model, batch(mask=masks))
+    for name, metric in METRICS.items():
+        accumulated = metric()
+        arguments = {key: explained.inputs["gmarpp_l1"][key] for key in gmarpp.explainer.metric_inputs(name)}
+        accumulated.update(**arguments)
+        values = explained.values["gmarpp_l1"][name]
+        assert accumulated.compute().item() == pytest.approx(values.nanmean().item(), rel=1e-5), name
+        assert callable(getattr(functional, name))
+
+
+def test_scores_nothing_when_no_metric_asks_for_it(model, monkeypatch):
+    monkeypatch.setattr("gmarpp.explainer.score_perturbations", None)
+    explained = Explainer(["rollout"], metrics=["sparseness", "pointing_game"])(model, batch())
+    assert explained.curves == {}
+    assert explained.values["rollout"]["sparseness"].isfinite().all()
+    assert explained.values["rollout"]["pointing_game"].isnan().all(), "the data has neither boxes nor masks"
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [("label", [4, 0, 2]), ("dog", [3, 3, 3]), (1, [1] * 3), ("2", [2] * 3)]
+)
+def test_targets(model, target, expected):
+    assert Explainer(["rollout"], target, metrics=())(model, batch()).target.tolist() == expected
+
+
+def test_bad_options_are_named(model):
+    with pytest.raises(ValueError, match="unknown method 'gradcam'"):
+        Explainer(["gradcam"])
+    with pytest.raises(ValueError, match=r"explain.metrics: 'auc' is unknown: choose from average_drop"):
+        Explainer(metrics=["auc"])
+    with pytest.raises(ValueError, match=r"explain.baseline: 'white' is unknown: choose from blur, mean, black, drop"):
+        Explainer(baseline="white")
+    with pytest.raises(ValueError, match=r"explain.methods is empty"):
+        Explainer([])
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Explainer(steps=0)
+    with pytest.raises(ValueError, match="target is label, but y has none"):
+        Explainer(target="label")(model, batch(label=torch.tensor([1, -1, 2])))
+    with pytest.raises(ValueError, match="unknown class 'do': did you mean dog"):
+        Explainer(target="do")(model, batch())
+    assert math.isfinite(Explainer().steps)

@@ -1,0 +1,69 @@
+import csv
+import logging
+
+import pytest
+import timm
+import torch
+from scipy.stats import spearmanr
+
+from gmarpp import sanity
+from gmarpp.checkpoint import save_weights
+from gmarpp.data import Digits
+from gmarpp.module import ViTClassifier
+from gmarpp.sanity import sanity_check
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=5
+    )
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(6)
+    return model.eval()
+
+
+def test_cascade_decorrelates_what_depends_on_the_weights(network):
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    check = sanity_check(network, images, ["gmarpp_l1", "rollout", "random"])
+    assert check.stages == ("trained", "head", "block 3", "block 2", "block 1", "embedding")
+    assert all(values.shape == (6, 4) for values in check.correlations.values())
+    assert (check.correlations["rollout"][:2] > 0.9999).all(), "rollout knows nothing of the head"
+    assert check.correlations["gmarpp_l1"][1].mean() < 0.95
+    assert check.correlations["gmarpp_l1"][-1].abs().mean() < 0.5
+    assert check.unchanged() == ["random"]
+    assert check.blind_to_head() == ["rollout", "random"]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    again = sanity_check(network, images, ["gmarpp_l1"])
+    assert torch.equal(again.correlations["gmarpp_l1"], check.correlations["gmarpp_l1"])
+
+
+def test_rank_correlation_is_spearmans():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 5, (6, 3, 4), generator=generator).float()
+    second = torch.randint(0, 5, (6, 3, 4), generator=generator).float()
+    second[5] = 1
+    found = sanity.rank_correlation(first, second)
+    for image in range(5):
+        expected = spearmanr(first[image].flatten(), second[image].flatten()).statistic
+        assert found[image].item() == pytest.approx(expected, abs=1e-6)
+    assert found[5] == 0
+
+
+def test_command_writes_table_and_figure_and_names_what_does_not_change(tmp_path, caplog):
+    torch.manual_seed(0)
+    classifier = ViTClassifier("test_vit", num_classes=10, image_size=32, pretrained=False, model_args={"depth": 3})
+    save_weights(classifier.model, tmp_path / "vit.safetensors")
+    data = Digits(root=str(tmp_path / "data"), train_images=2, val_images=1, num_workers=0)
+    with caplog.at_level(logging.WARNING):
+        sanity.write_sanity_check(
+            str(tmp_path / "vit.safetensors"), data, str(tmp_path / "out"), ["gmarpp_l1", "random"], images=6
+        )
+    rows = list(csv.reader((tmp_path / "out" / "sanity.csv").open()))
+    assert rows[0] == ["method", "trained", "head", "block 3", "block 2", "block 1", "embedding"]
+    assert rows[2] == ["random", *["1.0000"] * 6]
+    assert (tmp_path / "out" / "sanity.png").stat().st_size > 10_000
+    assert "Random does not change when all parameters are random" in caplog.text
