@@ -15,9 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import gmarpp.data
 from gmarpp.callbacks.writer import ExplanationWriter
-from gmarpp.checkpoint import read_lightning_checkpoint
 from gmarpp.explainer import Explainer
-from gmarpp.module import ViTClassifier, load_classifier
+from gmarpp.module import ViTClassifier, classifier_options, load_classifier
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 RESUME_KEYWORDS = ("best", "last", "hpc")
@@ -95,27 +94,40 @@ class TrainCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Leaves out the checkpoints where `--trainer.enable_checkpointing false` asks for it."""
-        if self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
+        """Keeps checkpoints and the configuration of training alone, and only where checkpoints are wanted."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        if self.subcommand != "fit" or self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
             self._parser(self.subcommand).callback_keys.clear()
         return super().instantiate_trainer(**kwargs)
 
+    def instantiate_classes(self) -> None:
+        """Reads the weights to evaluate, from any format, before the data numbers its classes."""
+        super().instantiate_classes()
+        path = self._get(self.config, "ckpt_path")
+        if self.subcommand != "fit" and path is not None:
+            self.model.restore(path)
+
+    def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
+        """Validates without letting Lightning load the checkpoint a second time."""
+        self.trainer.validate(model, **options)
+
+    def test(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
+        """Tests without letting Lightning load the checkpoint a second time."""
+        self.trainer.test(model, **options)
+
     def _parse_ckpt_path(self) -> None:
         """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
-        options = self.config[self.config.subcommand]
+        command = self.config.subcommand
+        options = self.config[command]
         path = options.get("ckpt_path")
-        if path is None or path in RESUME_KEYWORDS:
+        if path is None or (command == "fit" and path in RESUME_KEYWORDS):
             return
-        if Path(path).exists() and Path(path).suffix != ".ckpt":
-            raise ValueError(
-                f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
-            )
-        saved = read_lightning_checkpoint(path)["hyper_parameters"]
-        saved = {key: value for key, value in saved.items() if not key.startswith("_")}
-        asked = options.model.as_dict()
-        default = self._parser(self.config.subcommand).get_defaults().model.as_dict()
-        self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
-        taken = self.config[self.config.subcommand].model
+        if command == "fit":
+            _require_resumable(path, options.trainer)
+        asked, default = options.model.as_dict(), self._parser(command).get_defaults().model.as_dict()
+        self.config = self.parser.parse_object({command: {"model": classifier_options(path)}}, self.config)
+        taken = self.config[command].model
         for key in sorted(asked.keys() - set(RESOLVED)):
             if asked[key] not in (taken[key], default[key]):
                 rank_zero_warn(f"--model.{key} {asked[key]} is not used: the checkpoint was trained with {taken[key]}")
@@ -222,6 +234,16 @@ def _one_line(error: Exception) -> str:
     if message.startswith('Parser key "data"'):
         message += f"; this project's data modules are {', '.join(_data_modules())}"
     return " ".join(message.split())
+
+
+def _require_resumable(path: str, trainer: Any) -> None:
+    if Path(path).exists() and Path(path).suffix != ".ckpt":
+        raise ValueError(
+            f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
+        )
+    if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
+        # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
+        raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
 
 
 def _data_modules() -> list[str]:

@@ -291,6 +291,19 @@ class ViTClassifier(L.LightningModule):
         self._tell_model_its_classes()
         self._weights_pending = False
 
+    def restore(self, path: str | Path) -> None:
+        """Takes weights, classes and preprocessing from a file that fits exactly.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or does not fit.
+        """
+        weights = describe_weights(path)
+        fill_model(self.model, weights, path)
+        self.classes, self.class_names = weights.classes, weights.class_names
+        self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(path)
+        self._weights_pending = False
+
     def _ckpt_path(self) -> Any:
         return self._trainer.ckpt_path if self._trainer is not None else None
 
@@ -363,28 +376,33 @@ def load_classifier(path: str | Path) -> ViTClassifier:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
     """
-    weights = describe_weights(path)
-    if Path(path).suffix == ".ckpt":
-        saved = read_lightning_checkpoint(path)["hyper_parameters"]
-        options = {key: value for key, value in saved.items() if not key.startswith("_")}
-    else:
-        options = {
-            "architecture": weights.architecture,
-            "num_classes": weights.num_classes,
-            "image_size": None if weights.image_size is None else list(weights.image_size),
-            "pretrained": False,
-            "model_args": weights.model_args,
-            "preprocessing": weights.preprocessing,
-        }
     try:
-        module = ViTClassifier(**options)
+        module = ViTClassifier(**classifier_options(path))
     except TypeError as error:
         raise ValueError(f"{path} was written by another version of gmarpp: {error}") from error
-    fill_model(module.model, weights, path)
-    module.classes, module.class_names = weights.classes, weights.class_names
-    module.checkpoint_path, module.checkpoint_sha256 = str(path), sha256(path)
-    module._weights_pending = False
+    module.restore(path)
     return module.eval()
+
+
+def classifier_options(path: str | Path) -> dict[str, Any]:
+    """The options of a `ViTClassifier` that a file's weights fit; those of optimisation only from a `.ckpt`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of an unknown kind, or does not name its architecture.
+    """
+    if Path(path).suffix == ".ckpt":
+        saved = read_lightning_checkpoint(path)["hyper_parameters"]
+        return {key: value for key, value in saved.items() if not key.startswith("_")}
+    weights = describe_weights(path)
+    return {
+        "architecture": weights.architecture,
+        "num_classes": weights.num_classes,
+        "image_size": None if weights.image_size is None else list(weights.image_size),
+        "pretrained": False,
+        "model_args": weights.model_args,
+        "preprocessing": weights.preprocessing,
+    }
 
 
 def _require(condition: bool, message: str) -> None:

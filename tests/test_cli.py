@@ -9,6 +9,7 @@ import yaml
 from squares import Squares
 
 from gmarpp import cli
+from gmarpp.checkpoint import load_model, save_weights
 from gmarpp.cli import explain_main, train_main
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +77,15 @@ def test_resume_continues_and_takes_the_models_options_from_the_checkpoint(check
     ]
 
 
-def test_validate_a_checkpoint(checkpoint):
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_validate_a_checkpoint(checkpoint, folder, suffix):
+    if suffix == ".safetensors":
+        save_weights(load_model(checkpoint), checkpoint.with_suffix(suffix))
+        checkpoint = checkpoint.with_suffix(suffix)
+    (folder / "logs" / "config.yaml").unlink()
     run = train_main(["validate", "--data=Squares", *QUIET, "--ckpt_path", str(checkpoint), "--trainer.logger=false"])
+    assert not (folder / "logs" / "config.yaml").exists()
+    assert run.model.class_names == ("Colour 0", "Colour 1", "Colour 2")
     assert set(run.trainer.callback_metrics) == {
         "val/loss",
         "val/accuracy",
@@ -150,6 +158,7 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
         ([*FIT, "--model.architecture=vit_bse"], "unknown architecture 'vit_bse'"),
         ([*FIT, "--model.weights=gone.safetensors"], "there is no checkpoint gone.safetensors"),
         ([*FIT, "--data.num_classes=4"], "set --model.num_classes 4"),
+        ([*FIT, "--ckpt_path=gone.ckpt", "--trainer.max_steps=9"], "not both: set one to -1"),
         ([*FIT, "--ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         ([*FIT, "--ckpt_path=weights.safetensors"], "use --model.weights"),
         ([*FIT, "--trainer.max_epochs=-1"], "set --trainer.max_epochs"),

@@ -105,7 +105,7 @@ def test_terminated_run_saves_its_last_state_and_resumes(tmp_path):
     last = next(tmp_path.rglob("last.ckpt"))
     step = torch.load(last, weights_only=True)["global_step"]
     assert step > 0
-    output, _ = start(tmp_path, *arguments, f"--ckpt_path={last}", f"--trainer.max_steps={step + 2}").communicate(
-        timeout=100
-    )
+    output, _ = start(
+        tmp_path, *arguments, f"--ckpt_path={last}", "--trainer.max_epochs=-1", f"--trainer.max_steps={step + 2}"
+    ).communicate(timeout=100)
     assert f"`Trainer.fit` stopped: `max_steps={step + 2}` reached" in output.decode()
