@@ -1,5 +1,6 @@
 """Reading what ``explain.py predict`` wrote, lazily."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gmarpp.storage import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, Shard, iterate_shards, read_run
-from gmarpp.summary import CurveSum, MeanCurve
+from gmarpp.summary import CurveSum, MeanCurve, bootstrap
 
 
 class Explanations:
@@ -121,6 +122,18 @@ class Explanations:
         """Name of a class for people; its number where the run knows no names."""
         names = self.run["class_names"]
         return str(names[number]) if names else str(number)
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """One dictionary per method and metric: mean over images, its 95 % bootstrap interval, number of images."""
+        keys = [(method, metric) for method in self.methods for metric in self.metrics]
+        if not keys:
+            return []
+        columns = np.stack([self.values[method][metric] for method, metric in keys], axis=1)
+        return [
+            {"method": method, "metric": metric, **dataclasses.asdict(interval)}
+            for (method, metric), interval in zip(keys, bootstrap(columns), strict=True)
+        ]
 
     def mean_curves(self) -> tuple[dict[str, MeanCurve], dict[str, MeanCurve]]:
         """Give the mean insertion and the mean deletion curve of each method; empty where there are no curves."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gmarpp.reader import Explanations
 from gmarpp.storage import IMAGES, atomic_file, write_atomically
-from gmarpp.summary import MeanCurve, bootstrap, higher_is_better, leaders, metric_label
+from gmarpp.summary import MeanCurve, higher_is_better, leaders, metric_label
 from gmarpp.visualize import COLORMAPS, colormap_table, method_color, method_dashes, method_label, normalise_map
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -108,11 +108,12 @@ def _summary_data(explanations: Explanations) -> dict[str, Any]:
     """Collect what the page says about the run as a whole."""
     methods, metrics, values = explanations.methods, explanations.metrics, explanations.values
     intervals: dict[str, Any] = {method: {} for method in methods}
+    for row in explanations.summary:
+        bounds = (_number(row[key]) for key in ("mean", "low", "high"))
+        intervals[row["method"]][row["metric"]] = [*bounds, row["n"]]
     best: dict[str, list[str]] = {}
     for metric in metrics:
         columns = {method: values[method][metric] for method in methods}
-        for method, interval in zip(methods, bootstrap(np.stack(list(columns.values()), axis=1)), strict=True):
-            intervals[method][metric] = [*map(_number, (interval.mean, interval.low, interval.high)), interval.n]
         higher = higher_is_better(metric)
         best[metric] = [] if higher is None or len(methods) < 2 else leaders(columns, higher)
     insertion, deletion = explanations.mean_curves()

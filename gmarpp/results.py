@@ -12,7 +12,6 @@ from PIL import Image
 from gmarpp.reader import Explanations
 from gmarpp.report import write_report
 from gmarpp.storage import atomic_file, write_atomically
-from gmarpp.summary import bootstrap
 from gmarpp.visualize import comparison_figure, curves_figure, figure_bytes
 
 
@@ -39,7 +38,7 @@ def write_results(
         folder / "explanations.csv", (record for s in explanations.shards() for record in explanations.records(s))
     )
     if explanations.metrics:
-        write_csv(folder / "summary.csv", summarise(explanations))
+        write_csv(folder / "summary.csv", explanations.summary)
     figures = {}
     if figure_images:
         figures["comparison"] = _comparison(explanations, figure_images, colormap, opacity)
@@ -52,16 +51,6 @@ def write_results(
             write_atomically(folder / f"{name}.{extension}", figure_bytes(figure, extension))
     if report:
         write_report(explanations, folder / "report.html", colormap, opacity)
-
-
-def summarise(explanations: Explanations) -> list[dict[str, Any]]:
-    """Give mean, 95 % bootstrap interval and number of images of each method and metric."""
-    keys = [(method, metric) for method in explanations.methods for metric in explanations.metrics]
-    values = np.stack([explanations.values[method][metric] for method, metric in keys], axis=1)
-    return [
-        {"method": method, "metric": metric, "mean": i.mean, "low": i.low, "high": i.high, "n": i.n}
-        for (method, metric), i in zip(keys, bootstrap(values), strict=True)
-    ]
 
 
 def write_csv(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

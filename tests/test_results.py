@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from stored_run import stored_run
 
-from gmarpp.results import summarise, write_csv, write_results
+from gmarpp.results import write_csv, write_results
 
 PATHS = ["a/same.jpg", "b/same.jpg", 'q"uote, <b>&.jpg', "new\nline.jpg", "猫.jpg", "x" * 300, "bad\udcff.jpg"]
 
@@ -42,7 +42,7 @@ def test_tables_give_back_paths_and_values(explanations):
 
 def test_the_first_metric_of_the_summary_leaves_the_undefined_image_out(explanations):
     values = [v for v in explanations.values["rollout"]["average_drop"].tolist() if not math.isnan(v)]
-    (row,) = [r for r in summarise(explanations) if (r["method"], r["metric"]) == ("rollout", "average_drop")]
+    (row,) = [r for r in explanations.summary if (r["method"], r["metric"]) == ("rollout", "average_drop")]
     assert row["mean"] == pytest.approx(sum(values) / 6)
 
 
