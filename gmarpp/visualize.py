@@ -227,17 +227,19 @@ def comparison_figure(
     columns = [image if image.dtype == np.uint8 else pixels(image) for image in map(np.asarray, images)]
     headings = [short_name(name) for name in names]
     cell, gap, left, right = 1.24, 0.05, 1.02, 0.5
-    aspect = max(image.shape[0] / image.shape[1] for image in columns)
-    row = cell * aspect
+    # Rows are equally high, and columns as wide as their images: a wide picture is not shrunk to a strip.
+    cells = [cell * min(max(image.shape[1] / image.shape[0], 0.5), 2.2) for image in columns]
+    lefts = [left + sum(cells[:column]) + column * gap for column in range(len(cells))]
+    row = cell
     top = 0.1 + 0.16 * (max(heading.count("\n") for heading in headings) + 2)
-    width = left + len(columns) * (cell + gap) + right
+    width = lefts[-1] + cells[-1] + gap + right
     height = top + (len(maps) + 1) * (row + gap) + 0.05
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
     FigureCanvasAgg(figure)
 
     def cell_axes(line: int, column: int) -> Any:
-        x, y = left + column * (cell + gap), height - top - line * (row + gap) - row
-        axes = figure.add_axes((x / width, y / height, cell / width, row / height))
+        y = height - top - line * (row + gap) - row
+        axes = figure.add_axes((lefts[column] / width, y / height, cells[column] / width, row / height))
         axes.set_axis_off()
         return axes
 
@@ -249,7 +251,7 @@ def comparison_figure(
             corner = (x0 - 0.5, y0 - 0.5)
             for line_width, color in ((1.8, "black"), (0.8, "white")):
                 axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color, clip_on=False))
-        x = (left + column * (cell + gap) + cell / 2) / width
+        x = (lefts[column] + cells[column] / 2) / width
         lines = [f"{probabilities[column]:.1%}", *reversed(headings[column].split("\n"))]
         for line, words in enumerate(lines):
             y = (height - top + 0.07 + 0.15 * line) / height
