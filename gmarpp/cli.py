@@ -1,5 +1,6 @@
 """The command lines: `train.py fit|validate|test` and `explain.py predict`."""
 
+import logging
 import os
 import sys
 import warnings
@@ -214,9 +215,11 @@ def explain_main(args: list[str] | None = None) -> ExplainCLI:
 
 
 def _run(command: type[CLI], args: list[str] | None) -> CLI:
-    # both come from inside Lightning, and nothing that a user does makes them go away
+    # these come from inside Lightning, and nothing that a user does makes them go away
     warnings.filterwarnings("ignore", r"(?is).*(deprecated in v4|JsonargparseDeprecation)", module="lightning")
     warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    messages.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     try:
         return command(args)
     except (*USER_ERRORS, ArgumentError) as error:
