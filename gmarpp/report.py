@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
+from gmarpp.metrics.functional import rank_correlation
 from gmarpp.reader import Explanations
 from gmarpp.storage import IMAGES, atomic_file, write_atomically
 from gmarpp.summary import MeanCurve, higher_is_better, leaders, metric_label
@@ -187,32 +186,6 @@ def _agreement(explanations: Explanations) -> tuple[Any, Any, Any]:
     for (a, b), mean in zip(pairs, total / count, strict=True):
         matrix[a, b] = matrix[b, a] = mean
     return [_numbers(row) for row in matrix], weakest or None, weakest_pair or None
-
-
-def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of maps, pair by pair, equal values sharing their mean rank.
-
-    Args:
-        first: maps (n, h, w).
-        second: maps (n, h, w).
-
-    Returns:
-        (n,) in [-1, 1]; 0 where one of the two is constant.
-
-    Example:
-        >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 6.0, 7.0]]]))
-        tensor([1.], dtype=torch.float64)
-    """
-    a, b = _centred_ranks(first), _centred_ranks(second)
-    norms = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(norms > 0, (a * b).sum(dim=1) / norms.clamp(min=1e-12), 0.0)
-
-
-def _centred_ranks(maps: Tensor) -> Tensor:
-    values = maps.flatten(1).nan_to_num().contiguous()
-    ordered = values.sort(dim=1).values
-    below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    return (below + up_to).double() / 2 - values.shape[1] / 2
 
 
 def _number(value: float) -> float | None:

@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 
 from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
 from gmarpp.callbacks.monitor import spread_over_classes
+from gmarpp.metrics.functional import rank_correlation
 from gmarpp.module import load_classifier
 from gmarpp.storage import write_atomically
 from gmarpp.visualize import figure_bytes, method_color, method_dashes
@@ -91,7 +92,7 @@ def sanity_check(
         stages.append(stage)
         maps = explain(randomised, images, methods, trained.target, architecture=architecture).maps
         for method, values in maps.items():
-            correlations[method].append(rank_correlation(values, trained.maps[method]).cpu())
+            correlations[method].append(rank_correlation(values, trained.maps[method]).float().cpu())
     return SanityCheck(tuple(stages), {method: torch.stack(each) for method, each in correlations.items()})
 
 
@@ -106,33 +107,6 @@ def _cascade(model: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, l
     for position in reversed(range(len(blocks))):
         yield f"block {position + 1}", list(blocks[position].parameters())
     yield "embedding", [parameter for name, parameter in named if names.index(name) < first_block]
-
-
-def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of two maps per image, ties sharing their mean rank; 0 where a map is constant.
-
-    Args:
-        first: shape (B, h, w).
-        second: shape (B, h, w).
-
-    Returns:
-        shape (B,), in [-1, 1].
-
-    Example:
-        >>> rank_correlation(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[10.0, 30.0, 20.0]]]))
-        tensor([0.5000])
-    """
-    ranks = [_mean_ranks(values.flatten(1).double()) for values in (first, second)]
-    centred = [rank - rank.mean(dim=1, keepdim=True) for rank in ranks]
-    covariance = (centred[0] * centred[1]).sum(dim=1)
-    scale = centred[0].norm(dim=1) * centred[1].norm(dim=1)
-    return torch.where(scale > 0, covariance / scale.where(scale > 0, 1), 0.0).float()
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    smaller = (values[:, None, :] < values[:, :, None]).sum(dim=-1)
-    equal = (values[:, None, :] == values[:, :, None]).sum(dim=-1)
-    return smaller + (equal - 1) / 2
 
 
 def cascade_figure(check: SanityCheck) -> Figure:

@@ -9,11 +9,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from stored_run import CLASS_NAMES, METHODS, METRICS, stored_run
 
 from gmarpp import report
-from gmarpp.report import rank_correlation, write_report
+from gmarpp.report import write_report
 from gmarpp.visualize import normalise_map
 
 PATHS = ["a/same.jpg", "b/same.jpg", "</script><script>alert(1)</script>.jpg", "bad\udcff&.jpg", "x" * 300, "猫.jpg"]
@@ -109,15 +108,6 @@ def test_disagreement_is_that_of_the_two_methods_beside_the_control(page, explan
     assert data["images"]["weakestPair"] == [[0, 1]] * len(PATHS)
     assert data["images"]["agreement"][0][1] == pytest.approx(np.mean(expected), abs=1e-3)
     assert data["images"]["agreement"][2][2] == 1
-
-
-def test_rank_correlation_shares_the_ranks_of_equal_values():
-    maps = torch.randint(0, 4, (20, 3, 5), generator=torch.Generator().manual_seed(0)).float()
-    expected = [
-        scipy.stats.spearmanr(a.flatten(), b.flatten()).statistic for a, b in zip(maps, maps.flip(0), strict=True)
-    ]
-    assert rank_correlation(maps, maps.flip(0)).tolist() == pytest.approx(expected)
-    assert rank_correlation(torch.ones(1, 2, 2), torch.rand(1, 2, 2)).tolist() == [0]
 
 
 def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatch):

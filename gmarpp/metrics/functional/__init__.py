@@ -10,6 +10,7 @@ from gmarpp.metrics.functional.localisation import (
     pixel_accuracy,
     pointing_game,
 )
+from gmarpp.metrics.functional.rank_correlation import rank_correlation
 from gmarpp.metrics.functional.sparseness import sparseness
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "iou",
     "pixel_accuracy",
     "pointing_game",
+    "rank_correlation",
     "road",
     "sparseness",
 ]

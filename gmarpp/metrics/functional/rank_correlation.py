@@ -1,0 +1,30 @@
+"""Agreement of two maps."""
+
+import torch
+from torch import Tensor
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation of maps, pair by pair, equal values sharing their mean rank.
+
+    Args:
+        first: maps (n, h, w).
+        second: maps (n, h, w).
+
+    Returns:
+        (n,) in [-1, 1]; 0 where one of the two is constant.
+
+    Example:
+        >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 7.0, 6.0]]]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    a, b = _centred_ranks(first), _centred_ranks(second)
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(norms > 0, (a * b).sum(dim=1) / norms.clamp(min=1e-12), 0.0)
+
+
+def _centred_ranks(maps: Tensor) -> Tensor:
+    values = maps.flatten(1).nan_to_num().contiguous()
+    ordered = values.sort(dim=1).values
+    below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + up_to).double() / 2 - values.shape[1] / 2
