@@ -42,6 +42,8 @@ _SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
 OVERLAY_SIDE = 224
 """Least pixels of the short side of a saved overlay."""
 
+_BANDS = 4
+
 Array = npt.NDArray[Any]
 
 
@@ -282,7 +284,7 @@ def curves_figure(
 
     Args:
         insertion: mean insertion curve of each method; higher is better.
-        deletion: mean deletion curve of each method; lower is better.
+        deletion: mean deletion curve of each method; lower is better. Up to four methods show their intervals, too.
         score: what the curves show, for the axis label.
 
     Returns:
@@ -297,7 +299,8 @@ def curves_figure(
             curve = curves[method]
             style = {"color": method_color(method), "linestyle": method_dashes(method), "linewidth": 1.6}
             axes.plot(curve.fractions, curve.mean, label=f"{method_label(method)}   {curve.auc:.3f}", **style)
-            axes.fill_between(curve.fractions, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
+            if len(curves) <= _BANDS:
+                axes.fill_between(curve.fractions, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
         axes.set_title(f"{title} ({better} is better)", fontsize=10, loc="left")
         axes.set_xlabel(f"share of patches {verb}, most relevant first", fontsize=9)
         axes.set_xlim(0, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -235,9 +235,11 @@ class ExplanationWriter(BasePredictionWriter):
 
     def _show_rate(self, trainer: L.Trainer) -> None:
         bar = trainer.progress_bar_callback
+        rate = f"{self._done * trainer.world_size / (time.monotonic() - self._started):.1f} images/s"
         if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
-            rate = self._done * trainer.world_size / (time.monotonic() - self._started)
-            bar.predict_progress_bar.set_postfix_str(f"{rate:.1f} images/s", refresh=False)
+            bar.predict_progress_bar.set_postfix_str(rate, refresh=False)
+        elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.predict_progress_bar_id is not None:
+            bar.progress.update(bar.predict_progress_bar_id, description=f"{bar.predict_description}, {rate}")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Publish the rest and wait for all ranks."""
