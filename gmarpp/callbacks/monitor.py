@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from gmarpp.explainer import ExplainedBatch, Explainer, metric_inputs
 from gmarpp.metrics import METRICS
-from gmarpp.summary import CurveSum
+from gmarpp.summary import CurveSum, metric_label
 from gmarpp.visualize import comparison_figure, curves_figure, figure_bytes
 
 
@@ -27,8 +27,9 @@ class AttributionMonitor(L.Callback):
 
     At each validation it logs the scalars ``attribution/<method>/<metric>``, which checkpointing and early stopping can
     monitor, the seconds it took as ``attribution/seconds``, and on loggers that take pictures a grid of images with
-    their maps and the mean insertion and deletion curves. The probe is the same at every validation and spread evenly
-    over classes and ranks. The network runs in a batch hook, so averaged weights, where there are some, are explained.
+    their maps and the mean insertion and deletion curves; TensorBoard's tab Custom Scalars compares the methods. The
+    probe is the same at every validation and spread evenly over classes and ranks. The network runs in a batch hook, so
+    averaged weights, where there are some, are explained.
 
     Args:
         explainer: methods, target and metrics. By default the five faithfulness metrics of GMAR++, GMAR, Rollout and
@@ -67,6 +68,20 @@ class AttributionMonitor(L.Callback):
                 f"the monitor's probe of {self.images} images is less than the {trainer.world_size} processes: raise "
                 "its option images, or set it to 0 to switch the monitor off"
             )
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # TensorBoard then has a chart for each metric, with a line for each method.
+        charts = {
+            metric_label(metric): [
+                "Multiline",
+                [f"attribution/{method}/{metric}$" for method in self.explainer.methods],
+            ]
+            for metric in self.explainer.metrics
+        }
+        for logger in trainer.loggers:
+            if self.images and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars({"attribution": charts})
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -208,6 +223,7 @@ def _maps_figure(batches: list[ExplainedBatch], names: tuple[str, ...], images: 
 
 
 def _log_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
+    figure.set_dpi(110)  # readable at the size in which TensorBoard shows it
     picture = np.asarray(Image.open(io.BytesIO(figure_bytes(figure))).convert("RGB"))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

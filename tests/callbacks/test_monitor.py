@@ -80,6 +80,7 @@ def test_fits_as_without_it_and_draws(tmp_path):
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert {"attribution/maps", "attribution/curves"} <= set(events.Tags()["images"])
     assert len(events.Images("attribution/maps")) == 2
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert [event.step for event in events.Scalars("attribution/gmarpp_l1/insertion_auc")] == [1, 3]
 
 
