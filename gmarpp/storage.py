@@ -156,15 +156,18 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """Read the description of the run a folder holds; None if it holds none.
 
     Raises:
-        ValueError: if the description is not JSON.
+        ValueError: if ``run.json`` is something else.
     """
     path = folder / RUN_FILE
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a run's description ({error}): choose another output folder") from error
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        run = None
+    if not isinstance(run, dict) or "status" not in run:
+        raise ValueError(f"{path} does not describe a run of explain.py predict: choose another output folder")
+    return run
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:

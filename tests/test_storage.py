@@ -167,7 +167,8 @@ def test_run_description_round_trip(tmp_path):
     assert read_run(tmp_path) is None
     write_run(tmp_path, {"status": "complete", "name": "ü"})
     assert read_run(tmp_path) == {"status": "complete", "name": "ü"}
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json.*another output folder"):
-        read_run(tmp_path)
+    for content in ("{", "[]", '{"name": "of another program"}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json.*another output folder"):
+            read_run(tmp_path)
     assert json.dumps(run_description())
