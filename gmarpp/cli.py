@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import gmarpp.data
 from gmarpp.callbacks.writer import ExplanationWriter
@@ -50,6 +51,15 @@ class Trainer(L.Trainer):
         )
 
 
+class LatestCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that on an error saves only where no rank has to wait for others that go on without it."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Saves if all ranks got here, as they do when they are terminated."""
+        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
+
+
 class TrainCLI(LightningCLI):
     """Fine-tunes and evaluates; every run logs to TensorBoard and keeps its best and its last checkpoint."""
 
@@ -81,7 +91,7 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the checkpoint of the best validation and the one of the latest state, both configurable."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(LatestCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/accuracy",

@@ -221,12 +221,7 @@ class ViTClassifier(L.LightningModule):
             images, target = self.mix(images, target)
             smoothing = 0.0
         loss = F.cross_entropy(self(images).float(), target, label_smoothing=smoothing)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}; the batch's files: "
-                f"{', '.join(map(str, batch.get('path', ['unknown'])))}; look at these files, lower --model.lr, raise "
-                "--model.warmup, set --trainer.gradient_clip_val 1.0, or train with --trainer.precision bf16-mixed"
-            )
+        self._require_finite(loss.detach(), batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
@@ -345,6 +340,23 @@ class ViTClassifier(L.LightningModule):
             + (f" = {lr:.3g} x {effective} / {reference}" if reference else "")
         )
         return scaled
+
+    def _require_finite(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
+        """Stops all ranks together: one that stopped alone would leave the others waiting for its gradients."""
+        finite = torch.isfinite(loss)
+        ranks: Any = self.trainer.strategy.reduce(finite.float(), reduce_op="sum")
+        if ranks == self.trainer.world_size:
+            return
+        files = "" if finite else ", ".join(map(str, batch.get("path", ["unknown"])))
+        if self.trainer.world_size > 1:
+            gathered = [""] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, files)
+            files = ", ".join(filter(None, gathered))
+        raise FloatingPointError(
+            f"the loss is not finite at step {self.global_step}; the batch's files: {files}; look at them, "
+            "lower --model.lr, raise --model.warmup, set --trainer.gradient_clip_val 1.0, or train with "
+            "--trainer.precision bf16-mixed"
+        )
 
     def _evaluate(
         self, batch: Mapping[str, Any], counted: Tensor, loss: MeanMetric, metrics: MetricCollection, loss_name: str

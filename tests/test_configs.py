@@ -50,10 +50,8 @@ def test_part_changes_a_recipe(part, capsys):
 def test_callback_parts_add_up(capsys):
     parts = [f"--config=configs/callbacks/{name}.yaml" for name in ("ema", "early_stopping")]
     config = parsed(train_main, ["fit", "--config", "configs/digits.yaml", *parts], capsys)
-    assert [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]] == [
-        "EMAWeightAveraging",
-        "EarlyStopping",
-    ]
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names[-2:] == ["EMAWeightAveraging", "EarlyStopping"]
 
 
 def test_explain_parses(capsys):

@@ -177,7 +177,7 @@ def test_loss_that_is_not_finite_names_step_files_and_remedy(tmp_path):
             return DataLoader(squares, batch_size=8)
 
     with pytest.raises(
-        FloatingPointError, match=r"nan at step 1; .*square008\.png, .*square013\.png.*lower --model\.lr"
+        FloatingPointError, match=r"not finite at step 1; .*square008\.png, .*square013\.png.*lower --model\.lr"
     ):
         trainer(tmp_path).fit(classifier(), Broken())
 
