@@ -127,7 +127,7 @@ class ExplanationWriter(BasePredictionWriter):
     def _require_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"output {self.folder} is a file: choose a folder")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        if not self.folder.is_dir() or all(path.name.startswith(".") for path in self.folder.iterdir()):
             return
         run = read_run(self.folder)
         if run is None:
@@ -165,15 +165,17 @@ class ExplanationWriter(BasePredictionWriter):
             require_same_run(previous, self._run, self.folder)
             self._run |= {"created": previous["created"], "status": previous["status"]}
         if trainer.is_global_zero:
+            if previous is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_run(self.folder, self._run)
             folders = [self.folder / name for name in (PARTS, MAPS, IMAGES)]
             if self.overlays:
                 folders += [self.folder / OVERLAYS / method for method in module.explainer.methods]
             for path in folders:
                 path.mkdir(parents=True, exist_ok=True)
+            # Killed processes leave files that they were writing.
             for leftover in (self.folder / PARTS).glob(".*.tmp"):
                 leftover.unlink()
-            if previous is None:
-                write_run(self.folder, self._run)
         trainer.strategy.barrier("explanations-open")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
