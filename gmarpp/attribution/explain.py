@@ -202,10 +202,16 @@ class _Pass:
                 mask if mask is None or rows == call.queries else mask[..., :rows, :],
                 scale=call.scale,
             )
+        tokens, precision = tokens[:, :rows], self.autocast()
+        if rows < call.queries:
+            # A few rows are cheapest in the weights' own precision: autocast would convert all weights for them.
+            dtype = next(self.blocks[call.block].parameters()).dtype
+            tokens, attended = tokens.to(dtype), attended.to(dtype)
+            precision = torch.autocast(query.device.type, enabled=False)
         attended = attended.detach().requires_grad_()
-        with torch.enable_grad(), self.autocast():
+        with torch.enable_grad(), precision:
             with self.tap.substituting(attended):
-                left = self.block_forwards[call.block](tokens[:, :rows], *others, **keywords)
+                left = self.block_forwards[call.block](tokens, *others, **keywords)
             left = left[0] if isinstance(left, tuple) else left
             with self.tap.passing():
                 assert self.layout.head is not None

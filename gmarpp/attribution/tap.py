@@ -273,10 +273,10 @@ class AttentionTap:
             self.consume(part, layer)
             # The softmax's own backward: dS = A ⊙ (G - rowsum(A ⊙ G)).
             product = layer.product
-            scores = torch.addcmul(product, attention, product.sum(dim=-1, keepdim=True), value=-1)
-            scores *= call.scale * self.gradient_scale
-            gradients[0][part] = torch.matmul(scores, k)
-            gradients[1][part] = torch.matmul(scores.mT, q)
+            scores = product.addcmul_(attention, product.sum(dim=-1, keepdim=True), value=-1)
+            factor = call.scale * self.gradient_scale
+            gradients[0][part] = torch.matmul(scores, k * factor)
+            gradients[1][part] = torch.matmul(scores.mT, q * factor)
             gradients[2][part] = torch.matmul(attention.mT, outer)
         return gradients
 
