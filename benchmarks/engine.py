@@ -13,8 +13,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,30 +46,34 @@ def ratios(name: str, batch: int, size: int, classes: list[int], repeats: int) -
     results: dict[str, dict[str, float]] = {}
     for dtype, autocast in DTYPES.items():
 
-        @torch.no_grad()
-        def forward() -> None:
-            model(images)
+        def explain(autocast: torch.dtype | None = autocast, **options: Any) -> None:
+            # A context of its own: autocast must not keep converted weights from one call to the next.
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                gmarpp.explain(model, images, **options)
 
-        jobs = {
-            f"{len(gmarpp.METHODS)} methods, K = {count}": lambda count=count: gmarpp.explain(
-                model, images, gmarpp.METHODS, torch.arange(count).repeat(batch, 1)
+        @torch.no_grad()
+        def forward(autocast: torch.dtype | None = autocast) -> None:
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                model(images)
+
+        methods = len(gmarpp.METHODS)
+        jobs: dict[str, Callable[[], None]] = {
+            f"{methods} methods, K = {count}": partial(
+                explain, methods=gmarpp.METHODS, target=torch.arange(count).repeat(batch, 1)
             )
             for count in classes
         }
-        jobs[f"{len(gmarpp.METHODS)} methods, recomputed"] = lambda: gmarpp.explain(
-            model, images, gmarpp.METHODS, recompute=True
-        )
-        jobs["rollout alone"] = lambda: gmarpp.explain(model, images, "rollout")
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            forward()
-            times: dict[str, list[float]] = {job: [] for job in jobs}
-            base: list[float] = []
-            for _ in range(repeats):
-                for job, run in jobs.items():
-                    before = seconds(forward)
-                    elapsed = seconds(run)
-                    base.append((before + seconds(forward)) / 2)
-                    times[job].append(elapsed / base[-1])
+        jobs[f"{methods} methods, recomputed"] = partial(explain, methods=gmarpp.METHODS, recompute=True)
+        jobs["rollout alone"] = partial(explain, methods="rollout")
+        forward()
+        times: dict[str, list[float]] = {job: [] for job in jobs}
+        base: list[float] = []
+        for _ in range(repeats):
+            for job, run in jobs.items():
+                before = seconds(forward)
+                elapsed = seconds(run)
+                base.append((before + seconds(forward)) / 2)
+                times[job].append(elapsed / base[-1])
         results[dtype] = {job: round(statistics.median(each), 2) for job, each in times.items()}
         results[dtype]["forward, s per image"] = round(statistics.median(base) / batch, 3)
     return results
