@@ -18,7 +18,7 @@ lint: .venv/.installed  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed-bench  ## measure the engine: time and memory as ratios to a forward pass
+bench: .venv/.installed  ## measure the engine: time and memory as ratios to a forward pass
 	$(BIN)/python benchmarks/engine.py
 
 clean:  ## remove the environment and everything that was made in this folder
@@ -29,8 +29,4 @@ clean:  ## remove the environment and everything that was made in this folder
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
-	touch $@
-
-.venv/.installed-bench: .venv/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
