@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
-from gmarpp.callbacks.monitor import spread_over_classes
+from gmarpp.data.probe import spread_over_classes
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.module import load_classifier
 from gmarpp.storage import write_atomically

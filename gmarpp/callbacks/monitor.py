@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import ExplainedBatch, Explainer, metric_inputs
 from gmarpp.metrics import METRICS
 from gmarpp.summary import CurveSum, metric_label
@@ -180,31 +180,6 @@ class AttributionMonitor(L.Callback):
             )
             figure = curves_figure(insertion, deletion, self.explainer.score)
             _log_figure(trainer, "attribution/curves", figure)
-
-
-def spread_over_classes(labels: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Choose images so that the classes are represented as evenly as possible, always the same ones.
-
-    Args:
-        labels: class of each image, shape (n,).
-        size: number of images to choose; all, if there are fewer.
-
-    Returns:
-        indices, shape (min(size, n),): a first image of as many classes as possible, spread over the classes, then a
-        second one, and so on.
-
-    Example:
-        >>> spread_over_classes(np.array([0, 0, 0, 1, 1, 2]), 4).tolist()
-        [0, 3, 5, 1]
-    """
-    order = np.argsort(labels, kind="stable")
-    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    turn = np.arange(len(labels)) - np.repeat(first, counts)
-    by_turn = order[np.argsort(turn, kind="stable")]
-    classes = len(counts)
-    if size < classes:
-        return by_turn[np.linspace(0, classes, size, endpoint=False).astype(np.int64)]
-    return by_turn[:size]
 
 
 def _maps_figure(batches: list[ExplainedBatch], names: tuple[str, ...], images: int) -> Figure:

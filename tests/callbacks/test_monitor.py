@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import gmarpp
 from gmarpp.callbacks import AttributionMonitor
-from gmarpp.callbacks.monitor import spread_over_classes
+from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
 from gmarpp.metrics import METRICS
 from gmarpp.module import ViTClassifier
@@ -126,14 +126,6 @@ def test_what_cannot_be_monitored_says_so(tmp_path):
         )
     with pytest.raises(ValueError, match="images and grid_images must not be negative"):
         AttributionMonitor(images=-1)
-
-
-def test_probe_is_spread_over_classes():
-    labels = np.array([3, 3, 3, 1, 1, 0, 7, 7, 7, 7])
-    assert spread_over_classes(labels, 4).tolist() == [5, 3, 0, 6]
-    assert spread_over_classes(labels, 6).tolist() == [5, 3, 0, 6, 4, 1]
-    assert spread_over_classes(labels, 2).tolist() == [5, 0]
-    assert sorted(spread_over_classes(labels, 99).tolist()) == list(range(10))
 
 
 TWO_PROCESSES = """
