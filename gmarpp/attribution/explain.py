@@ -14,7 +14,7 @@ from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method, select_methods
 from gmarpp.attribution.preserve import evaluation_mode
-from gmarpp.attribution.tap import AttentionCall, AttentionTap, UnsupportedNetworkError, readout_row
+from gmarpp.attribution.tap import AttentionCall, AttentionTap, UnsupportedNetworkError
 from gmarpp.attribution.target import (
     Contrast,
     Score,
@@ -165,7 +165,7 @@ class _Pass:
             top = self.tap.calls[-1].output
             assert top is not None
             (gradient,) = torch.autograd.grad(total, top, retain_graph=retain_graph)
-            self.tap.readout = readout_row(gradient)
+            self.tap.find_readout(gradient)
             with torch.no_grad(), torch.autocast(self.images.device.type, enabled=False):
                 self.tap.replay_without_gradients()
         if not self.rows:

@@ -84,6 +84,7 @@ class AttentionTap:
         self._recording = False
         self._substitute: Tensor | None = None
         self._passing = False
+        self._read_tokens: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -190,8 +191,24 @@ class AttentionTap:
 
         return enter
 
-    def _leave_block(self, *_: object) -> None:
+    def _leave_block(self, block: nn.Module, _: object, output: Any) -> None:
         self._current_block = None
+        tokens = output[0] if isinstance(output, tuple) else output
+        if self._recording and block is self._blocks[-1] and tokens.requires_grad:
+            tokens.register_hook(self._remember_read_tokens)
+
+    def _remember_read_tokens(self, gradient: Tensor) -> None:
+        self._read_tokens = readout_row(gradient[:, None])
+
+    def find_readout(self, gradient: Tensor) -> None:
+        """Set `readout` from the gradient (B, H, Q, d) of the top call's output.
+
+        Where the blocks are known, the gradient of what leaves the last one tells more: it is not zero even if the top
+        layer's attention does not influence the score.
+        """
+        self_attends = self.calls[-1].queries == self.calls[-1].keys
+        known = self._read_tokens if self_attends else None
+        self.readout = readout_row(gradient) if known is None else known
 
     def _attend(
         self,
@@ -257,7 +274,7 @@ class AttentionTap:
         """
         is_top = call is self.calls[-1]
         if is_top:
-            self.readout = readout_row(gradient)
+            self.find_readout(gradient)
         local = None if self.local_gradient is None else self.local_gradient(call, query, key, value, mask)
         gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
         for part in _parts(query, key):

@@ -102,10 +102,14 @@ def test_a_layer_without_positive_gradient_is_passed_through():
     with torch.no_grad():
         # A residual branch scaled to nothing keeps its attention out of the score: G is zero in that layer.
         model.blocks[1].attn.proj.weight.zero_()
-    _attentions, gradients = attention_and_gradients(model, batch, logit_of(model(batch).argmax(1)))
+    attentions, gradients = attention_and_gradients(model, batch, logit_of(model(batch).argmax(1)))
     assert gradients[1].abs().max() == 0
     found = gmarpp.explain(model, batch, ["gmarpp_l1", "gmarpp_l2", "gmar_l1", "chefer"]).maps
     assert all(values.isfinite().all() for values in found.values())
+    readout = F.one_hot(torch.tensor(0), 17).float()
+    for name, image in itertools.product(("gmarpp_l1", "gmarpp_l2", "chefer"), range(3)):
+        expected = naive_row(name, attentions, gradients, readout, image)[1:].reshape(4, 4)
+        torch.testing.assert_close(found[name][image], expected, rtol=1e-4, atol=1e-9)
 
 
 def test_gmar_with_equal_weights_is_rollout_and_alpha_is_an_option():
