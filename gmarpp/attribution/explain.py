@@ -1,6 +1,6 @@
 """`explain`: maps of all methods from one forward and one backward pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.explanation import Explanation, displayable
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method, select_methods
 from gmarpp.attribution.preserve import evaluation_mode
-from gmarpp.attribution.tap import AttentionCall, AttentionTap, UnsupportedNetworkError
+from gmarpp.attribution.tap import AttentionTap, UnsupportedNetworkError
 from gmarpp.attribution.target import (
     Contrast,
     Score,
@@ -86,7 +87,6 @@ class _Pass:
         self.layout = layout
         self.grid = layout.grid(images.shape[-2], images.shape[-1])
         self.blocks = list(layout.blocks)
-        self.block_forwards = [block.forward for block in self.blocks]
         self.through_gradients = any(method.needs_gradient for method in methods)
         self.recompute = recompute and self.through_gradients
         needs_local = any(method.needs_local_gradient for method in methods)
@@ -96,15 +96,9 @@ class _Pass:
                 "gmarpp.Architecture(..., blocks=..., head=...)"
             )
         self.tap = AttentionTap(
-            self.blocks, self._consume, self._local_gradient if needs_local else None, self.through_gradients
+            self.blocks, self._consume, self._choose_echo if needs_local else None, self.through_gradients
         )
         self.rows: dict[str, Tensor] = {}
-        self.score: Score
-        self.local_rows: int | None = None
-        device = images.device.type
-        self.autocast: Callable[[], torch.autocast] = partial(
-            torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        )
 
     def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Give maps by method, targets and logits."""
@@ -154,11 +148,15 @@ class _Pass:
         return logits, indices, [class_score(column) for column in columns.unbind(dim=1)]
 
     def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
-        self.score = score
         self.rows.clear()
-        total = score(output).sum() * self.tap.gradient_scale
+        total = score(output).sum()
         if not total.requires_grad:
             raise UnsupportedNetworkError("the score does not depend on the network's attention")
+        with self.tap.passing():
+            for echoes in self.tap.echoes:
+                assert self.layout.head is not None
+                total = total + score(self.layout.head(echoes)).sum()
+        total = total * self.tap.gradient_scale
         if self.through_gradients:
             torch.autograd.grad(total, self.tap.leaves, retain_graph=retain_graph, allow_unused=True)
         else:
@@ -184,51 +182,19 @@ class _Pass:
             row = method.step(row, layer)
             self.rows.setdefault(method.name, row.new_zeros(batch, tokens))[part] = row
 
-    def _local_gradient(
-        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor | None:
-        if call.block is None:
-            return None
-        (tokens, *others), keywords = self.tap.block_inputs[call.block]
-        rows = call.queries
-        if all(each is None or isinstance(each, bool | int | float) for each in (*others, *keywords.values())):
-            # The rest of a block and the head work token by token: only the tokens that the head reads matter.
-            rows = self._rows_read(call)
-        with self.tap.passing():
-            attended = nn.functional.scaled_dot_product_attention(
-                query[:, :, :rows],
-                key,
-                value,
-                mask if mask is None or rows == call.queries else mask[..., :rows, :],
-                scale=call.scale,
-            )
-        tokens, precision = tokens[:, :rows], self.autocast()
-        if rows < call.queries:
-            # A few rows are cheapest in the weights' own precision: autocast would convert all weights for them.
-            dtype = next(self.blocks[call.block].parameters()).dtype
-            tokens, attended = tokens.to(dtype), attended.to(dtype)
-            precision = torch.autocast(query.device.type, enabled=False)
-        attended = attended.detach().requires_grad_()
-        with torch.enable_grad(), precision:
-            with self.tap.substituting(attended):
-                left = self.block_forwards[call.block](tokens, *others, **keywords)
-            left = left[0] if isinstance(left, tuple) else left
-            with self.tap.passing():
-                assert self.layout.head is not None
-                total = self.score(self.layout.head(left)).sum() * self.tap.gradient_scale
-        (gradient,) = torch.autograd.grad(total, attended)
-        return gradient.float() / self.tap.gradient_scale
+    def _choose_echo(self, tokens: Tensor, beside: bool) -> Echo:
+        """Echo the prefix tokens if the head reads no others, and whole images if it does.
 
-    def _rows_read(self, call: AttentionCall) -> int:
-        """Give the number of leading tokens that hold all that the head reads."""
-        top, prefix = self.tap.calls[-1], self.layout.prefix_tokens
-        assert self.tap.readout is not None
-        if top.queries != top.keys:
-            return call.queries
-        if call is top:
-            self.local_rows = call.queries if (self.tap.readout[:, prefix:] > 0).any() else prefix
-        assert self.local_rows is not None
-        return self.local_rows
+        Whole images, too, where blocks are given tensors beside the tokens, such as rotary embeddings, which have an
+        entry per token.
+        """
+        assert self.layout.head is not None
+        prefix = self.layout.prefix_tokens
+        probe = tokens[:1].detach().requires_grad_()
+        with self.tap.passing():
+            read = torch.autograd.grad(logits_of(self.layout.head(probe))[:, 0].sum(), probe)[0] != 0
+        whole = beside or not prefix or bool(read[:, prefix:].any())
+        return Echo(dim=0, size=len(tokens)) if whole else Echo(dim=1, size=prefix)
 
     def _check_grid(self) -> None:
         tokens = self.tap.calls[-1].keys

@@ -68,7 +68,8 @@ class AttentionLayer:
 
 
 def _norms(gradient: Tensor) -> dict[int, Tensor]:
-    return {p: torch.linalg.vector_norm(gradient, ord=p, dim=(-2, -1)) for p in (1, 2)}
+    # vector_norm takes five times as long for the sum of absolute values.
+    return {1: gradient.abs().sum(dim=(-2, -1)), 2: torch.linalg.vector_norm(gradient, dim=(-2, -1))}
 
 
 LayerConsumer = Callable[[slice, AttentionLayer], None]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
 
 
@@ -43,9 +44,8 @@ class AttentionCall:
     inputs: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
-LocalGradient = Callable[[AttentionCall, Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
-"""Takes a call and its query, key, value and mask; gives the gradient of the layer's own score with respect to the
-first rows of the call's output, or `None` in an attention-pool head."""
+EchoChoice = Callable[[Tensor, bool], Echo]
+"""Takes the tokens (B, N, D) that enter the first block, and whether the block gets other tensors beside them."""
 
 _fused_attention = F.scaled_dot_product_attention
 # The interception replaces an attribute of a module, which all threads share.
@@ -58,7 +58,7 @@ class AttentionTap:
     Args:
         blocks: the transformer blocks if they are known; they tell which block makes which call.
         consume: takes each layer of each part of the batch, from the top down.
-        local_gradient: differentiates a layer's own score; `None` if no method needs it.
+        choose_echo: decides what is echoed in every block, if a method needs the layers' own scores.
         through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
             their inputs and `replay_without_gradients` visits them.
     """
@@ -67,22 +67,22 @@ class AttentionTap:
         self,
         blocks: list[nn.Module],
         consume: LayerConsumer,
-        local_gradient: LocalGradient | None = None,
+        choose_echo: EchoChoice | None = None,
         through_gradients: bool = True,
     ) -> None:
         self.consume = consume
-        self.local_gradient = local_gradient
+        self.choose_echo = choose_echo
         self.through_gradients = through_gradients
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
-        self.block_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.echoes: list[Tensor] = []
         self.readout: Tensor | None = None
         self.gradient_scale = 1.0
         self._blocks = blocks
         self._batch = 0
         self._current_block: int | None = None
         self._recording = False
-        self._substitute: Tensor | None = None
+        self._echo: Echo | None = None
         self._passing = False
         self._read_tokens: Tensor | None = None
 
@@ -110,7 +110,7 @@ class AttentionTap:
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:
-        """Number the attention calls made inside, and keep each block's inputs.
+        """Number the attention calls made inside, and collect the echoes that leave each block in `echoes`.
 
         Args:
             batch: number of images that the network is given.
@@ -127,15 +127,6 @@ class AttentionTap:
             self._recording = False
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def substituting(self, output: Tensor) -> Iterator[None]:
-        """Let attention calls return a given output, whatever they are asked."""
-        self._substitute = output
-        try:
-            yield
-        finally:
-            self._substitute = None
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -182,20 +173,31 @@ class AttentionTap:
                 attention = _attention(call, query[part], key[part], _mask_part(mask, part))
                 self.consume(part, AttentionLayer(attention, is_top=call is self.calls[-1], depth=self.depth))
 
-    def _enter_block(self, position: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._recording:
-                self._current_block = position
-                if self.local_gradient is not None:
-                    self.block_inputs.append((args, kwargs))
+    def _enter_block(self, position: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._current_block = position
+            if self.choose_echo is None:
+                return None
+            tokens, *others = args
+            if self._echo is None:
+                plain = all(
+                    each is None or isinstance(each, bool | int | float) for each in (*others, *kwargs.values())
+                )
+                self._echo = self.choose_echo(tokens, not plain)
+            return (self._echo.append(tokens), *others), kwargs
 
         return enter
 
-    def _leave_block(self, block: nn.Module, _: object, output: Any) -> None:
+    def _leave_block(self, block: nn.Module, _: object, output: Any) -> Any:
         self._current_block = None
-        tokens = output[0] if isinstance(output, tuple) else output
-        if self._recording and block is self._blocks[-1] and tokens.requires_grad:
+        tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        if self._echo is not None:
+            tokens, echoes = self._echo.split(tokens)
+            # A copy: a view would keep all that left the block.
+            self.echoes.append(echoes.clone())
+        if block is self._blocks[-1] and tokens.requires_grad:
             tokens.register_hook(self._remember_read_tokens)
+        return tokens if others is None else (tokens, *others)
 
     def _remember_read_tokens(self, gradient: Tensor) -> None:
         self._read_tokens = readout_row(gradient[:, None])
@@ -221,8 +223,6 @@ class AttentionTap:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if self._substitute is not None:
-            return self._substitute
         if self._passing:
             return _fused_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -230,9 +230,12 @@ class AttentionTap:
         if enable_gqa:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        # Only blocks are run again, and outside of their hooks.
+        echo = self._echo if self._current_block is not None or not self._recording else None
+        own_query, own_key = (each if echo is None else echo.split_heads(each)[0] for each in (query, key))
         if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        call = self._record(query, key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
+            attn_mask = torch.ones(own_query.shape[-2], own_key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        call = self._record(own_query, own_key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
         if not self.through_gradients:
             call.inputs = (query.detach(), key.detach(), attn_mask)
             call.output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach().requires_grad_()
@@ -242,7 +245,7 @@ class AttentionTap:
             query = query.detach().requires_grad_()
             if self._recording:
                 self.leaves.append(query)
-        output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call)
+        output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call, echo)
         return output
 
     def _record(self, query: Tensor, key: Tensor, dropout: float, scale: float) -> AttentionCall:
@@ -260,9 +263,17 @@ class AttentionTap:
         return call
 
     def visit(
-        self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hand one layer to the methods, and give the gradients of its query, key and value.
+        self,
+        call: AttentionCall,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        gradient: Tensor,
+        local: Tensor | None,
+        gradients: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Hand one layer to the methods, and write the gradients of its query, key and value.
 
         Args:
             call: the layer.
@@ -271,12 +282,12 @@ class AttentionTap:
             value: shape (B, H, N, d).
             mask: as `scaled_dot_product_attention` takes it.
             gradient: gradient of the call's output, (B, H, Q, d), times `gradient_scale`.
+            local: gradient of the layer's own score with respect to the first rows of the output, likewise.
+            gradients: filled with those of query, key and value, times `gradient_scale`.
         """
         is_top = call is self.calls[-1]
         if is_top:
             self.find_readout(gradient)
-        local = None if self.local_gradient is None else self.local_gradient(call, query, key, value, mask)
-        gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
         for part in _parts(query, key):
             q, k, v, outer = (tensor[part].float() for tensor in (query, key, value, gradient))
             attention = _attention(call, q, k, _mask_part(mask, part))
@@ -285,7 +296,7 @@ class AttentionTap:
                 is_top=is_top,
                 depth=self.depth,
                 given_gradient=torch.matmul(outer / self.gradient_scale, v.mT),
-                local_gradient=None if local is None else torch.matmul(local[part].float(), v.mT),
+                local_gradient=None if local is None else torch.matmul(local[part].float() / self.gradient_scale, v.mT),
             )
             self.consume(part, layer)
             # The softmax's own backward: dS = A ⊙ (G - rowsum(A ⊙ G)).
@@ -295,7 +306,6 @@ class AttentionTap:
             gradients[0][part] = torch.matmul(scores, k * factor)
             gradients[1][part] = torch.matmul(scores.mT, q * factor)
             gradients[2][part] = torch.matmul(attention.mT, outer)
-        return gradients
 
 
 class _TappedAttention(torch.autograd.Function):
@@ -303,18 +313,38 @@ class _TappedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tap: AttentionTap, call: AttentionCall
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        tap: AttentionTap,
+        call: AttentionCall,
+        echo: Echo | None,
     ) -> Tensor:
-        ctx.tap, ctx.call = tap, call
+        ctx.tap, ctx.call, ctx.echo = tap, call, echo
+        if echo is not None:
+            mask = echo.own_mask(mask, call.keys)
         # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
         ctx.save_for_backward(query, key, value, mask)
+        if echo is not None:
+            key, value, mask = echo.attended(key), echo.attended(value), echo.extended_mask(mask)
         return _fused_attention(query, key, value, mask, scale=call.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            return (*ctx.tap.visit(ctx.call, query, key, value, mask, gradients[0]), None, None, None)
+        *inputs, mask = ctx.saved_tensors
+        gradient, local, written = gradients[0], None, tuple(each.new_empty(each.shape) for each in inputs)
+        own = written
+        if ctx.echo is not None:
+            gradient, local = ctx.echo.split_heads(gradient)
+            inputs = [ctx.echo.split_heads(each)[0] for each in inputs]
+            for each in written:
+                ctx.echo.split_heads(each)[1].zero_()
+            own = tuple(ctx.echo.split_heads(each)[0] for each in written)
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            ctx.tap.visit(ctx.call, *inputs, mask, gradient, local, own)
+        return (*written, None, None, None, None)
 
 
 def readout_row(gradient: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class NewTensorSizes(TorchDispatchMode):
 
 def test_no_gradient_of_a_parameter_is_ever_allocated():
     model, batch = vit(mlp_ratio=64), images(1)
-    largest_activation = 17 * 48 * 64
+    largest_activation = 18 * 48 * 64  # a class token, its echo for LeGrad and 16 patches
     assert model.blocks[0].mlp.fc1.weight.numel() > 2 * largest_activation
     with NewTensorSizes(model) as allocated:
         gmarpp.explain(model, batch, gmarpp.METHODS)

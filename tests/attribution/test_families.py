@@ -102,6 +102,9 @@ NETWORKS = {
     "timm, BEiT, relative position bias": (
         lambda: timm_network("beit_base_patch16_224"), (32, 32), (4, 4), 1, range(1, 17),
     ),
+    "timm, BEiT, relative position bias and class token": (
+        lambda: timm_network("beit_base_patch16_224", global_pool="token"), (32, 32), (4, 4), 1, [0],
+    ),
     "timm, FlexiViT": (lambda: timm_network("flexivit_small"), (32, 32), (4, 4), 1, [0]),
     "timm, not square": (
         lambda: timm_network("vit_tiny_patch16_224", img_size=(24, 48)), (24, 48), (3, 6), 1, [0],
