@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import pickle
 import sys
 import zipfile
@@ -18,10 +17,12 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from timm.layers import LayerNorm
 from torch import Tensor, nn
+
+from gmarpp.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -243,10 +244,20 @@ def save_weights(
         dtype: dtype to store floating-point weights in; each one's own when `None`.
         notes: further metadata, such as `recipe` or `origin`.
     """
+    metadata = {**(notes or {}), **describe_model(model)}
+    state = {
+        key: value.detach().cpu().to(dtype if value.is_floating_point() else None).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), save(state, metadata))
+
+
+def describe_model(model: nn.Module) -> dict[str, str]:
+    """What a file has to say about a network from `load_model`: architecture, classes, preprocessing; JSON values."""
     network: Any = model
     height, width = get_image_size(model)
-    metadata = {
-        **(notes or {}),
+    return {
         "architecture": network.pretrained_cfg["architecture"],
         "model_args": json.dumps(network.model_args),
         "img_size": json.dumps(height if height == width else [height, width]),
@@ -258,18 +269,6 @@ def save_weights(
             for key, value in get_preprocessing(model).items()
         },
     }
-    state = {
-        key: value.detach().cpu().to(dtype if value.is_floating_point() else None).contiguous()
-        for key, value in model.state_dict().items()
-    }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        save_file(state, temporary, metadata=metadata)
-        os.replace(temporary, target)  # noqa: PTH105 - os.replace is what is atomic on every system
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sha256(path: str | Path) -> str:

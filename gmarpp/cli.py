@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,22 +13,25 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import gmarpp.data
+from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.writer import ExplanationWriter
+from gmarpp.checkpoint_io import AtomicCheckpointIO
 from gmarpp.explainer import Explainer
 from gmarpp.module import ViTClassifier, classifier_options, load_classifier
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
 RESUME_KEYWORDS = ("best", "last", "hpc")
 # what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
 RESOLVED = ("image_size", "model_args", "preprocessing")
 
 
 class Trainer(L.Trainer):
-    """A Trainer for which the command line's `--trainer.limit_train_batches 1` means one batch.
+    """A Trainer that writes checkpoints atomically, and for which `--trainer.limit_train_batches 1` means one batch.
 
     Lightning's own annotation makes the parser read 1 as 1.0, all batches; so for the other three limits.
     """
@@ -49,6 +53,8 @@ class Trainer(L.Trainer):
             limit_predict_batches=limit_predict_batches,
             **kwargs,
         )
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class LatestCheckpoint(ModelCheckpoint):
@@ -61,7 +67,7 @@ class LatestCheckpoint(ModelCheckpoint):
 
 
 class TrainCLI(LightningCLI):
-    """Fine-tunes and evaluates; every run logs to TensorBoard and keeps its best and its last checkpoint."""
+    """Fine-tunes and evaluates; a run logs to TensorBoard and keeps its best checkpoint, with a card, and its last."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -90,7 +96,7 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the checkpoint of the best validation and the one of the latest state, both configurable."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCardCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LatestCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
@@ -203,7 +209,7 @@ class ExplainCLI(LightningCLI):
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
 
 
-CLI = TypeVar("CLI", TrainCLI, ExplainCLI)
+T = TypeVar("T")
 
 
 def train_main(args: list[str] | None = None) -> TrainCLI:
@@ -212,7 +218,7 @@ def train_main(args: list[str] | None = None) -> TrainCLI:
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
-    return _run(TrainCLI, args)
+    return run_command(TrainCLI, args)
 
 
 def explain_main(args: list[str] | None = None) -> ExplainCLI:
@@ -221,13 +227,20 @@ def explain_main(args: list[str] | None = None) -> ExplainCLI:
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
-    return _run(ExplainCLI, args)
+    return run_command(ExplainCLI, args)
 
 
-def _run(command: type[CLI], args: list[str] | None) -> CLI:
+def run_command(command: Callable[[list[str] | None], T], args: list[str] | None) -> T:
+    """Runs a command line; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        command: takes the command line without the program's name.
+        args: that command line; `sys.argv`'s when `None`.
+    """
     # these come from inside Lightning, and nothing that a user does makes them go away
     warnings.filterwarnings("ignore", r"(?is).*(deprecated in v4|JsonargparseDeprecation)", module="lightning")
     warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
+    warnings.filterwarnings("ignore", ".*not supported by the model summary")
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     messages.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     try:

@@ -1,11 +1,13 @@
 """The Lightning module that fine-tunes a timm Vision Transformer and, given an explainer, explains it."""
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
@@ -147,7 +149,9 @@ class ViTClassifier(L.LightningModule):
         self.explainer: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
         self.checkpoint_path: str | None = None
         self.checkpoint_sha256: str | None = None
+        self.stops_at_divergence = True
         self._weights_pending = pretrained or weights is not None
+        self._seed = 0
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics = MetricCollection(
             {
@@ -176,7 +180,17 @@ class ViTClassifier(L.LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Takes the classes from the data, or compares them with those the network was trained on."""
+        """Takes the classes from the data, or compares them with those the network was trained on.
+
+        Raises:
+            ValueError: the classes are others, or the strategy shares the network out among the devices.
+        """
+        if self.trainer.strategy.restore_checkpoint_after_setup:
+            raise ValueError(
+                f"{type(self.trainer.strategy).__name__} shares the network out among the devices, but layer-wise "
+                "learning rates and explanations need them whole: set --trainer.strategy ddp; "
+                "--model.gradient_checkpointing true saves memory"
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         classes = tuple(getattr(data, "classes", ()))
         if classes and not self.classes:
@@ -185,6 +199,7 @@ class ViTClassifier(L.LightningModule):
             self._require_classes(classes, self.classes, "the network was trained on")
         self._tell_model_its_classes()
         if stage == "fit":
+            self._seed = torch.initial_seed()
             if self.hparams["gradient_checkpointing"]:
                 self._network.set_grad_checkpointing(True)
             if self.hparams["compile"]:
@@ -194,6 +209,8 @@ class ViTClassifier(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with layer-wise rates, warm-up and cosine per step."""
         self._load_start_weights()
+        # by itself Lightning would do so here only for runs that epochs limit, and the batch size is needed for all
+        self.trainer.fit_loop.setup_data()
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ValueError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
@@ -205,11 +222,29 @@ class ViTClassifier(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Restores the place within the epoch that the checkpoint of a resumed run was saved at."""
+        # Lightning does so when it sets up the data, which was before the checkpoint was read
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Has all random numbers of a step, such as dropout's and mixup's, follow from seed, rank, epoch and batch.
+
+        A resumed run draws what an uninterrupted one would, whatever else draws from the global generators.
+        """
+        seed = hash((self._seed, self.global_rank, self.current_epoch, batch_idx)) & 0xFFFFFFFF
+        random.seed(seed)
+        np.random.seed(seed)
+        # the generators' own method: torch.manual_seed formats the whole stack where an accelerator is not in use
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Cross entropy of one batch, mixed if so configured.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite, unless `stops_at_divergence` is off.
             ValueError: mixup or cutmix got an odd number of images.
         """
         images, target = batch["image"], batch["label"]
@@ -221,7 +256,8 @@ class ViTClassifier(L.LightningModule):
             images, target = self.mix(images, target)
             smoothing = 0.0
         loss = F.cross_entropy(self(images).float(), target, label_smoothing=smoothing)
-        self._require_finite(loss.detach(), batch)
+        if self.stops_at_divergence:
+            self._require_finite(loss.detach(), batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
@@ -273,17 +309,19 @@ class ViTClassifier(L.LightningModule):
         return (labels >= 0) & (drawn < len(images))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the classes, so that outputs can name them without the data."""
+        """Stores the classes, so that outputs can name them without the data, and the seed of the steps."""
         checkpoint["classes"], checkpoint["class_names"] = list(self.classes), list(self.class_names)
+        checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the classes from the checkpoint, or compares the data's with them."""
+        """Takes classes and seed from the checkpoint, or compares the data's classes with them."""
         classes = tuple(checkpoint.get("classes", ()))
         if self.classes and classes:
             self._require_classes(self.classes, classes, f"the checkpoint {self._ckpt_path() or ''} was trained on")
         if classes:
             self.classes, self.class_names = classes, tuple(checkpoint["class_names"])
         self._tell_model_its_classes()
+        self._seed = checkpoint.get("seed", self._seed)
         self._weights_pending = False
 
     def restore(self, path: str | Path) -> None:

@@ -1,10 +1,13 @@
+import csv
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from full_disk import no_file_larger_than
 from squares import Squares
 
 from gmarpp import cli
@@ -58,12 +61,14 @@ def failure(main, arguments, capsys):
 def test_fit_logs_and_keeps_best_and_last(folder):
     run = train_main(FIT)
     files = {str(path.relative_to(folder / "logs")) for path in (folder / "logs").rglob("*") if path.is_file()}
-    assert {"version_0/checkpoints/best.ckpt", "version_0/checkpoints/last.ckpt", "version_0/config.yaml"} <= files
+    kept = {f"version_0/checkpoints/{name}" for name in ("best.ckpt", "best.md", "last.ckpt")}
+    assert kept | {"version_0/config.yaml"} <= files
     assert any("tfevents" in file for file in files)
     assert run.trainer.checkpoint_callback.monitor == "val/accuracy"
     assert torch.load(folder / "logs/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     config = yaml.safe_load((folder / "logs/version_0/config.yaml").read_text())
     assert config["seed_everything"] == 0
+    assert "  class_path: squares.Squares\n" in (folder / "logs/version_0/checkpoints/best.md").read_text()
     assert train_main(["fit", "--config", "logs/version_0/config.yaml"]).trainer.global_step == 6
 
 
@@ -103,8 +108,12 @@ def test_a_limit_of_1_is_one_batch(value, batches):
 
 def test_callbacks_and_checkpoints_are_configurable(folder):
     (folder / "ema.yaml").write_text("trainer: {callbacks+: [{class_path: EMAWeightAveraging}]}")
-    run = train_main([*FIT, "--config=ema.yaml", "--checkpoint.monitor=val/loss", "--checkpoint.mode=min"])
+    run = train_main(
+        [*FIT, "--config=ema.yaml", "--checkpoint.monitor=val/loss", "--checkpoint.mode=min",
+         "--checkpoint.model_card=false"]
+    )  # fmt: skip
     assert run.trainer.checkpoint_callback.mode == "min"
+    assert not list(folder.rglob("best.md"))
     assert "EMAWeightAveraging" in {type(callback).__name__ for callback in run.trainer.callbacks}
     run = train_main(
         [*FIT, "--trainer.enable_checkpointing=false", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv"]
@@ -119,6 +128,43 @@ def test_interrupted_run_leaves_the_last_state(folder, capsys):
     )
     assert "the loss is not finite at step" in message
     assert "square023.png" in message
+
+
+def test_full_disk_leaves_the_last_state(checkpoint, capsys):
+    before = checkpoint.read_bytes()
+    resume = [*FIT, "--trainer.logger=false", "--trainer.max_epochs=3", f"--ckpt_path={checkpoint}"]
+    with no_file_larger_than(100_000):
+        message = failure(train_main, resume, capsys)
+    assert "can't write: File too large" in message
+    assert ".ckpt" in message
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob(".*"))
+    assert train_main(resume).trainer.global_step == 9
+
+
+def test_best_by_an_attribution_metric_in_a_table(folder):
+    (folder / "monitor.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: AttributionMonitor, init_args: {images: 3, explainer: "
+        "{methods: [rollout], metrics: [insertion_auc], steps: 2}}}]}"
+    )
+    name = "attribution/rollout/insertion_auc"
+    parts = ["--config=monitor.yaml", f"--config={ROOT}/configs/logger/csv.yaml", f"--checkpoint.monitor={name}"]
+    best = train_main([*FIT, *parts]).trainer.checkpoint_callback.best_model_score
+    with (folder / "logs/version_0/metrics.csv").open() as table:
+        logged = [float(row[name]) for row in csv.DictReader(table) if row[name]]
+    assert len(logged) == 2
+    assert max(logged) == pytest.approx(best.item())
+    assert (folder / "logs/version_0/checkpoints/best.ckpt").is_file()
+
+
+def test_start_says_the_effective_batch_size_and_no_warning(caplog, recwarn):
+    with caplog.at_level("INFO"):
+        train_main(
+            [*FIT, "--trainer.enable_model_summary=true", "--trainer.max_epochs=-1", "--trainer.max_steps=1",
+             "--trainer.precision=bf16-mixed"]
+        )  # fmt: skip
+    assert "Effective batch size 8 = 8 x 1 devices" in caplog.text
+    assert not [warning for warning in recwarn if "summary" in str(warning.message)]
 
 
 def test_explain_writes_with_the_checkpoints_network_alone(checkpoint, folder):
@@ -152,6 +198,8 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
     [
         ([*FIT, "--model.lr=0"], "lr is 0"),
         ([*FIT, "--model.lrr=1"], "model.lrr"),
+        ([*FIT, "--config=unknown.yaml"], "trainer.max_epoch"),
+        ([*FIT, "--trainer.strategy=fsdp"], "`fsdp` requires a GPU"),
         ([*FIT, "--data=Circles"], "Circles"),
         ([*FIT, "--config=gone.yaml"], "gone.yaml"),
         ([*FIT, "--model.architecture=vit_bse"], "unknown architecture 'vit_bse'"),
@@ -166,9 +214,15 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
 )
 def test_mistakes_in_train_end_with_one_line(folder, capsys, arguments, message):
     (folder / "weights.safetensors").touch()
+    (folder / "unknown.yaml").write_text("trainer: {max_epoch: 3}")
     assert message in failure(
         train_main, [*arguments, "--trainer.logger=false"][: len(arguments) + (arguments != ["fat"])], capsys
     )
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_logger_that_is_not_installed_ends_with_one_line(capsys):
+    assert "wandb" in failure(train_main, [*FIT, f"--config={ROOT}/configs/logger/wandb.yaml"], capsys)
 
 
 def test_a_traceback_can_be_had(monkeypatch):

@@ -1,8 +1,14 @@
+import random
+from types import SimpleNamespace
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from noise import write_noise
 from squares import ColouredSquares, Squares
 from torch import nn
 from torch.utils.data import DataLoader
@@ -10,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from gmarpp import module as module_file
 from gmarpp.checkpoint import load_model, save_weights
+from gmarpp.data import Augmentation, ImageFolder
 from gmarpp.module import ViTClassifier, load_classifier
 
 TINY = {"depth": 2}
@@ -211,9 +218,10 @@ def test_mixing_needs_an_even_batch(tmp_path):
         trainer(tmp_path).fit(classifier(cutmix=1.0), Squares(batch_size=7))
 
 
-def test_effective_batch_size_is_stated_and_scales_the_rate(tmp_path, caplog):
+@pytest.mark.parametrize("limits", [{"max_epochs": 1, "max_steps": -1}, {"max_steps": 1}])
+def test_effective_batch_size_is_stated_and_scales_the_rate(tmp_path, caplog, limits):
     network = classifier(lr=1e-3, lr_batch_size=8, warmup=0.0)
-    run = trainer(tmp_path, accumulate_grad_batches=3, max_epochs=1, max_steps=-1)
+    run = trainer(tmp_path, accumulate_grad_batches=3, **limits)
     with caplog.at_level("INFO"):
         run.fit(network, Squares())
     assert "Effective batch size 24 = 8 x 1 devices x 1 nodes x 3 accumulated; learning rate 0.003" in caplog.text
@@ -262,6 +270,57 @@ def test_resumed_run_continues_at_the_right_step_and_rate(tmp_path):
     resumed.fit(classifier(), Ordered(), ckpt_path=tmp_path / "half.ckpt")
     assert losses["resumed"] == losses["whole"][6:]
     assert losses["resumed"][0][0] == 7
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2, "max_steps": -1}, {"max_steps": 12}])
+def test_resumed_run_repeats_images_dropout_mixup_and_augmentation(tmp_path, limits):
+    root = str(write_noise(tmp_path / "noise"))
+
+    class Record(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.steps, self.seeds = [], []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.steps.append((trainer.global_step, batch["index"].tolist(), outputs["loss"].item()))
+            self.seeds.append(torch.initial_seed())
+            if trainer.ckpt_path is None and trainer.global_step in (2, 6, 9):
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def fit(resume=None):
+        record = Record()
+        run = trainer(tmp_path, callbacks=[record], **limits)
+        augmentation = Augmentation(policy="randaugment", erasing=0.5)
+        data = ImageFolder(root, labelled=True, batch_size=4, num_workers=0, augmentation=augmentation)
+        network = classifier(drop_path=0.5, mixup=0.8, cutmix=1.0, lr=1e-2)
+        torch.manual_seed(5 if resume is None else 6)
+        run.fit(network, data, ckpt_path=resume)
+        return record
+
+    whole = fit()
+    assert len(set(whole.seeds)) == len(whole.steps) == 12
+    for step in (2, 6, 9):
+        assert fit(tmp_path / f"{step}.ckpt").steps == whole.steps[step:], step
+
+
+def test_steps_of_other_seeds_and_ranks_draw_other_numbers(tmp_path):
+    def draws(seed, rank):
+        network = classifier()
+        network.trainer = SimpleNamespace(global_rank=rank, current_epoch=0)
+        network._seed = seed
+        network.on_train_batch_start({}, 3)
+        return torch.rand(()).item(), np.random.rand(), random.random()
+
+    assert draws(1, 0) == draws(1, 0)
+    for one, two in zip(draws(1, 0) * 2, draws(2, 0) + draws(1, 1), strict=True):
+        assert one != two
+
+
+def test_strategy_that_shares_the_network_out_is_refused(tmp_path):
+    class Sharded(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    with pytest.raises(ValueError, match=r"Sharded shares the network out .*--trainer\.strategy ddp"):
+        trainer(tmp_path, accelerator="auto", strategy=Sharded()).fit(classifier(), Squares())
 
 
 def test_compiled_and_averaged_checkpoints_have_clean_keys(tmp_path, monkeypatch):

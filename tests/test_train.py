@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from noise import write_noise
 
 from gmarpp.checkpoint import load_model, sha256
 from gmarpp.cli import train_main
@@ -115,3 +116,37 @@ def test_terminated_run_saves_its_last_state_and_resumes(tmp_path):
         tmp_path, *arguments, f"--ckpt_path={last}", "--trainer.max_epochs=-1", f"--trainer.max_steps={step + 2}"
     ).communicate(timeout=100)
     assert f"`Trainer.fit` stopped: `max_steps={step + 2}` reached" in output.decode()
+
+
+def test_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(tmp_path, monkeypatch):
+    steps = 120
+    arguments = [
+        "fit", *MODEL, "--model.drop_path=0.2", "--model.mixup=0.8", "--model.lr=1e-2",
+        "--data=ImageFolder", f"--data.root={write_noise(tmp_path / 'noise')}", "--data.labelled=true",
+        "--data.batch_size=4", "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false", f"--trainer.max_steps={steps}",
+        "--last_checkpoint.every_n_train_steps=8",
+    ]  # fmt: skip
+    (tmp_path / "killed").mkdir()
+    process = start(tmp_path / "killed", *arguments)
+    last = tmp_path / "killed/logs/checkpoints/last.ckpt"
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, output.decode()
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        monkeypatch.chdir(tmp_path)
+        whole = train_main(arguments)
+        monkeypatch.chdir(tmp_path / "killed")
+        assert 0 < torch.load(last, weights_only=True)["global_step"] < steps
+        resumed = train_main([*arguments, f"--ckpt_path={last}"])
+    finally:
+        torch.set_num_threads(threads)
+    assert whole.trainer.global_step == resumed.trainer.global_step == steps
+    for name, value in whole.model.model.state_dict().items():
+        assert torch.equal(value, resumed.model.model.state_dict()[name]), name

@@ -1,6 +1,8 @@
-"""Lightning callbacks that explain a network and keep what comes out."""
+"""Lightning callbacks that explain a network, describe it and find its learning rate."""
 
+from gmarpp.callbacks.learning_rate import PeakLearningRateFinder
+from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.monitor import AttributionMonitor
 from gmarpp.callbacks.writer import ExplanationWriter
 
-__all__ = ["AttributionMonitor", "ExplanationWriter"]
+__all__ = ["AttributionMonitor", "ExplanationWriter", "ModelCardCheckpoint", "PeakLearningRateFinder"]

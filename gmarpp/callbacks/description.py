@@ -3,16 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-import lightning as L
-import timm
-import torch
-
-import gmarpp
+from gmarpp.versions import versions
 
 _SAME: dict[str, tuple[str, ...]] = {
     "versions": ("gmarpp",),
@@ -45,13 +40,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
     run = {
         "status": "running",
         "created": now(),
-        "versions": {
-            "gmarpp": gmarpp.__version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "lightning": L.__version__,
-            "timm": timm.__version__,
-        },
+        "versions": versions(),
         "checkpoint": {
             "path": getattr(module, "checkpoint_path", None),
             "sha256": getattr(module, "checkpoint_sha256", None),

@@ -39,7 +39,8 @@ class HubDataset(ImageDataModule):
         classes: the class ids expected, in order: checked against the label column's names, needed where it has only
             numbers.
         streaming: read while training instead of downloading first. Then epochs have no known length (give the
-            trainer max_steps), and training images are shuffled within `shuffle_buffer`.
+            trainer max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run begins with
+            the order of the first epoch again.
         shuffle_buffer: images held for shuffling a stream, per process.
         **options: of `ImageDataModule`.
     """

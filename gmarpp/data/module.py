@@ -96,8 +96,8 @@ class ImageDataModule(L.LightningDataModule):
         """Opens the splits of a stage ("fit", "validate", "test" or "predict").
 
         Raises:
-            ValueError: a class is unknown to the data or the network, the preprocessing is unknown, a split is empty
-                or has fewer images than there are ranks.
+            ValueError: a class is unknown to the data or the network or has no training image, the preprocessing is
+                unknown, a split is empty or has fewer images than there are ranks.
         """
         if self._follows_network:
             self.preprocessing = getattr(self._network, "preprocessing", self.preprocessing)
@@ -108,6 +108,8 @@ class ImageDataModule(L.LightningDataModule):
             dataset = self.open_split(split)
             if isinstance(dataset, ImageDataset):
                 self._check_size(split, len(dataset))
+                if split == "train":
+                    self._check_classes(dataset.labels)
             self.datasets["val" if split == "selection" else split] = dataset
 
     def open_split(self, split: Split) -> Dataset[Any]:
@@ -246,6 +248,15 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{type(self).__name__} has {images} images for {split}, fewer than the {self.world_size} ranks: "
                 "use fewer devices, or more images"
+            )
+
+    def _check_classes(self, labels: Labels) -> None:
+        wanted = set(self._numbers.tolist()) - {DROPPED, -1}
+        missing = sorted(wanted - set(labels.tolist()))
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} has no training image of {len(missing)} of its {len(wanted)} classes, the "
+                f"first of them {self.classes[missing[0]]!r}: add images, or leave the class out with only_classes"
             )
 
 

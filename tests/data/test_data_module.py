@@ -121,6 +121,16 @@ def test_number_of_classes_must_be_the_networks():
         points(attached=trainer(model=network), only_classes=2)
 
 
+def test_class_without_training_images_is_named(monkeypatch):
+    monkeypatch.setattr(PointData, "read_split", lambda self, split: (Points(), np.arange(12) % 2))
+    with pytest.raises(ValueError, match=r"no training image of 1 of its 3 classes, the first of them 'cat': add"):
+        points()
+    assert points("validate").classes == ("ant", "bee", "cat")
+    assert points(only_classes=2).classes == ("ant", "bee")
+    # a network of more classes may be trained on some of them
+    assert points(only_classes=2, attached=trainer(classes=("ant", "bee", "cat"))).classes == ("ant", "bee", "cat")
+
+
 def test_fewer_images_than_ranks():
     points(attached=trainer(world_size=12))
     with pytest.raises(ValueError, match="12 images for train, fewer than the 13 ranks"):

@@ -1,0 +1,85 @@
+"""Export of trained networks: `python -m gmarpp.export --ckpt_path best.ckpt --output model.onnx`."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from torch import nn
+
+from gmarpp.checkpoint import describe_model, get_image_size, load_model, save_weights
+from gmarpp.cli import run_command
+from gmarpp.storage import atomic_file
+
+logger = logging.getLogger(__name__)
+
+
+def export(ckpt_path: str, output: str, architecture: str | None = None) -> None:
+    """Write a trained network as a plain timm file or for ONNX runtimes, with its classes and preprocessing.
+
+    Args:
+        ckpt_path: anything that `gmarpp.load_model` reads.
+        output: the file to write; its suffix decides, `.safetensors` or `.onnx`.
+        architecture: timm's name of the network, for files that do not name it themselves.
+
+    Raises:
+        ValueError: the output has another suffix, or the checkpoint cannot be read.
+        FileNotFoundError: there is no such checkpoint.
+        ModuleNotFoundError: the packages that ONNX needs are not installed.
+        OSError: the output cannot be written.
+    """
+    writers = {".safetensors": save_weights, ".onnx": save_onnx}
+    suffix = Path(output).suffix
+    if suffix not in writers:
+        raise ValueError(f"output {output} has no known suffix: end it in {' or '.join(writers)}")
+    writers[suffix](load_model(ckpt_path, architecture), output)
+    logger.info("%s: %.1f MB", output, Path(output).stat().st_size / 1e6)
+
+
+def save_onnx(model: nn.Module, path: str | Path) -> None:
+    """Writes a network for ONNX runtimes: from `images` (batch, 3, H, W), normalised, to `logits` (batch, classes).
+
+    The batch size is free. The model's metadata is that of the safetensors file: classes and preprocessing as JSON.
+    The file appears under its name only when it is complete.
+
+    Args:
+        model: a network from `load_model`, in evaluation mode.
+        path: the file to write.
+
+    Raises:
+        ModuleNotFoundError: the packages of the extra `onnx` are not installed.
+        ValueError: the weights exceed the 2 GiB that one ONNX file can hold.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"ONNX needs {' and '.join(missing)}: pip install 'gmarpp[onnx]'")
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size >= 1 << 31:
+        raise ValueError(f"{size / (1 << 30):.1f} GiB of weights do not fit into an ONNX file, which holds 2 GiB")
+    program = torch.onnx.export(
+        model,
+        # of a batch of one the exporter would take it that it is always one
+        (torch.zeros(2, 3, *get_image_size(model)),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props.update(describe_model(model))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(path)) as file:
+        file.write(program.model_proto.SerializeToString())
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; a user's mistake ends with one line on stderr and a status other than 0."""
+    run_command(lambda args: auto_cli(export, args=args, as_positional=False), args)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    main()
