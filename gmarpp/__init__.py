@@ -3,6 +3,7 @@
 from gmarpp.attribution import (
     METHOD_LABELS,
     METHODS,
+    VARIANTS,
     Architecture,
     Contrast,
     Explanation,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "METHOD_LABELS",
+    "VARIANTS",
     "Architecture",
     "Contrast",
     "Explanation",

@@ -30,6 +30,7 @@ FIGURE_FORMATS = ("png", "pdf", "svg")
 _METHOD_COLORS = {
     "gmarpp_l1": "#d7263d",
     "gmarpp_l2": "#f0851f",
+    "gmarpp_sum": "#8c1c13",
     "gmar_l1": "#2a62c9",
     "gmar_l2": "#4fa8e0",
     "rollout": "#239160",

@@ -46,7 +46,7 @@ def explain(
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
         images: preprocessed for the network, shape (B, 3, H, W).
-        methods: names in `gmarpp.METHODS`, aliases, or `Method` objects with options of their own.
+        methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, aliases, or `Method` objects with their own options.
         target: what is explained: `None` for the predicted class; a class index or name; one of either per image, or
             (B, K) for K classes per image at the cost of K backward passes; a `Contrast` of two classes; or a function
             that takes the network's output and gives one score per image.

@@ -68,7 +68,7 @@ class Rollout(Method):
         return layer.attention.new_ones(()).expand(layer.attention.shape[:-1])
 
     def head_weights(self, layer: AttentionLayer) -> Tensor:
-        """Weights of the heads, shape (B, H), summing to 1 (or to 0 where no head matters)."""
+        """Weights of the heads, shape (B, H)."""
         batch, heads = layer.attention.shape[:2]
         return layer.attention.new_full((batch, heads), 1 / heads)
 
@@ -126,12 +126,12 @@ class GMARPlusPlus(Rollout):
         alpha: weight of the residual connection beside the relevance.
         name: key of the map.
         label: name for people.
-        norm: p, 1 or 2.
+        norm: p, 1 or 2; `None` leaves the weights out, ``w_h = 1``, and so adds the heads up.
     """
 
     name: str = "gmarpp_l1"
     label: str = "GMAR++ (L1)"
-    norm: int = 1
+    norm: int | None = 1
     needs_gradient: ClassVar[bool] = True
 
     @override
@@ -144,6 +144,8 @@ class GMARPlusPlus(Rollout):
 
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
+        if self.norm is None:
+            return layer.attention.new_ones(layer.attention.shape[:2])
         norms = layer.positive_gradient_norms[self.norm]
         total = norms.sum(dim=1, keepdim=True)
         return norms / total.where(total > 0, 1)
@@ -233,24 +235,30 @@ class RandomMap(Method):
         return row
 
 
-_REGISTERED: dict[str, Method] = {
-    method.name: method
-    for method in (
-        GMARPlusPlus(),
-        GMARPlusPlus(name="gmarpp_l2", label="GMAR++ (L2)", norm=2),
-        GMAR(),
-        GMAR(name="gmar_l2", label="GMAR (L2)", norm=2),
-        Rollout(),
-        LeGrad(),
-        Chefer(),
-        LastAttention(),
-        RandomMap(),
-    )
-}
+def _by_name(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+_PUBLISHED = _by_name(
+    GMARPlusPlus(),
+    GMARPlusPlus(name="gmarpp_l2", label="GMAR++ (L2)", norm=2),
+    GMAR(),
+    GMAR(name="gmar_l2", label="GMAR (L2)", norm=2),
+    Rollout(),
+    LeGrad(),
+    Chefer(),
+    LastAttention(),
+    RandomMap(),
+)
+# Found to be more faithful than the published rule: docs/study.md.
+_VARIANTS = _by_name(GMARPlusPlus(name="gmarpp_sum", label="GMAR++ (sum)", norm=None))
+_REGISTERED = _PUBLISHED | _VARIANTS
 _ALIASES = {"gmar++": "gmarpp_l1", "gmar": "gmar_l1"}
 
-METHODS: tuple[str, ...] = tuple(_REGISTERED)
-"""Names of all methods."""
+METHODS: tuple[str, ...] = tuple(_PUBLISHED)
+"""Names of the published methods and the controls."""
+VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
+"""Names of this project's own variants of them."""
 METHOD_LABELS: dict[str, str] = {name: method.label for name, method in _REGISTERED.items()}
 """Label for people of each method."""
 
@@ -259,7 +267,7 @@ def resolve_method(name: str) -> str:
     """Give the canonical name of a method.
 
     Args:
-        name: a name in `METHODS` or an alias (``gmar++``, ``gmar``).
+        name: a name in `METHODS` or `VARIANTS`, or an alias (``gmar++``, ``gmar``).
 
     Raises:
         ValueError: if there is no such method; the message lists the names.
@@ -270,7 +278,7 @@ def resolve_method(name: str) -> str:
     """
     canonical = _ALIASES.get(name, name)
     if canonical not in _REGISTERED:
-        raise ValueError(f"unknown method {name!r}: choose from {', '.join((*METHODS, *_ALIASES))}")
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join((*_REGISTERED, *_ALIASES))}")
     return canonical
 
 
@@ -287,5 +295,5 @@ def select_methods(methods: str | Method | Iterable[str | Method]) -> tuple[Meth
         if selected.setdefault(method.name, method) != method:
             raise ValueError(f"two different methods are named {method.name!r}: give each a name of its own")
     if not selected:
-        raise ValueError(f"no method was asked for: choose from {', '.join(METHODS)}")
+        raise ValueError(f"no method was asked for: choose from {', '.join(_REGISTERED)}")
     return tuple(selected.values())

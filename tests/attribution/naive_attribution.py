@@ -64,10 +64,12 @@ def layer_matrix(name, attention, gradient, alpha=1.0):
         weights = norms / norms.sum()
         return row_normalised(sum(weights[h] * attention[h] for h in range(heads)) + alpha * identity)
     if name.startswith("gmarpp_"):
-        p = int(name[-1])
         positive = gradient.clamp(min=0)
         if positive.sum() == 0:
             return identity
+        if name == "gmarpp_sum":
+            return row_normalised((positive * attention).sum(0) + alpha * identity)
+        p = int(name[-1])
         norms = torch.stack([positive[h].pow(p).sum().pow(1 / p) for h in range(heads)])
         weights = norms / norms.sum()
         relevance = sum(weights[h] * positive[h] * attention[h] for h in range(heads))

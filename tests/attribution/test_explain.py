@@ -104,10 +104,10 @@ def test_a_layer_without_positive_gradient_is_passed_through():
         model.blocks[1].attn.proj.weight.zero_()
     attentions, gradients = attention_and_gradients(model, batch, logit_of(model(batch).argmax(1)))
     assert gradients[1].abs().max() == 0
-    found = gmarpp.explain(model, batch, ["gmarpp_l1", "gmarpp_l2", "gmar_l1", "chefer"]).maps
+    found = gmarpp.explain(model, batch, ["gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmar_l1", "chefer"]).maps
     assert all(values.isfinite().all() for values in found.values())
     readout = F.one_hot(torch.tensor(0), 17).float()
-    for name, image in itertools.product(("gmarpp_l1", "gmarpp_l2", "chefer"), range(3)):
+    for name, image in itertools.product(("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "chefer"), range(3)):
         expected = naive_row(name, attentions, gradients, readout, image)[1:].reshape(4, 4)
         torch.testing.assert_close(found[name][image], expected, rtol=1e-4, atol=1e-9)
 

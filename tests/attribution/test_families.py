@@ -13,7 +13,7 @@ from naive_attribution import attention_and_gradients, naive_legrad, naive_row
 import gmarpp
 from gmarpp.attribution.target import logits_of
 
-PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
+PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
 SMALL_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 SMALL_HF = {
     "hidden_size": 48,
@@ -138,7 +138,7 @@ def test_every_family_and_readout_equals_the_naive_reference(name):
     model, batch = make(), images(size)
     target = torch.tensor([2, 5])
     score = lambda output: logits_of(output).gather(1, target[:, None])[:, 0]  # noqa: E731
-    found = gmarpp.explain(model, batch, gmarpp.METHODS, target).maps
+    found = gmarpp.explain(model, batch, gmarpp.METHODS + gmarpp.VARIANTS, target).maps
     assert all(maps.shape == (2, *grid) for maps in found.values())
 
     attentions, gradients = attention_and_gradients(model, batch, score)
@@ -151,7 +151,7 @@ def test_every_family_and_readout_equals_the_naive_reference(name):
     torch.testing.assert_close(logits_of(layout.head(last_tokens(model, layout, batch))), logits_of(model(batch)))
     expected = naive_legrad(model, batch, layout.blocks, layout.head, score)[:, prefix:].reshape(2, *grid)
     assert relative_error(found["legrad"], expected) < 1e-4
-    recomputed = gmarpp.explain(model, batch, gmarpp.METHODS, target, recompute=True).maps
+    recomputed = gmarpp.explain(model, batch, found, target, recompute=True).maps
     assert all(relative_error(recomputed[method], found[method]) < 1e-5 for method in found)
 
 
@@ -241,7 +241,7 @@ def test_open_clip_tower_explains_a_text_prompt_score():
     prompts = torch.nn.functional.normalize(clip.encode_text(torch.randint(1, 64, (2, 8))), dim=-1).detach()
     score = lambda features: torch.nn.functional.normalize(features, dim=-1) @ prompts[1]  # noqa: E731
     batch = images()
-    found = gmarpp.explain(clip.visual, batch, gmarpp.METHODS, target=score)
+    found = gmarpp.explain(clip.visual, batch, gmarpp.METHODS + gmarpp.VARIANTS, target=score)
     torch.testing.assert_close(found.logits[:, 0], score(clip.visual(batch)).detach())
     attentions, gradients = attention_and_gradients(clip.visual, batch, score)
     for method, image in itertools.product(PRODUCTS, range(2)):
