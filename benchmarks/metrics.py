@@ -12,9 +12,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 
 import torch
+from measure import PRECISIONS, autocast, machine, seconds
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -56,13 +56,6 @@ def one_at_a_time(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor
             model(torch.where(mask, image, blurred)).softmax(1)[0, label].item()
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Time one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,16 +73,16 @@ def main() -> None:
     explanation = gmarpp.explain(model, images, gmarpp.METHODS)
     maps, target = explanation.maps, explanation.target
     clock = ForwardClock(model)
-    report: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), **vars(options)}
-    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    report: dict[str, object] = machine() | vars(options)
+    for precision in PRECISIONS:
+        with autocast(precision):
             clock.seconds, clock.images = 0.0, 0
             blur = seconds(lambda: score_perturbations(model, images, maps, target, steps=options.steps))
             forward, scored = clock.seconds, clock.images
             drop = seconds(
                 lambda: score_perturbations(model, images, maps, target, steps=options.steps, baseline="drop")
             )
-        report[name] = {
+        report[precision] = {
             "images per second, 9 methods": round(options.images / blur, 3),
             "share of time outside the forward pass": round(1 - forward / blur, 4),
             "forward passes per image": scored / options.images,
@@ -101,12 +94,12 @@ def main() -> None:
         map_ = maps[method][: options.single]
         single = seconds(lambda map_=map_: one_at_a_time(model, few[0], map_, few[1], options.steps))
         per_method[method] = {}
-        for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        for precision in PRECISIONS:
+            with autocast(precision):
                 batched = seconds(
                     lambda map_=map_: score_perturbations(model, few[0], {"m": map_}, few[1], steps=options.steps)
                 )
-            per_method[method][name] = round(single / batched, 2)
+            per_method[method][precision] = round(single / batched, 2)
     report["one at a time in float32 / batched, per method"] = per_method
     print(json.dumps(report, indent=2))
 

@@ -1,0 +1,116 @@
+"""Maps of other libraries on the network's patch grid: captum, grad-cam, and LRP by lxt with zennit's gamma rule.
+
+Left out: captum's LRP, which has no rules for attention; RISE and LeGrad, which none of the libraries offers for timm
+networks.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+try:
+    from captum.attr import InputXGradient, IntegratedGradients, Occlusion, Saliency
+    from lxt.efficient import monkey_patch_zennit
+    from lxt.efficient.patches import layer_norm_forward
+    from lxt.efficient.rules import identity_rule_implicit, stop_gradient
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from zennit.composites import LayerMapComposite
+    from zennit.rules import Gamma
+except ImportError as error:
+    raise SystemExit(f"{error}. Install the other libraries: pip install -e '.[bench]'") from error
+
+# zennit's rules have to pass on relevance divided by the input, as lxt's do.
+monkey_patch_zennit()
+
+IG_STEPS = 16
+CONV_GAMMA, LINEAR_GAMMA = 0.25, 0.05
+
+OutsideMethod = Callable[[VisionTransformer, Tensor, Tensor], Tensor]
+"""Takes network, images (B, 3, H, W) and classes (B,); gives maps (B, h, w)."""
+
+
+def _by_patch(model: VisionTransformer, values: Tensor) -> Tensor:
+    """Average values (B, C, H, W) over channels and over the pixels of each patch: (B, h, w)."""
+    grid = model.patch_embed.dynamic_feat_size((values.shape[2], values.shape[3]))
+    return F.adaptive_avg_pool2d(values.detach().mean(dim=1, keepdim=True), grid)[:, 0]
+
+
+def saliency(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """Absolute gradients (captum), averaged over each patch."""
+    return _by_patch(model, Saliency(model).attribute(images.clone().requires_grad_(), target=target))
+
+
+def input_x_gradient(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """Signed input times gradient (captum), averaged over each patch."""
+    return _by_patch(model, InputXGradient(model).attribute(images.clone().requires_grad_(), target=target))
+
+
+def integrated_gradients(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """Signed Integrated Gradients from the mean colour of the training images (captum), averaged over each patch."""
+    method = IntegratedGradients(model)
+    return _by_patch(model, method.attribute(images, target=target, n_steps=IG_STEPS, internal_batch_size=64))
+
+
+def occlusion(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """Loss of the logit when one patch is replaced by the mean colour of the training images (captum)."""
+    patch = (images.shape[1], *model.patch_embed.patch_size)
+    method = Occlusion(model)
+    return _by_patch(model, method.attribute(images, patch, strides=patch, target=target, perturbations_per_eval=4))
+
+
+def grad_cam(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """Grad-CAM at the last block's first norm (grad-cam), as its tutorial for Vision Transformers has it."""
+
+    def as_picture(tokens: Tensor) -> Tensor:
+        grid = model.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))
+        return tokens[:, model.num_prefix_tokens :].mT.unflatten(-1, grid)
+
+    with GradCAM(model, [model.blocks[-1].norm1], reshape_transform=as_picture) as method:
+        values = method(images, [ClassifierOutputTarget(index) for index in target.tolist()])
+    model.zero_grad()
+    return _by_patch(model, torch.from_numpy(values)[:, None])
+
+
+def attn_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+    """LRP through attention with its weights held constant (lxt, zennit), signed, averaged over each patch.
+
+    lxt has rules for torchvision's networks; the same ones are put on a copy of the timm network: the identity rule on
+    GELU and layer norm, no relevance through queries and keys, the gamma rule on linear and convolutional layers.
+    """
+    copied = _with_lrp_rules(model)
+    composite = LayerMapComposite([(nn.Conv2d, Gamma(CONV_GAMMA)), (nn.Linear, Gamma(LINEAR_GAMMA))])
+    inputs = images.clone().requires_grad_()
+    with composite.context(copied) as modified:
+        total = modified(inputs).gather(1, target[:, None]).sum()
+        (gradient,) = torch.autograd.grad(total, inputs)
+    return _by_patch(model, inputs * gradient)
+
+
+def _with_lrp_rules(model: VisionTransformer) -> VisionTransformer:
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.forward = partial(layer_norm_forward, module)
+        elif isinstance(module, nn.GELU):
+            module.forward = partial(identity_rule_implicit, module.forward)
+    for block in copied.blocks:
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            norm.register_forward_hook(lambda _module, _inputs, output: stop_gradient(output))
+    return copied
+
+
+OUTSIDE_METHODS: dict[str, tuple[str, OutsideMethod]] = {
+    "saliency": ("Saliency", saliency),
+    "input_x_gradient": ("Input x Gradient", input_x_gradient),
+    "integrated_gradients": (f"Integrated Gradients ({IG_STEPS} steps)", integrated_gradients),
+    "occlusion": ("Occlusion", occlusion),
+    "grad_cam": ("Grad-CAM", grad_cam),
+    "attn_lrp": ("LRP (lxt)", attn_lrp),
+}
+"""Label for people and function of each method."""

@@ -1,0 +1,95 @@
+"""Faithfulness metrics of torchcam, quantus and grad-cam for maps that are there already, as `speed.py` times them."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmarpp.perturbation import gaussian_blur
+
+try:
+    import quantus
+    import torchcam.metrics
+    from pytorch_grad_cam.metrics.road import ROADCombined
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+except ImportError as error:
+    raise SystemExit(f"{error}. Install the other libraries: pip install -e '.[bench]'") from error
+
+
+class _GivenMaps:
+    """Maps that are there already, in the form of the extractors that torchcam's metrics call."""
+
+    def __init__(self, model: nn.Module, maps: Tensor) -> None:
+        self.model = model
+        self.maps = maps
+
+    def __call__(self, *_: object, **__: object) -> list[Tensor]:
+        return [self.maps]
+
+    def fuse_cams(self, cams: list[Tensor]) -> Tensor:
+        return cams[0]
+
+    def _hooks_off(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def torchcam_curves(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, steps: int) -> dict[str, float]:
+    """Areas under the insertion and deletion curves of maps (B, h, w) over gmarpp's blur, by torchcam."""
+    metric = torchcam.metrics.DeletionInsertionMetric(
+        _GivenMaps(model, maps), partial(torch.softmax, dim=-1), steps=steps, baseline=gaussian_blur
+    )
+    metric.update(images, target.tolist())
+    return metric.summary()
+
+
+@torch.no_grad()
+def torchcam_drop_and_increase(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor) -> dict[str, float]:
+    """Average Drop and Increase of maps (B, h, w), multiplied with the images, by torchcam."""
+    metric = torchcam.metrics.ClassificationMetric(_GivenMaps(model, maps), partial(torch.softmax, dim=-1))
+    metric.update(images, target.tolist())
+    return metric.summary()
+
+
+class _Float32Logits(nn.Module):
+    """A network with float32 outputs under autocast, for libraries that read them with numpy, which has no bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).float()
+
+
+def _pixel_maps(maps: Tensor, images: Tensor) -> Tensor:
+    """Maps (B, h, w) in [0, 1] on the images' pixels."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    maps = maps / maps.amax((1, 2), keepdim=True)
+    return F.interpolate(maps[:, None], images.shape[2:], mode="nearest")[:, 0]
+
+
+def quantus_deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, steps: int) -> Any:
+    """Deletion curve of maps (B, h, w) by quantus' pixel flipping.
+
+    The number of values that it changes at a time has to divide the number of pixels, so that the curve has the number
+    of steps nearest to the one asked for that allows it.
+    """
+    channels, pixels = images.shape[1], images[0, 0].numel()
+    divisors = [number for number in range(1, pixels + 1) if pixels % number == 0]
+    values = min(divisors, key=lambda number: abs(math.log(channels * pixels / number / steps)))
+    metric = quantus.PixelFlipping(features_in_step=values, disable_warnings=True)
+    heat = _pixel_maps(maps, images)[:, None].expand_as(images)
+    return metric(_Float32Logits(model).eval(), images.numpy(), target.numpy(), heat.numpy(), device="cpu")
+
+
+def grad_cam_road(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float]) -> Any:
+    """ROAD of maps (B, h, w) by grad-cam, in both orders, for the shares of the image that are removed."""
+    metric = ROADCombined(percentiles=[100 * (1 - fraction) for fraction in fractions])
+    classes = [ClassifierOutputTarget(label) for label in target.tolist()]
+    return metric(images, _pixel_maps(maps, images).numpy(), classes, _Float32Logits(model))

@@ -1,0 +1,158 @@
+"""Throughput of `Trainer.fit` with the project's module against a bare PyTorch loop, and of the data loader alone.
+
+    python benchmarks/training.py --root data [--config configs/vit_small_tiny_imagenet.yaml] [--rounds 5] [--steps 12]
+
+Both train the recipe's network on the same batches of Tiny-ImageNet, on the CPU, with the same loader, precision,
+optimiser, schedule and clipping, from random weights, in turn in one run. The Trainer has what `train.py fit` gives it:
+TensorBoard, checkpoints, progress bar. A round's time runs from the end of its warm-up to the end of its last step.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from measure import machine
+from torch.utils.data import DataLoader
+
+from gmarpp.callbacks import ModelCardCheckpoint
+from gmarpp.cli import LatestCheckpoint, Trainer
+from gmarpp.data import Augmentation, TinyImageNet
+from gmarpp.module import ViTClassifier
+from gmarpp.optim import parameter_groups, warmup_cosine_schedule
+
+
+class Clock(L.Callback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+def classifier(recipe: dict[str, Any]) -> ViTClassifier:
+    """Make the recipe's module, with random weights that are always the same."""
+    torch.manual_seed(0)
+    return ViTClassifier(**{**recipe["model"], "pretrained": False, "weights": None})
+
+
+def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
+    """Train as one would without any framework, and give the time at which each step ended."""
+    module, clip = classifier(recipe), recipe["trainer"]["gradient_clip_val"]
+    options, model = module.hparams, module.model.train()
+    groups = parameter_groups(model, options["lr"], options["weight_decay"], options["layer_decay"])
+    optimizer = torch.optim.AdamW(groups, betas=tuple(options["betas"]))
+    schedule = warmup_cosine_schedule(optimizer, steps, int(steps * options["warmup"]))
+    bfloat16 = recipe["trainer"]["precision"] == "bf16-mixed"
+    ends = []
+    for batch in itertools.islice(data.train_dataloader(), steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = model(batch["image"])
+        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=options["label_smoothing"])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        ends.append(time.perf_counter())
+    return ends
+
+
+def trainer_fit(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
+    """Train as `train.py fit` does, and give the time at which each step ended."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            precision=recipe["trainer"]["precision"],
+            gradient_clip_val=recipe["trainer"]["gradient_clip_val"],
+            log_every_n_steps=recipe["trainer"]["log_every_n_steps"],
+            limit_val_batches=0,
+            enable_model_summary=False,
+            logger=TensorBoardLogger(folder, name=""),
+            callbacks=[
+                clock,
+                ModelCardCheckpoint(filename="best", monitor="val/accuracy", mode="max"),
+                LatestCheckpoint(filename="last", enable_version_counter=False),
+            ],
+        ).fit(classifier(recipe), data)
+    return clock.ends
+
+
+def loader_speed(data: TinyImageNet, workers: int, batches: int) -> float:
+    """Give the images per second of the training loader when nothing else runs."""
+    data.num_workers = workers
+    loader: DataLoader[Any] = data.train_dataloader()
+    batch = iter(loader)
+    next(batch)
+    # what the workers have prepared meanwhile is not counted
+    for _ in range(2 * workers):
+        next(batch)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(batch)
+    return batches * data.batch_size / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of Tiny-ImageNet")
+    parser.add_argument("--config", default="configs/vit_small_tiny_imagenet.yaml", help="a recipe for Tiny-ImageNet")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes while training")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="timed steps in a round")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--loader-batches", type=int, default=16)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    recipe = yaml.safe_load(Path(options.config).read_text())
+    data_options = recipe["data"]["init_args"]
+    data = TinyImageNet(
+        root=options.root,
+        batch_size=data_options["batch_size"],
+        num_workers=options.workers,
+        persistent_workers=False,
+        preprocessing=classifier(recipe).preprocessing,
+        augmentation=Augmentation(**data_options["augmentation"]),
+    )
+    data.setup("fit")
+    loops = {"bare loop": bare_loop, "Trainer.fit": trainer_fit}
+    rounds: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(options.rounds):
+        for name in list(loops)[:: 1 if turn % 2 == 0 else -1]:
+            ends = loops[name](recipe, data, options.warmup + options.steps)
+            rounds[name].append((ends[-1] - ends[options.warmup - 1]) / options.steps)
+    ratios = [fit / bare for fit, bare in zip(rounds["Trainer.fit"], rounds["bare loop"], strict=True)]
+    report = {
+        **machine(),
+        **vars(options),
+        "seconds per step": {name: [round(each, 3) for each in times] for name, times in rounds.items()},
+        "images per second": {
+            name: round(data.batch_size / statistics.median(times), 1) for name, times in rounds.items()
+        },
+        "Trainer.fit / bare loop, median of rounds": round(statistics.median(ratios), 3),
+        "loader alone, images per second": {
+            f"{workers} worker(s)": round(loader_speed(data, workers, options.loader_batches), 1) for workers in (1, 2)
+        },
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

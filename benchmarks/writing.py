@@ -1,0 +1,85 @@
+"""Speed and memory of the predict loop with its writer and without, on validation images of Tiny-ImageNet.
+
+    python benchmarks/writing.py --root data [--images 10000] [--few 1000] [--output results/writing]
+
+Every run is a process of its own, without faithfulness metrics. Runs of `--few` images with and without the writer
+alternate, then follow the runs over all images; times include tables, figures and report. Prints JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from measure import machine, resident_mebibytes, seconds
+
+from gmarpp.callbacks import ExplanationWriter
+from gmarpp.cli import Trainer
+from gmarpp.data import TinyImageNet
+from gmarpp.explainer import Explainer
+from gmarpp.module import load_classifier
+
+
+def _predict(connection: Connection, options: argparse.Namespace, images: int, output: Path | None) -> None:
+    model = load_classifier(options.ckpt_path)
+    model.explainer = Explainer(methods=options.methods, metrics=[])
+    data = TinyImageNet(
+        root=options.root, preprocessing=model.preprocessing, batch_size=options.batch, num_workers=options.workers
+    )
+    trainer = Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        precision=options.precision,
+        limit_predict_batches=-(-images // options.batch),
+        callbacks=[] if output is None else [ExplanationWriter(output)],
+    )
+    elapsed = seconds(lambda: trainer.predict(model, data, return_predictions=False))
+    connection.send((elapsed, resident_mebibytes("VmHWM")))
+
+
+def predict(options: argparse.Namespace, images: int, output: Path | None) -> dict[str, float]:
+    """Explain images in a fresh process; give images per second, peak resident MiB and MiB on disk."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_predict, args=(sender, options, images, output))
+    process.start()
+    # The parent's copy has to go, or a child that died would leave `recv` waiting.
+    sender.close()
+    elapsed, mebibytes = receiver.recv()
+    process.join()
+    result = {"images": images, "images per second": round(images / elapsed, 2), "peak MiB": round(mebibytes)}
+    if output is not None:
+        result["MiB on disk"] = round(sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 2**20)
+    return result
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="folder of Tiny-ImageNet")
+    parser.add_argument("--ckpt_path", default="checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors")
+    parser.add_argument("--methods", nargs="+", default=["gmarpp_l1", "rollout"])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--few", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=2, help="of runs over few images")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--output", type=Path, help="keep the results of the run over all images here")
+    options = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {"with the writer": [], "without": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for count in [options.few] * options.rounds + [options.images]:
+            for kind, results in runs.items():
+                output = Path(scratch) / f"{count}-{len(results)}" if kind == "with the writer" else None
+                results.append(predict(options, count, output))
+        if options.output is not None:
+            shutil.move(Path(scratch) / f"{options.images}-{options.rounds}", options.output)
+    print(json.dumps({**machine(), **vars(options), **runs}, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    main()
