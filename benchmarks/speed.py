@@ -4,9 +4,9 @@
     python benchmarks/speed.py --output results/speed.json [--network vit_large_patch16_224] [--precision bfloat16]
 
 Everything runs on one network, one set of images, one precision and the same threads, by turns in one run; weights and
-images are random, which time does not depend on. Writes JSON and, beside it, a chart (.png). `forwards` is a time as a
-multiple of a forward pass without gradients of the same network, image for image, taken right before and after. Jobs
-above 20 s are timed once.
+images are random, which time does not depend on. Writes JSON, after every part of the run, and beside it a chart
+(.png). `forwards` is a time as a multiple of a forward pass without gradients of the same network, image for image,
+taken right before and after. Jobs above 20 s are timed once.
 
 Where a library takes no timm network, gmarpp runs beside it on a network of the same shape: for torchcam's LeGrad a
 torchvision ViT, for legrad-torch an open_clip tower, which gmarpp gets as a timm network of equal weights and outputs.
@@ -305,15 +305,20 @@ def main() -> None:
     report: dict[str, Any] = machine() | {library: version(library) for library in LIBRARIES}
     report |= {name: value for name, value in vars(options).items() if name != "output"}
     model, images = network(options.network, options.size), torch.randn(options.images, 3, options.size, options.size)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for precision in options.precision:
         run = (model, images, precision, options.repeats, options.skip)
-        maps = {}
-        for measure in (maps_of_timm, maps_of_torchvision, maps_of_clip):
+        report[precision] = {kind: {} for kind in SAME_TASK}
+        for kind, measure in (
+            ("maps", maps_of_timm),
+            ("maps", maps_of_torchvision),
+            ("maps", maps_of_clip),
+            ("metrics", metrics),
+        ):
             print(precision, measure.__name__, file=sys.stderr)
-            maps |= measure(*run)
-        report[precision] = {"maps": maps, "metrics": metrics(*run)}
+            report[precision][kind] |= measure(*run)
+            options.output.write_text(json.dumps(report, indent=2))
     report["theirs / ours"] = theirs_over_ours(report)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2))
     draw(report, options.output.with_suffix(".png"))
     print(json.dumps(report, indent=2))

@@ -103,7 +103,7 @@ class _Pass:
     def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Give maps by method, targets and logits."""
         blocks = _recomputing(self.blocks) if self.recompute else nullcontext()
-        with self.tap.intercepting(), blocks:
+        with self.tap.intercepting(), _contiguous_projections(self.model), blocks:
             with self.tap.recording(len(self.images)):
                 output = self.model(self.images)
             self.tap.check_calls()
@@ -221,6 +221,30 @@ def _recomputing(blocks: Sequence[nn.Module]) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
+
+
+@contextmanager
+def _contiguous_projections(model: nn.Module) -> Iterator[None]:
+    """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
+
+    Else its projection, with weights that are frozen, becomes a product per image, each with a copy of the weights:
+    several times the time of the whole network, in the backward pass above all.
+    """
+
+    def relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        query, *others = args
+        if any(each is not query for each in others) or query.dim() != 3:
+            return None
+        relaid = query.transpose(0, 1).contiguous().transpose(0, 1)
+        return (relaid,) * len(args)
+
+    layers = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention) and module.batch_first]
+    handles = [layer.register_forward_pre_hook(relay) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_images(model: nn.Module, images: Tensor) -> None:

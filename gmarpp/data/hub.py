@@ -127,13 +127,8 @@ class HubDataset(ImageDataModule):
         """A map-style dataset, or an iterable one when streaming."""
         if not self.streaming:
             return super().open_split(split)
-        stream = self._load(split)
-        if split == "train":
-            stream = stream.shuffle(seed=self.order_seed, buffer_size=self.shuffle_buffer)
-            if self.world_size > 1:
-                stream = split_dataset_by_node(stream, rank=self._rank, world_size=self.world_size)
         return HubStream(
-            stream,
+            self._load(split),
             self.image_column,
             self.label_column,
             self.splits[split],
@@ -143,6 +138,7 @@ class HubDataset(ImageDataModule):
             rank=self._rank,
             world_size=self.world_size,
             epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
+            shuffle_buffer=self.shuffle_buffer,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -201,16 +197,17 @@ class HubStream(IterableDataset[Sample]):
     the stream's files are shared among ranks and processes, and "index" only tells samples of an epoch apart.
 
     Args:
-        stream: the streamed dataset, already this rank's share when training.
+        stream: the streamed dataset.
         image_column: column of images.
         label_column: column of labels.
         split: name of the split, for the samples' paths.
         numbers: label of each of the data's class numbers.
         transform: from decoded sample to tensors.
-        seed: of the transform's random numbers.
+        seed: of the order and of the transform's random numbers.
         rank: this rank.
         world_size: number of ranks.
         epoch: the epoch of the first pass when training, None for evaluation.
+        shuffle_buffer: images held for shuffling when training.
     """
 
     def __init__(
@@ -225,6 +222,7 @@ class HubStream(IterableDataset[Sample]):
         rank: int,
         world_size: int,
         epoch: int | None,
+        shuffle_buffer: int,
     ) -> None:
         self.stream = stream
         self.image_column, self.label_column = image_column, label_column
@@ -234,6 +232,7 @@ class HubStream(IterableDataset[Sample]):
         self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.epoch = epoch
+        self.shuffle_buffer = shuffle_buffer
 
     def __iter__(self) -> Iterator[Sample]:
         """Yields this process's samples; one pass is one epoch."""
@@ -245,8 +244,11 @@ class HubStream(IterableDataset[Sample]):
         share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
         share, shares = self.rank * shares + share, self.world_size * shares
         epoch, self.epoch = self.epoch, self.epoch + 1
-        self.stream.set_epoch(epoch)
-        yield from self._samples(((k * shares + share, row) for k, row in enumerate(self.stream)), epoch)
+        # A seed for each epoch: set_epoch is a race between the loader's processes, which share the number it adds to.
+        stream = self.stream.shuffle(seed=self.seed + epoch, buffer_size=self.shuffle_buffer)
+        if self.world_size > 1:
+            stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
+        yield from self._samples(((k * shares + share, row) for k, row in enumerate(stream)), epoch)
 
     def _samples(self, rows: Iterator[tuple[int, Any]], epoch: int) -> Iterator[Sample]:
         for index, row in rows:
