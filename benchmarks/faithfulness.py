@@ -6,7 +6,8 @@
 All methods explain the predicted class; maps are computed in float32 on the network's patch grid (see
 `outside_maps.py`). Each map is scored under several baselines, what replaces a removed patch: `blur`, `drop` (the token
 leaves the sequence), `mean` and `black`. Images are chosen evenly over the classes; `--images` says how many for each
-baseline, the smaller numbers being the first of the larger. Differences between methods are paired by image.
+baseline, the smaller numbers being the first of the larger. Those on which `study.py` chose `gmarpp_sum` are left out.
+Differences between methods are paired by image.
 
 Writes into the output folder `scores.csv` (a row per image, baseline and method; a second run adds what is missing),
 `faithfulness.json`, `faithfulness.md` and `faithfulness.png`. None of them shows an image.
@@ -39,9 +40,10 @@ from gmarpp.summary import bootstrap, higher_is_better, leaders, metric_label
 from gmarpp.visualize import figure_bytes
 
 LABELS = METHOD_LABELS | {name: label for name, (label, _) in OUTSIDE_METHODS.items()}
-METHODS = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "rollout", "legrad", "chefer", "attention", "random", *OUTSIDE_METHODS)
+OURS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum")
+METHODS = (*OURS, "gmar_l1", "rollout", "legrad", "chefer", "attention", "random", *OUTSIDE_METHODS)
+REFERENCES = ("gmarpp_l1", "gmarpp_sum")
 IMAGES = {"blur": 500, "drop": 500, "mean": 200, "black": 200}
-OURS = "gmarpp_l1"
 
 Indices = Mapping[str, Sequence[int]]
 """Images scored under each baseline."""
@@ -49,7 +51,7 @@ Indices = Mapping[str, Sequence[int]]
 
 def explain(model: nn.Module, images: Tensor, methods: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Compute maps (B, h, w) by method, and the predicted classes (B,)."""
-    inside = [method for method in methods if method in gmarpp.METHODS]
+    inside = [method for method in methods if method not in OUTSIDE_METHODS]
     explanation = gmarpp.explain(model, images, inside or "rollout")
     maps = {
         method: explanation.maps[method]
@@ -73,15 +75,17 @@ def means_table(table: ScoreTable, indices: Sequence[int], baseline: str, method
     return markdown_table(["", *head], cells.values())
 
 
-def differences_table(table: ScoreTable, indices: Sequence[int], baseline: str, methods: Sequence[str]) -> str:
-    """Tabulate GMAR++ (L1) less each other method, and whether the interval tells the two apart."""
+def differences_table(
+    table: ScoreTable, indices: Sequence[int], baseline: str, reference: str, methods: Sequence[str]
+) -> str:
+    """Tabulate one method less each other, and whether the interval tells the two apart."""
     rows = []
     for method in methods:
-        if method != OURS:
-            intervals = {m: table.difference(indices, baseline, OURS, method, m) for m in table.metrics}
+        if method != reference:
+            intervals = {m: table.difference(indices, baseline, reference, method, m) for m in table.metrics}
             row = [f"{cell(each, metric, signed=True)} {verdict(each, metric)}" for metric, each in intervals.items()]
             rows.append([LABELS[method], *row])
-    return markdown_table([f"{LABELS[OURS]} less …", *map(metric_label, table.metrics)], rows)
+    return markdown_table([f"{LABELS[reference]} less …", *map(metric_label, table.metrics)], rows)
 
 
 def mean_values(table: ScoreTable, indices: Indices, methods: Sequence[str], metric: str) -> dict[str, Tensor]:
@@ -123,7 +127,7 @@ def figure_of(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> Fi
     for axes, (baseline, chosen) in zip(panels, indices.items(), strict=True):
         for place, method in enumerate(order):
             (interval,) = bootstrap(table.values(chosen, baseline, method, CRITERION)[:, None])
-            color = "#d7263d" if method.startswith("gmarpp") else "#2a62c9" if method in OUTSIDE_METHODS else "#444444"
+            color = "#d7263d" if method in OURS else "#2a62c9" if method in OUTSIDE_METHODS else "#444444"
             axes.plot((interval.low, interval.high), (place, place), color=color, linewidth=1.4)
             axes.plot(interval.mean, place, "o", color=color, markersize=4)
         axes.axvline(0, color="#888888", linewidth=0.8)
@@ -144,6 +148,7 @@ def benchmark(
     output: str = "results/benchmark_faithfulness",
     methods: Sequence[str] = METHODS,
     images: dict[str, int] = IMAGES,
+    skip: int = 160,
     steps: int = 8,
     precision: Literal["float32", "bfloat16"] = "bfloat16",
 ) -> None:
@@ -153,34 +158,38 @@ def benchmark(
         data: data module; the images are those it predicts on.
         ckpt_path: checkpoint of a timm Vision Transformer, as for `explain.py`.
         output: folder of the results.
-        methods: names in `gmarpp.METHODS` and of other libraries' methods, gmarpp_l1 among them.
+        methods: names of gmarpp's and of other libraries' methods.
         images: number of images under each baseline.
+        skip: number of images left out before those, the development images of `study.py`.
         steps: of the insertion and deletion curves.
         precision: of the scores.
     """
     unknown = [method for method in methods if method not in LABELS]
-    if unknown or OURS not in methods:
-        raise SystemExit(
-            f"--methods: {unknown or OURS + ' is missing'}; choose {OURS} and others of {', '.join(LABELS)}"
-        )
+    if unknown:
+        raise SystemExit(f"--methods: {', '.join(unknown)} unknown: choose from {', '.join(LABELS)}")
     model, dataset = open_images(ckpt_path, data)
-    order = spread_over_classes(dataset.labels, max(images.values())).tolist()
+    order = spread_over_classes(dataset.labels, skip + max(images.values())).tolist()[skip:]
     indices = {baseline: order[:count] for baseline, count in images.items()}
     options = {"ckpt_path": Path(ckpt_path).name, "steps": steps, "precision": precision}
     table = ScoreTable(Path(output), options)
     fill(table, model, dataset, indices, methods, explain, steps, precision)
 
     parts = []
-    report: dict[str, object] = {**machine(), **options, "images": images, "baselines": {}}
     values: dict[str, object] = {}
+    references = [method for method in REFERENCES if method in methods]
     for baseline, chosen in indices.items():
         parts += [f"## {baseline}, {len(chosen)} images", means_table(table, chosen, baseline, methods)]
-        parts.append(differences_table(table, chosen, baseline, methods))
+        parts += [differences_table(table, chosen, baseline, reference, methods) for reference in references]
         values[baseline] = {
             metric: {
                 method: {
                     "mean": dataclasses.asdict(bootstrap(table.values(chosen, baseline, method, metric)[:, None])[0]),
-                    f"{OURS} less this": dataclasses.asdict(table.difference(chosen, baseline, OURS, method, metric)),
+                    **{
+                        f"{reference} less this": dataclasses.asdict(
+                            table.difference(chosen, baseline, reference, method, metric)
+                        )
+                        for reference in references
+                    },
                 }
                 for method in methods
             }
@@ -190,9 +199,8 @@ def benchmark(
     parts += [f"## Ranks by insertion AUC less deletion AUC, {shared} images", ranks_table(table, indices, methods)]
     parts += ["## Rank correlation between baselines", agreement_table(table, indices, methods)]
     folder = Path(output)
-    write_atomically(
-        folder / "faithfulness.json", (json.dumps(report | {"baselines": values}, indent=2) + "\n").encode()
-    )
+    report = {**machine(), **options, "skip": skip, "images": images, "baselines": values}
+    write_atomically(folder / "faithfulness.json", (json.dumps(report, indent=2) + "\n").encode())
     write_atomically(folder / "faithfulness.md", ("\n\n".join(parts) + "\n").encode())
     write_atomically(folder / "faithfulness.png", figure_bytes(figure_of(table, indices, methods)))
     print("\n\n".join(parts))

@@ -4,19 +4,23 @@
 
 Protocol, fixed before any variant was scored on these images:
 
-- The class explained is the predicted one. Images are chosen evenly over the classes; the first `development` of them
-  choose, the next `confirmation` confirm. No image is in both.
+- The class explained is the predicted one. A first image of every class comes first, then a second one, and so on; the
+  first `development` of them choose, the next `confirmation` confirm. No image is in both.
 - Criterion: insertion AUC less deletion AUC, probabilities, 8 curve steps, blurred patches as baseline, mean over the
   images. The same under `drop`, where removed tokens leave the sequence, is reported beside it and chooses nothing.
-- The variants that combine the row-wise rule with the sum over heads were added when the first 40 development images
-  had shown that this sum helps; twelve others that 40 images had shown to be far behind, or no different, were dropped.
-- Of all variants, scored on the first `screening` of the development images, the five best and the published methods
-  go on to the rest of them.
 - The winner is the variant with the highest criterion on the development images among those that cost what every
   method of gmarpp costs: one forward and one backward pass. Smoothing averages four passes; it is reported only.
 - The winner is worth shipping if on the confirmation images its criterion is higher than that of GMAR++ (L1), GMAR++
   (L2) and Chefer under blur and under `drop`, each by a paired 95 % bootstrap interval that excludes zero, and if no
   interval of the five faithfulness metrics shows it worse than one of the three. Localisation is reported only.
+
+Decided when the first 40 development images had been seen:
+
+- The variants that combine the row-wise rule with the sum over heads were added, since this sum helped; twelve others
+  that were far behind, or no different, were dropped.
+- Of all variants, scored on the first `screening` of the development images, the five best and the published methods
+  go on to the rest of them.
+- The winner's rule is confirmed with the plain logit, too, which fits into the pass that all methods share.
 
 Writes `scores.csv` (a row per image, baseline and variant; an interrupted run continues), `study.json`, `study.md` with
 the tables, and `study.png`.
