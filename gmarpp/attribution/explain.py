@@ -192,8 +192,12 @@ class _Pass:
         prefix = self.layout.prefix_tokens
         probe = tokens[:1].detach().requires_grad_()
         with self.tap.passing():
-            read = torch.autograd.grad(logits_of(self.layout.head(probe))[:, 0].sum(), probe)[0] != 0
-        whole = beside or not prefix or bool(read[:, prefix:].any())
+            output = self.layout.head(probe)
+            values = (output if isinstance(output, Tensor) else logits_of(output)).float()
+            # Different factors: a plain sum has no gradient where the head ends in a normalisation.
+            factors = torch.arange(1.0, values.numel() + 1, device=values.device).view_as(values)
+            read = torch.autograd.grad((values * factors).sum(), probe)[0] != 0
+        whole = beside or not prefix or not read.any() or bool(read[:, prefix:].any())
         return Echo(dim=0, size=len(tokens)) if whole else Echo(dim=1, size=prefix)
 
     def _check_grid(self) -> None:

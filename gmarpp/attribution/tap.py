@@ -323,12 +323,11 @@ class _TappedAttention(torch.autograd.Function):
         echo: Echo | None,
     ) -> Tensor:
         ctx.tap, ctx.call, ctx.echo = tap, call, echo
-        if echo is not None:
-            mask = echo.own_mask(mask, call.keys)
+        own_mask = mask if echo is None else echo.own_mask(mask, call.keys)
         # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
-        ctx.save_for_backward(query, key, value, mask)
+        ctx.save_for_backward(query, key, value, own_mask)
         if echo is not None:
-            key, value, mask = echo.attended(key), echo.attended(value), echo.extended_mask(mask)
+            key, value, mask = echo.attended(key), echo.attended(value), echo.extended_mask(own_mask)
         return _fused_attention(query, key, value, mask, scale=call.scale)
 
     @staticmethod

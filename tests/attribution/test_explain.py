@@ -154,7 +154,9 @@ def test_the_network_is_left_as_it_was_found(fails):
     assert torch.equal(gradients[0], torch.ones(7))
     assert F.scaled_dot_product_attention is fused
     assert torch.backends.mha.get_fastpath_enabled()
-    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    assert not any(
+        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 def test_dropout_of_a_training_network_is_off_during_explanation():

@@ -231,6 +231,22 @@ def test_torchvision_weights_in_timm_give_the_same_maps():
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
     for method in gmarpp.METHODS:
         assert relative_error(ours.maps[method], theirs.maps[method]) < 1e-4, method
+    assert not any(module._forward_pre_hooks for module in source.modules())
+
+
+def test_legrad_finds_what_the_head_reads_whatever_the_head_gives():
+    model, batch = timm_network("vit_tiny_patch16_224", global_pool="avg"), images()
+    layout = gmarpp.architecture_of(model)
+    with torch.no_grad():
+        model.head.weight[0] = 0
+    score = lambda output: output[:, 2]  # noqa: E731
+    expected = naive_legrad(model, batch, layout.blocks, layout.head, score)[:, 1:].reshape(2, 4, 4)
+    assert relative_error(gmarpp.explain(model, batch, "legrad", 2).maps["legrad"], expected) < 1e-4
+
+    model.head = torch.nn.Unflatten(1, (6, 8))
+    score = lambda output: output[:, 2, 3]  # noqa: E731
+    expected = naive_legrad(model, batch, layout.blocks, layout.head, score)[:, 1:].reshape(2, 4, 4)
+    assert relative_error(gmarpp.explain(model, batch, "legrad", score).maps["legrad"], expected) < 1e-4
 
 
 def test_open_clip_tower_explains_a_text_prompt_score():
