@@ -93,8 +93,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         memory.set_xlabel(LABELS[varied])
         memory.set_xticks(positions)
         for axes in (time, memory):
-            axes.set_ylim(bottom=0)
             axes.margins(y=0.15)
+            axes.set_ylim(bottom=0)
             axes.grid(axis="y", color="#e0e0e0")
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("time / forward pass")
