@@ -1,6 +1,7 @@
 """Echoes: copies of the tokens that carry each layer's own score through the backward pass of the whole network."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,16 @@ class Echo:
         """Give tokens (B, N, D) with their echoes behind them."""
         return self._extended(tokens, self.dim, tokens.detach())
 
+    def relay(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the tokens that left a block without their echoes, the echoes, and what the next block takes in.
+
+        The last is what left the block, for echoes have the values of what they copy; only their gradient ends there.
+        """
+        own, echoes, following = _Relay.apply(tokens, self)
+        return own, echoes, following
+
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the echoes off the tokens that left a block."""
+        """Take the echoes off tokens, or off a gradient of theirs."""
         return self._split(tokens, self.dim)
 
     def split_heads(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,3 +64,25 @@ class Echo:
 
     def _extended(self, tensor: Tensor, dim: int, copied: Tensor) -> Tensor:
         return torch.cat((tensor, copied.narrow(dim, 0, self.size)), dim=dim)
+
+
+class _Relay(torch.autograd.Function):
+    """Three views of the tokens that left a block: a copy would be kept with the activations of the next."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, echo: Echo) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.echo = echo
+        ctx.set_materialize_grads(False)
+        return (*echo.split(tokens), tokens.view_as(tokens))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        own, echoes, following = gradients
+        if following is not None:
+            continued = ctx.echo.split(following)[0]
+            own = continued if own is None else own + continued
+        if own is None:
+            raise RuntimeError("the score depends on an echo alone")
+        if echoes is None:
+            echoes = torch.zeros_like(own.narrow(ctx.echo.dim, 0, ctx.echo.size))
+        return torch.cat((own, echoes), dim=ctx.echo.dim), None

@@ -1,7 +1,7 @@
 """`explain`: maps of all methods from one forward and one backward pass."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.explanation import Explanation, displayable
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
@@ -71,7 +70,9 @@ def explain(
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        maps, indices, logits = _Pass(model, usable, selected, layout, recompute).run(target)
+        # A description by hand may leave out what else mixes tokens, and a function may ask for more than the logits.
+        narrowing = architecture is None and not callable(target)
+        maps, indices, logits = _Pass(model, usable, selected, layout, recompute, narrowing).run(target)
     return Explanation(maps, indices, logits, displayable(model, images.detach()), class_names(model))
 
 
@@ -79,7 +80,13 @@ class _Pass:
     """One forward pass over a batch, and the backward passes that its targets need."""
 
     def __init__(
-        self, model: nn.Module, images: Tensor, methods: Sequence[Method], layout: Architecture, recompute: bool
+        self,
+        model: nn.Module,
+        images: Tensor,
+        methods: Sequence[Method],
+        layout: Architecture,
+        recompute: bool,
+        narrowing: bool,
     ) -> None:
         self.model = model
         self.images = images
@@ -95,15 +102,22 @@ class _Pass:
                 "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
                 "gmarpp.Architecture(..., blocks=..., head=...)"
             )
+        narrowing = narrowing and self.through_gradients and layout.head is not None
         self.tap = AttentionTap(
-            self.blocks, self._consume, self._choose_echo if needs_local else None, self.through_gradients
+            self.blocks,
+            self._consume,
+            self._read_prefix if needs_local or narrowing else None,
+            needs_local,
+            narrowing,
+            self.through_gradients,
         )
         self.rows: dict[str, Tensor] = {}
 
     def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Give maps by method, targets and logits."""
-        blocks = _recomputing(self.blocks) if self.recompute else nullcontext()
-        with self.tap.intercepting(), _contiguous_projections(self.model), blocks:
+        narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
+        recomputed = _replacing_forward(self.blocks if self.recompute else (), _recomputed)
+        with self.tap.intercepting(), _contiguous_projections(self.model), narrowed, recomputed:
             with self.tap.recording(len(self.images)):
                 output = self.model(self.images)
             self.tap.check_calls()
@@ -182,12 +196,8 @@ class _Pass:
             row = method.step(row, layer)
             self.rows.setdefault(method.name, row.new_zeros(batch, tokens))[part] = row
 
-    def _choose_echo(self, tokens: Tensor, beside: bool) -> Echo:
-        """Echo the prefix tokens if the head reads no others, and whole images if it does.
-
-        Whole images, too, where blocks are given tensors beside the tokens, such as rotary embeddings, which have an
-        entry per token.
-        """
+    def _read_prefix(self, tokens: Tensor) -> int:
+        """Give the number of prefix tokens if the head reads no others, and else 0."""
         assert self.layout.head is not None
         prefix = self.layout.prefix_tokens
         probe = tokens[:1].detach().requires_grad_()
@@ -197,8 +207,7 @@ class _Pass:
             # Different factors: a plain sum has no gradient where the head ends in a normalisation.
             factors = torch.arange(1.0, values.numel() + 1, device=values.device).view_as(values)
             read = torch.autograd.grad((values * factors).sum(), probe)[0] != 0
-        whole = beside or not prefix or not read.any() or bool(read[:, prefix:].any())
-        return Echo(dim=0, size=len(tokens)) if whole else Echo(dim=1, size=prefix)
+        return prefix if read[:, :prefix].any() and not read[:, prefix:].any() else 0
 
     def _check_grid(self) -> None:
         tokens = self.tap.calls[-1].keys
@@ -212,11 +221,17 @@ class _Pass:
             )
 
 
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
 @contextmanager
-def _recomputing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def _replacing_forward(
+    blocks: Sequence[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = wrap(block.forward)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
+from gmarpp.attribution.narrow import LastBlock
 
 
 class UnsupportedNetworkError(ValueError):
@@ -44,8 +45,8 @@ class AttentionCall:
     inputs: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
-EchoChoice = Callable[[Tensor, bool], Echo]
-"""Takes the tokens (B, N, D) that enter the first block, and whether the block gets other tensors beside them."""
+PrefixReader = Callable[[Tensor], int]
+"""Takes tokens (B, N, D); gives the number of prefix tokens if the network's head reads no others, and else 0."""
 
 _fused_attention = F.scaled_dot_product_attention
 # The interception replaces an attribute of a module, which all threads share.
@@ -58,7 +59,9 @@ class AttentionTap:
     Args:
         blocks: the transformer blocks if they are known; they tell which block makes which call.
         consume: takes each layer of each part of the batch, from the top down.
-        choose_echo: decides what is echoed in every block, if a method needs the layers' own scores.
+        read_prefix: tells which tokens the head reads; needed to echo or to narrow.
+        echoing: whether blocks carry echoes, because a method needs the layers' own scores.
+        narrowing: whether the last block may run for the prefix tokens alone, if the head reads no others.
         through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
             their inputs and `replay_without_gradients` visits them.
     """
@@ -67,22 +70,29 @@ class AttentionTap:
         self,
         blocks: list[nn.Module],
         consume: LayerConsumer,
-        choose_echo: EchoChoice | None = None,
+        read_prefix: PrefixReader | None = None,
+        echoing: bool = False,
+        narrowing: bool = False,
         through_gradients: bool = True,
     ) -> None:
         self.consume = consume
-        self.choose_echo = choose_echo
         self.through_gradients = through_gradients
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
         self.echoes: list[Tensor] = []
         self.readout: Tensor | None = None
         self.gradient_scale = 1.0
+        self.last_block = LastBlock()
+        self._read_prefix = read_prefix
+        self._echoing = echoing
+        self._narrowing = narrowing
         self._blocks = blocks
         self._batch = 0
         self._current_block: int | None = None
         self._recording = False
         self._echo: Echo | None = None
+        # What left the last block that ran, without its echoes and with them.
+        self._left: tuple[Tensor | None, Tensor | None] = None, None
         self._passing = False
         self._read_tokens: Tensor | None = None
 
@@ -125,6 +135,7 @@ class AttentionTap:
             yield
         finally:
             self._recording = False
+            self._left = None, None
             for handle in handles:
                 handle.remove()
 
@@ -176,15 +187,21 @@ class AttentionTap:
     def _enter_block(self, position: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._current_block = position
-            if self.choose_echo is None:
-                return None
             tokens, *others = args
-            if self._echo is None:
+            if position == 0 and self._read_prefix is not None:
+                # Tensors beside the tokens, such as rotary embeddings, have an entry for each of them.
                 plain = all(
                     each is None or isinstance(each, bool | int | float) for each in (*others, *kwargs.values())
                 )
-                self._echo = self.choose_echo(tokens, not plain)
-            return (self._echo.append(tokens), *others), kwargs
+                prefix = self._read_prefix(tokens) if plain else 0
+                if self._echoing:
+                    self._echo = Echo(dim=1, size=prefix) if prefix else Echo(dim=0, size=len(tokens))
+                if self._narrowing and prefix:
+                    self.last_block.prefix, self.last_block.echoes = prefix, prefix if self._echoing else 0
+            if self._echo is None:
+                return None
+            left, following = self._left
+            return (following if tokens is left else self._echo.append(tokens), *others), kwargs
 
         return enter
 
@@ -192,9 +209,9 @@ class AttentionTap:
         self._current_block = None
         tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self._echo is not None:
-            tokens, echoes = self._echo.split(tokens)
-            # A copy: a view would keep all that left the block.
-            self.echoes.append(echoes.clone())
+            tokens, echoes, following = self._echo.relay(tokens)
+            self.echoes.append(echoes)
+            self._left = tokens, following
         if block is self._blocks[-1] and tokens.requires_grad:
             tokens.register_hook(self._remember_read_tokens)
         return tokens if others is None else (tokens, *others)
@@ -227,6 +244,9 @@ class AttentionTap:
             return _fused_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
+        (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), narrowed = (
+            self.last_block.attention_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        )
         if enable_gqa:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -245,7 +265,8 @@ class AttentionTap:
             query = query.detach().requires_grad_()
             if self._recording:
                 self.leaves.append(query)
-        output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call, echo)
+        narrow = self.last_block if narrowed else None
+        output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call, echo, narrow)
         return output
 
     def _record(self, query: Tensor, key: Tensor, dropout: float, scale: float) -> AttentionCall:
@@ -321,6 +342,7 @@ class _TappedAttention(torch.autograd.Function):
         tap: AttentionTap,
         call: AttentionCall,
         echo: Echo | None,
+        narrow: LastBlock | None,
     ) -> Tensor:
         ctx.tap, ctx.call, ctx.echo = tap, call, echo
         own_mask = mask if echo is None else echo.own_mask(mask, call.keys)
@@ -328,6 +350,8 @@ class _TappedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, own_mask)
         if echo is not None:
             key, value, mask = echo.attended(key), echo.attended(value), echo.extended_mask(own_mask)
+        if narrow is not None:
+            query, mask = narrow.rows(query, dim=2), narrow.mask_rows(mask)
         return _fused_attention(query, key, value, mask, scale=call.scale)
 
     @staticmethod
@@ -341,9 +365,11 @@ class _TappedAttention(torch.autograd.Function):
             for each in written:
                 ctx.echo.split_heads(each)[1].zero_()
             own = tuple(ctx.echo.split_heads(each)[0] for each in written)
+        # Rows that the last block leaves out have no gradient.
+        gradient = F.pad(gradient, (0, 0, 0, ctx.call.queries - gradient.shape[2]))
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             ctx.tap.visit(ctx.call, *inputs, mask, gradient, local, own)
-        return (*written, None, None, None, None)
+        return (*written, None, None, None, None, None)
 
 
 def readout_row(gradient: Tensor) -> Tensor:

@@ -210,6 +210,23 @@ def test_no_gradient_of_a_parameter_is_ever_allocated():
     assert max(allocated.sizes) > 2 * largest_activation
 
 
+@pytest.mark.parametrize(("pool", "rows"), [("token", 1), ("avg", 17)])
+@pytest.mark.parametrize(("methods", "echoes"), [("gmarpp_l1", 0), (["gmarpp_l1", "legrad"], 1)])
+def test_the_last_block_runs_for_the_tokens_that_the_head_reads(pool, rows, methods, echoes):
+    model, batch = vit(global_pool=pool), images()
+    ran = []
+    model.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[:2].numel()))
+    found = gmarpp.explain(model, batch, methods)
+    assert ran == [3 * rows * (1 + echoes)]
+    torch.testing.assert_close(found.logits, model(batch))
+
+    # A function may ask for more than the logits, and blocks described by hand may mix tokens elsewhere too.
+    for whole in ({"target": lambda logits: logits[:, 0]}, {"architecture": gmarpp.architecture_of(model)}):
+        ran.clear()
+        gmarpp.explain(model, batch, "gmarpp_l1", **whole)
+        assert ran == [3 * 17]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_weights_agree_with_float32(dtype):
     model, batch = vit(), images()
