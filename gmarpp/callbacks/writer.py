@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from gmarpp.callbacks.background import BackgroundTasks
 from gmarpp.callbacks.batches import batch_loader, pending_batches
 from gmarpp.callbacks.description import describe_run, now, require_same_run
+from gmarpp.callbacks.free_memory import return_free_memory
 from gmarpp.explainer import ExplainedBatch
 from gmarpp.reader import Explanations
 from gmarpp.results import write_results
@@ -233,6 +234,7 @@ class ExplanationWriter(BasePredictionWriter):
             shard = Shard.concatenate(self._buffer)
             shard.write(self.folder / PARTS / f"{shard.rows[0]['index']:09d}-{trainer.global_rank}.safetensors")
         self._buffer = []
+        return_free_memory()
         self._flushed = time.monotonic()
 
     def _show_rate(self, trainer: L.Trainer) -> None:
