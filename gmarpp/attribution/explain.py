@@ -70,9 +70,10 @@ def explain(
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        # A description by hand may leave out what else mixes tokens, and a function may ask for more than the logits.
-        narrowing = architecture is None and not callable(target)
-        maps, indices, logits = _Pass(model, usable, selected, layout, recompute, narrowing).run(target)
+        # Blocks described by hand may mix tokens elsewhere too, and a function may ask for more than the logits.
+        plain_blocks = architecture is None
+        narrowing = plain_blocks and not callable(target)
+        maps, indices, logits = _Pass(model, usable, selected, layout, recompute, plain_blocks, narrowing).run(target)
     return Explanation(maps, indices, logits, displayable(model, images.detach()), class_names(model))
 
 
@@ -86,6 +87,7 @@ class _Pass:
         methods: Sequence[Method],
         layout: Architecture,
         recompute: bool,
+        plain_blocks: bool,
         narrowing: bool,
     ) -> None:
         self.model = model
@@ -94,30 +96,34 @@ class _Pass:
         self.layout = layout
         self.grid = layout.grid(images.shape[-2], images.shape[-1])
         self.blocks = list(layout.blocks)
-        self.through_gradients = any(method.needs_gradient for method in methods)
-        self.recompute = recompute and self.through_gradients
         needs_local = any(method.needs_local_gradient for method in methods)
+        # Blocks that run without gradients keep queries, keys and values, more than recomputation does.
+        through_gradients = any(method.needs_gradient for method in methods) or (
+            needs_local and (recompute or not plain_blocks)
+        )
+        self.recompute = recompute and through_gradients
         if (needs_local and (not self.blocks or layout.head is None)) or (self.recompute and not self.blocks):
             raise UnsupportedNetworkError(
                 "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
                 "gmarpp.Architecture(..., blocks=..., head=...)"
             )
-        narrowing = narrowing and self.through_gradients and layout.head is not None
+        narrowing = narrowing and through_gradients and layout.head is not None
         self.tap = AttentionTap(
             self.blocks,
             self._consume,
             self._read_prefix if needs_local or narrowing else None,
             needs_local,
             narrowing,
-            self.through_gradients,
+            through_gradients,
         )
         self.rows: dict[str, Tensor] = {}
 
     def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Give maps by method, targets and logits."""
         narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
+        detached = _replacing_forward(self.blocks, self.tap.detached_blocks.repeated)
         recomputed = _replacing_forward(self.blocks if self.recompute else (), _recomputed)
-        with self.tap.intercepting(), _contiguous_projections(self.model), narrowed, recomputed:
+        with self.tap.intercepting(), _contiguous_projections(self.model), narrowed, detached, recomputed:
             with self.tap.recording(len(self.images)):
                 output = self.model(self.images)
             self.tap.check_calls()
@@ -164,22 +170,19 @@ class _Pass:
     def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
         self.rows.clear()
         total = score(output).sum()
-        if not total.requires_grad:
-            raise UnsupportedNetworkError("the score does not depend on the network's attention")
         with self.tap.passing():
             for echoes in self.tap.echoes:
                 assert self.layout.head is not None
                 total = total + score(self.layout.head(echoes)).sum()
+        if not total.requires_grad:
+            raise UnsupportedNetworkError("the score does not depend on the network's attention")
         total = total * self.tap.gradient_scale
-        if self.through_gradients:
+        if self.tap.through_gradients:
             torch.autograd.grad(total, self.tap.leaves, retain_graph=retain_graph, allow_unused=True)
         else:
-            top = self.tap.calls[-1].output
-            assert top is not None
-            (gradient,) = torch.autograd.grad(total, top, retain_graph=retain_graph)
-            self.tap.find_readout(gradient)
+            local = self.tap.gradients_of_outputs(total, retain_graph)
             with torch.no_grad(), torch.autocast(self.images.device.type, enabled=False):
-                self.tap.replay_without_gradients()
+                self.tap.replay(local, keep=retain_graph)
         if not self.rows:
             raise UnsupportedNetworkError("the score does not depend on the network's attention")
         first_patch = self.layout.prefix_tokens

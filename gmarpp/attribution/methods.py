@@ -181,6 +181,7 @@ class LeGrad(Method):
 
     name: str = "legrad"
     label: str = "LeGrad"
+    needs_gradient: ClassVar[bool] = False
     needs_local_gradient: ClassVar[bool] = True
 
     @override

@@ -1,4 +1,8 @@
-"""The last block, run for the tokens alone that the head reads."""
+"""Blocks that run for the prefix tokens alone, where these are all that the head reads.
+
+Keys and values are all that the prefix tokens need of the patch tokens: once a block's attention call is known, the
+block can run again for the prefix tokens, which costs next to nothing.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Forward = Callable[..., Any]
+
 
 class _AttentionReached(Exception):  # noqa: N818 - control flow, not an error
     """Leaves the block once its attention call has been reached."""
@@ -14,10 +20,9 @@ class _AttentionReached(Exception):  # noqa: N818 - control flow, not an error
 
 @dataclass
 class LastBlock:
-    """Runs a network's last block for the prefix tokens alone, where the head reads no others.
+    """Runs a network's last block for all tokens up to its attention call, and for the prefix tokens from there on.
 
-    Keys and values are all that the prefix tokens need of the patch tokens. So the block runs twice: for all tokens up
-    to its attention call, and for the prefix tokens from there on. What would leave it for the patch tokens is zero.
+    What would leave it for the patch tokens is zero.
 
     Attributes:
         prefix: number of prefix tokens; 0 runs the block as it is.
@@ -29,7 +34,7 @@ class LastBlock:
     _running: bool = False
     _call: tuple[Any, ...] | None = None
 
-    def narrowed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def narrowed(self, forward: Forward) -> Forward:
         """Wrap the block's `forward`."""
 
         def run(tokens: Tensor, *others: Any, **options: Any) -> Any:
@@ -62,10 +67,6 @@ class LastBlock:
             raise _AttentionReached
         return self._call, True
 
-    def mask_rows(self, mask: Tensor | None) -> Tensor | None:
-        """Keep a mask's rows for them, unless it has one row for all queries."""
-        return mask if mask is None or mask.shape[-2] == 1 else self.rows(mask, dim=mask.dim() - 2)
-
     def rows(self, tensor: Tensor, dim: int) -> Tensor:
         """Keep prefix tokens and echoes."""
         size = tensor.shape[dim]
@@ -73,7 +74,46 @@ class LastBlock:
             (tensor.narrow(dim, 0, self.prefix), tensor.narrow(dim, size - self.echoes, self.echoes)), dim=dim
         )
 
+    def mask_rows(self, mask: Tensor | None) -> Tensor | None:
+        """Keep a mask's rows for them, unless it has one row for all queries."""
+        return mask if mask is None or mask.shape[-2] == 1 else self.rows(mask, dim=mask.dim() - 2)
+
     def _spread(self, rows: Tensor, tokens: Tensor) -> Tensor:
         prefix, echoes = torch.split(rows, [self.prefix, self.echoes], dim=1)
         missing = tokens.shape[1] - rows.shape[1]
         return torch.cat((prefix, rows.new_zeros(len(rows), missing, rows.shape[2]), echoes), dim=1)
+
+
+@dataclass
+class DetachedBlocks:
+    """Runs each block without gradients, and again with gradients for the prefix tokens, from its attention output on.
+
+    That is all that layers' own scores need, and no gradient passes from block to block.
+
+    Attributes:
+        prefix: number of prefix tokens; 0 runs the blocks as they are.
+        repeating: whether a block runs for the second time.
+        leave: takes the prefix tokens (B, P, D) that leave each block.
+    """
+
+    leave: Callable[[Tensor], None]
+    prefix: int = 0
+    repeating: bool = False
+
+    def repeated(self, forward: Forward) -> Forward:
+        """Wrap a block's `forward`."""
+
+        def run(tokens: Tensor, *others: Any, **options: Any) -> Any:
+            if not self.prefix:
+                return forward(tokens, *others, **options)
+            with torch.no_grad():
+                output = forward(tokens, *others, **options)
+            self.repeating = True
+            try:
+                again = forward(tokens[:, : self.prefix].detach(), *others, **options)
+            finally:
+                self.repeating = False
+            self.leave(again[0] if isinstance(again, tuple) else again)
+            return output
+
+        return run

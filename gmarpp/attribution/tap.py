@@ -5,7 +5,7 @@ layer, where it serves the methods and the layer's own backward step, and is fre
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
-from gmarpp.attribution.narrow import LastBlock
+from gmarpp.attribution.narrow import DetachedBlocks, LastBlock
 
 
 class UnsupportedNetworkError(ValueError):
@@ -32,8 +32,8 @@ class AttentionCall:
         block: position of the transformer block that made the call, if the blocks are known.
         scale: factor of the query-key products.
         queries, keys: number of each.
-        output: what the call returned; kept where the attention is read without a backward pass.
-        inputs: query, key and mask; kept likewise.
+        output: what the call returned, for the prefix tokens alone if blocks echo; kept where the layers are replayed.
+        inputs: query, key, value and mask; kept likewise.
     """
 
     index: int
@@ -42,7 +42,7 @@ class AttentionCall:
     queries: int
     keys: int
     output: Tensor | None = None
-    inputs: tuple[Tensor, Tensor, Tensor | None] | None = None
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
 
 
 PrefixReader = Callable[[Tensor], int]
@@ -63,7 +63,7 @@ class AttentionTap:
         echoing: whether blocks carry echoes, because a method needs the layers' own scores.
         narrowing: whether the last block may run for the prefix tokens alone, if the head reads no others.
         through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
-            their inputs and `replay_without_gradients` visits them.
+            their inputs and `replay` visits them; unless blocks echo and the head reads more than the prefix tokens.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class AttentionTap:
         self.readout: Tensor | None = None
         self.gradient_scale = 1.0
         self.last_block = LastBlock()
+        self.detached_blocks = DetachedBlocks(self.echoes.append)
         self._read_prefix = read_prefix
         self._echoing = echoing
         self._narrowing = narrowing
@@ -173,16 +174,41 @@ class AttentionTap:
                 "parallel or shared attention layers cannot be followed one after the other"
             )
 
-    def replay_without_gradients(self) -> None:
-        """Visit the layers from the top down with their attention alone; `readout` must be set."""
+    def gradients_of_outputs(self, total: Tensor, retain_graph: bool) -> tuple[Tensor, ...] | None:
+        """Set `readout` for a replay; give gradients of the calls' outputs for the prefix tokens if blocks echo."""
+        if not self.detached_blocks.prefix:
+            top = self.calls[-1].output
+            assert top is not None
+            self.find_readout(torch.autograd.grad(total, top, retain_graph=retain_graph)[0])
+            return None
+        outputs = [call.output for call in self.calls if call.output is not None]
+        *local, read = torch.autograd.grad(total, [*outputs, self.echoes[-1]], retain_graph=retain_graph)
+        row = readout_row(read[:, None])
+        self.readout = F.pad(row, (0, self.calls[-1].keys - row.shape[1]))
+        return tuple(local)
+
+    def replay(self, local: Sequence[Tensor] | None, keep: bool) -> None:
+        """Visit the layers from the top down without the score's gradient; `readout` must be set.
+
+        Args:
+            local: gradients of the layers' own scores with respect to the calls' outputs for the prefix tokens, times
+                `gradient_scale`, from the input upwards.
+            keep: keep what another replay needs.
+        """
         for call in reversed(self.calls):
             if call.inputs is None:
                 raise RuntimeError("the calls were recorded for a backward pass")
-            query, key, mask = call.inputs
-            call.inputs = None
+            query, key, value, mask = call.inputs
             for part in _parts(query, key):
-                attention = _attention(call, query[part], key[part], _mask_part(mask, part))
-                self.consume(part, AttentionLayer(attention, is_top=call is self.calls[-1], depth=self.depth))
+                layer = AttentionLayer(
+                    _attention(call, query[part], key[part], _mask_part(mask, part)),
+                    is_top=call is self.calls[-1],
+                    depth=self.depth,
+                    local_gradient=None if local is None else self._gradient(local[call.index][part], value[part]),
+                )
+                self.consume(part, layer)
+            if not keep:
+                call.inputs = None
 
     def _enter_block(self, position: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,7 +220,9 @@ class AttentionTap:
                     each is None or isinstance(each, bool | int | float) for each in (*others, *kwargs.values())
                 )
                 prefix = self._read_prefix(tokens) if plain else 0
-                if self._echoing:
+                if self._echoing and not self.through_gradients:
+                    self.detached_blocks.prefix, self.through_gradients = prefix, not prefix
+                if self._echoing and self.through_gradients:
                     self._echo = Echo(dim=1, size=prefix) if prefix else Echo(dim=0, size=len(tokens))
                 if self._narrowing and prefix:
                     self.last_block.prefix, self.last_block.echoes = prefix, prefix if self._echoing else 0
@@ -244,6 +272,8 @@ class AttentionTap:
             return _fused_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
+        if self.detached_blocks.repeating:
+            return self._attend_again()
         (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), narrowed = (
             self.last_block.attention_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         )
@@ -257,7 +287,7 @@ class AttentionTap:
             attn_mask = torch.ones(own_query.shape[-2], own_key.shape[-2], dtype=torch.bool, device=query.device).tril()
         call = self._record(own_query, own_key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
         if not self.through_gradients:
-            call.inputs = (query.detach(), key.detach(), attn_mask)
+            call.inputs = (query.detach(), key.detach(), value.detach(), attn_mask)
             call.output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach().requires_grad_()
             return call.output
         if not query.requires_grad:
@@ -268,6 +298,16 @@ class AttentionTap:
         narrow = self.last_block if narrowed else None
         output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call, echo, narrow)
         return output
+
+    def _attend_again(self) -> Tensor:
+        """Answer the last call once more, for the prefix tokens; gradients end here."""
+        call, prefix = self.calls[-1], self.detached_blocks.prefix
+        assert call.inputs is not None
+        query, key, value, mask = call.inputs
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., :prefix, :]
+        call.output = _fused_attention(query[:, :, :prefix], key, value, mask, scale=call.scale).requires_grad_()
+        return call.output
 
     def _record(self, query: Tensor, key: Tensor, dropout: float, scale: float) -> AttentionCall:
         if query.dim() != 4 or len(query) != self._batch:
@@ -316,8 +356,8 @@ class AttentionTap:
                 attention,
                 is_top=is_top,
                 depth=self.depth,
-                given_gradient=torch.matmul(outer / self.gradient_scale, v.mT),
-                local_gradient=None if local is None else torch.matmul(local[part].float() / self.gradient_scale, v.mT),
+                given_gradient=self._gradient(outer, v),
+                local_gradient=None if local is None else self._gradient(local[part], v),
             )
             self.consume(part, layer)
             # The softmax's own backward: dS = A ⊙ (G - rowsum(A ⊙ G)).
@@ -327,6 +367,10 @@ class AttentionTap:
             gradients[0][part] = torch.matmul(scores, k * factor)
             gradients[1][part] = torch.matmul(scores.mT, q * factor)
             gradients[2][part] = torch.matmul(attention.mT, outer)
+
+    def _gradient(self, outer: Tensor, value: Tensor) -> Tensor:
+        """Give the gradient of the attention (B, H, R, N) from that of the call's output, or of its first rows."""
+        return torch.matmul(outer.float() / self.gradient_scale, value.float().mT)
 
 
 class _TappedAttention(torch.autograd.Function):

@@ -94,6 +94,8 @@ def test_several_classes_per_image_equal_one_class_at_a_time():
     for name, column in itertools.product(gmarpp.METHODS, range(2)):
         expected = gmarpp.explain(model, batch, name, target[:, column]).maps[name]
         torch.testing.assert_close(found.maps[name][:, column], expected, rtol=1e-5, atol=1e-8)
+        alone = gmarpp.explain(model, batch, name, target).maps[name]
+        torch.testing.assert_close(alone, found.maps[name], rtol=1e-5, atol=1e-8)
     assert (found.maps["gmarpp_l1"][0, 0] != found.maps["gmarpp_l1"][0, 1]).any()
 
 
@@ -227,6 +229,22 @@ def test_the_last_block_runs_for_the_tokens_that_the_head_reads(pool, rows, meth
         assert ran == [3 * 17]
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"architecture": True}])
+def test_legrad_alone_sends_no_gradient_from_block_to_block(options):
+    model, batch = vit(), images()
+    if "architecture" in options:
+        options = {"architecture": gmarpp.architecture_of(model)}
+    ran = []
+    model.blocks[1].norm1.register_forward_hook(lambda _, args, out: ran.append((out.shape[1], out.requires_grad)))
+    gmarpp.explain(model, batch, ["legrad", "rollout"])
+    assert ran == [(17, False), (1, False)]
+    ran.clear()
+    expected = gmarpp.explain(model, batch, ["legrad", "gmarpp_l1"]).maps["legrad"]
+    assert ran == [(18, True)]
+    found = gmarpp.explain(model, batch, "legrad", **options).maps["legrad"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_weights_agree_with_float32(dtype):
     model, batch = vit(), images()
@@ -235,8 +253,9 @@ def test_autocast_and_half_weights_agree_with_float32(dtype):
     with torch.autocast("cpu", dtype):
         autocast = gmarpp.explain(model, batch, gmarpp.METHODS, target).maps
     half = gmarpp.explain(model.to(dtype), batch.to(dtype), gmarpp.METHODS, target).maps
+    alone = gmarpp.explain(model, batch.to(dtype), "legrad", target).maps
     for name in (*PRODUCTS, "legrad"):
-        for found in (autocast[name], half[name]):
+        for found in (autocast[name], half[name], *([alone[name]] if name in alone else [])):
             assert found.dtype == torch.float32
             correlation = torch.corrcoef(torch.stack((found.flatten(), expected[name].flatten())))[0, 1]
             assert correlation > 0.98, name
