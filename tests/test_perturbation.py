@@ -166,8 +166,9 @@ class TestExactCurves:
         images, maps = torch.ones(1, 3, 4, 6), {"true": model.weights[None], "false": -model.weights[None]}
         scores = score_perturbations(model, images, maps, CLASS_1, baseline="black", score="logit", curves=False)
         assert {name: kept.tolist() for name, kept in scores.kept.items()} == {"true": [9.0], "false": [1.0]}
-        assert (scores.full.tolist(), scores.empty.tolist()) == ([15.0], [0.0])
+        assert (scores.full.tolist(), scores.empty) == ([15.0], None)
         assert scores.insertion == scores.deletion == {}
+        assert sum(map(len, model.seen)) == 3  # the image and two regions
 
     def test_soft_multiplies_pixels_by_the_minmax_map(self):
         model = PatchSum(WEIGHTS, {"mean": (0.5,) * 3, "std": (0.25,) * 3})
@@ -179,7 +180,7 @@ class TestExactCurves:
             model, images, maps, CLASS_1, baseline="black", score="logit", mask="soft", curves=False
         )
         torch.testing.assert_close(scores.kept["true"], expected)
-        torch.testing.assert_close(scores.kept["constant"], scores.empty)
+        torch.testing.assert_close(scores.kept["constant"], model(torch.full_like(images, -2.0))[:, 1])
 
     def test_minmax_of_constant_is_zero(self):
         assert minmax(torch.tensor([[[2.0, 2.0]], [[1.0, 3.0]]])).tolist() == [[[0, 0]], [[0, 1]]]

@@ -39,7 +39,7 @@ class PerturbationScores:
     Attributes:
         fractions: (S + 1,), share of the patches inserted or deleted, from 0 to 1.
         full: (B,), score on the image.
-        empty: (B,), score on the baseline alone.
+        empty: (B,), score on the baseline alone; None without curves.
         insertion: (B, S + 1) per method; empty without curves.
         deletion: (B, S + 1) per method; empty without curves.
         kept: (B,) per method, score on the kept region; empty without kept regions.
@@ -47,7 +47,7 @@ class PerturbationScores:
 
     fractions: Tensor
     full: Tensor
-    empty: Tensor
+    empty: Tensor | None
     insertion: dict[str, Tensor]
     deletion: dict[str, Tensor]
     kept: dict[str, Tensor]
@@ -115,7 +115,7 @@ def score_perturbations(
     ranks = rank_patches(stacked)
     patches = ranks.shape[-1]
     counts = step_counts(patches, steps)
-    intervals = [(0, patches), (0, 0)]
+    intervals = [(0, patches)]
     if curves:
         intervals += [(0, count) for count in counts] + [(count, patches) for count in counts]
     if kept and mask == "topk":
@@ -133,10 +133,12 @@ def score_perturbations(
         if kept and mask == "soft":
             region = score_weighted(render, minmax(stacked).flatten(2), objective, batch_size)
 
-    full, empty = scores[0, :, 0], scores[0, :, 1]
-    inserted, deleted = scores[..., 2 : 2 + len(counts)], scores[..., 2 + len(counts) : 2 + 2 * len(counts)]
-    if normalize:
-        inserted, deleted = (_rescaled(each, full, empty) for each in (inserted, deleted))
+    full, empty = scores[0, :, 0], None
+    inserted, deleted = scores[..., 1 : 1 + len(counts)], scores[..., 1 + len(counts) : 1 + 2 * len(counts)]
+    if curves:
+        empty = inserted[0, :, 0]
+        if normalize:
+            inserted, deleted = (_rescaled(each, full, empty) for each in (inserted, deleted))
     return PerturbationScores(
         fractions=torch.tensor(counts, device=images.device) / patches,
         full=full,
