@@ -1,7 +1,7 @@
 """`explain`: maps of all methods from one forward and one backward pass."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -123,7 +123,14 @@ class _Pass:
         narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
         detached = _replacing_forward(self.blocks, self.tap.detached_blocks.repeated)
         recomputed = _replacing_forward(self.blocks if self.recompute else (), _recomputed)
-        with self.tap.intercepting(), _contiguous_projections(self.model), narrowed, detached, recomputed:
+        with (
+            self.tap.intercepting(),
+            _contiguous_projections(self.model),
+            narrowed,
+            detached,
+            recomputed,
+            closing(self.tap),
+        ):
             with self.tap.recording(len(self.images)):
                 output = self.model(self.images)
             self.tap.check_calls()

@@ -149,6 +149,13 @@ class AttentionTap:
         finally:
             self._passing = False
 
+    def close(self) -> None:
+        """Let go of the graph: its nodes hold the tap, which Python's garbage collector does not see."""
+        self.echoes.clear()
+        self.leaves.clear()
+        for call in self.calls:
+            call.output = call.inputs = None
+
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the recorded calls form one chain of layers."""
         if not self.calls:

@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import itertools
 
 import pytest
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gmarpp
 from gmarpp.attribution import GMARPlusPlus, RandomMap, Rollout
+from gmarpp.attribution.tap import AttentionTap
 
 PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
 
@@ -159,6 +162,20 @@ def test_the_network_is_left_as_it_was_found(fails):
     assert not any(
         "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in model.modules()
     )
+
+
+@pytest.mark.parametrize("methods", [gmarpp.METHODS, "legrad", "rollout", "gmarpp_l1"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_the_pass_stays_in_memory(methods, fails):
+    def score(logits):
+        if fails:
+            raise ZeroDivisionError
+        return logits[:, 0]
+
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        gmarpp.explain(vit(), images(), methods, score)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is AttentionTap]
 
 
 def test_dropout_of_a_training_network_is_off_during_explanation():
