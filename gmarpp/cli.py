@@ -58,7 +58,13 @@ class Trainer(L.Trainer):
 
 
 class LatestCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that on an error saves only where no rank has to wait for others that go on without it."""
+    """A ModelCheckpoint that saves the end of a run too, and on an error only where no rank has to wait for others."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what was learned since the last checkpoint, when they are made every so many steps."""
+        super().on_train_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):
+            trainer.save_checkpoint(self.format_checkpoint_name(trainer.callback_metrics))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves if all ranks got here, as they do when they are terminated."""

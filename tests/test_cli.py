@@ -58,6 +58,15 @@ def failure(main, arguments, capsys):
     return lines[0]
 
 
+@pytest.mark.parametrize("every", [4, 100])
+def test_the_end_of_a_run_is_kept_also_between_checkpoints(folder, every):
+    train_main([*FIT, "--trainer.logger=false", f"--last_checkpoint.every_n_train_steps={every}"])
+    last = folder / "logs/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    resumed = train_main([*FIT, "--trainer.logger=false", "--trainer.max_epochs=4", f"--ckpt_path={last}"])
+    assert resumed.trainer.global_step == 12
+
+
 def test_fit_logs_and_keeps_best_and_last(folder):
     run = train_main(FIT)
     files = {str(path.relative_to(folder / "logs")) for path in (folder / "logs").rglob("*") if path.is_file()}
