@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Explainer:
         recompute: recompute blocks in the backward pass, for long sequences.
 
     Raises:
-        ValueError: for an unknown method, metric, baseline or score.
+        ValueError: for an unknown method, metric, baseline, score or mask, or options that exclude each other.
     """
 
     methods: Sequence[str] = ("gmarpp_l1", "gmar_l1", "rollout", "legrad")
@@ -108,12 +108,18 @@ class Explainer:
             *(("metrics", metric, tuple(METRICS)) for metric in self.metrics),
             ("baseline", self.baseline, BASELINES),
             ("score", self.score, SCORES),
+            ("mask", self.mask, get_args(KeptMask)),
         ):
             if value not in choices:
                 raise ValueError(f"explain.{option}: {value!r} is unknown: choose from {', '.join(choices)}")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError("explain.steps and explain.batch_size must be at least 1")
         needs = {name for metric in self.metrics for name in metric_inputs(metric)}
+        if "kept" in needs and self.mask == "soft" and self.baseline == "drop":
+            raise ValueError(
+                "explain.mask soft fades patches, and explain.baseline drop can only take them out: use mask topk, or "
+                "baseline blur, mean or black"
+            )
         object.__setattr__(self, "_needs", frozenset(needs))
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch:
@@ -171,7 +177,7 @@ class Explainer:
                     "class, or name a class"
                 )
             return batch["label"]  # type: ignore[no-any-return]
-        return int(self.target) if isinstance(self.target, int) or self.target.isdigit() else self.target
+        return self.target
 
     def _metric_inputs(
         self, model: nn.Module, images: Tensor, explanation: Explanation, objects: Tensor | None

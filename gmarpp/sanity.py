@@ -5,11 +5,11 @@
 Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, cascading randomisation.
 """
 
-import copy
 import csv
 import io
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +61,12 @@ def sanity_check(
     *,
     architecture: Architecture | None = None,
     seed: int = 0,
+    batch_size: int = 8,
 ) -> SanityCheck:
     """Randomise a network's parameters from the head down, and compare the maps with the trained network's.
 
     Every parameter is replaced by normal numbers of its own mean and standard deviation: what was learned is gone, the
-    scale of activations stays. The given network is not touched.
+    scale of activations stays. The network gets its own parameters back, also after an error.
 
     Args:
         model: a network that `gmarpp.explain` can explain, of which the blocks are known.
@@ -74,26 +75,48 @@ def sanity_check(
         target: class explained at every stage, (B,); the trained network's prediction by default.
         architecture: token layout of a network of an unknown family.
         seed: of the random parameters.
+        batch_size: images explained at once, which bounds the memory.
 
     Raises:
-        ValueError: as `gmarpp.explain` does.
+        ValueError: as `gmarpp.explain` does, and for an architecture without blocks.
     """
-    trained = explain(model, images, methods, target, architecture=architecture)
-    randomised = copy.deepcopy(model)
+    blocks = list((architecture or architecture_of(model)).blocks)
+    if not blocks:
+        raise ValueError("the blocks are randomised one by one: pass them in gmarpp.Architecture(..., blocks=...)")
+
+    def explained(target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        targets = [None] * len(images) if target is None else target.split(batch_size)
+        parts = [
+            explain(model, batch, methods, classes, architecture=architecture)
+            for batch, classes in zip(images.split(batch_size), targets, strict=False)
+        ]
+        maps = {method: torch.cat([part.maps[method] for part in parts]).cpu() for method in parts[0].maps}
+        return maps, torch.cat([part.target for part in parts])
+
+    trained, target = explained(target)
     generator = torch.Generator().manual_seed(seed)
     stages = ["trained"]
-    correlations = {method: [torch.ones(len(images))] for method in trained.maps}
-    layout = architecture or architecture_of(randomised)
-    for stage, parameters in _cascade(randomised, list(layout.blocks)):
-        for parameter in parameters:
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            spread = parameter.data.std() if parameter.numel() > 1 else parameter.data.abs().mean()
-            parameter.data = parameter.data.mean() + spread * noise
-        stages.append(stage)
-        maps = explain(randomised, images, methods, trained.target, architecture=architecture).maps
-        for method, values in maps.items():
-            correlations[method].append(rank_correlation(values, trained.maps[method]).float().cpu())
+    correlations = {method: [torch.ones(len(images))] for method in trained}
+    with _restoring(model):
+        for stage, parameters in _cascade(model, blocks):
+            for parameter in parameters:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                spread = parameter.data.std() if parameter.numel() > 1 else parameter.data.abs().mean()
+                parameter.data = parameter.data.mean() + spread * noise
+            stages.append(stage)
+            for method, maps in explained(target)[0].items():
+                correlations[method].append(rank_correlation(maps, trained[method]).float())
     return SanityCheck(tuple(stages), {method: torch.stack(each) for method, each in correlations.items()})
+
+
+@contextmanager
+def _restoring(model: nn.Module) -> Iterator[None]:
+    own = [(parameter, parameter.data) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
 
 
 def _cascade(model: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, list[nn.Parameter]]]:

@@ -94,6 +94,11 @@ def test_bad_options_are_named(model):
         Explainer(metrics=["auc"])
     with pytest.raises(ValueError, match=r"explain.baseline: 'white' is unknown: choose from blur, mean, black, drop"):
         Explainer(baseline="white")
+    with pytest.raises(ValueError, match=r"explain.mask: 'hard' is unknown: choose from topk, soft"):
+        Explainer(mask="hard")
+    with pytest.raises(ValueError, match=r"explain.mask soft fades patches, and explain.baseline drop can only"):
+        Explainer(mask="soft", baseline="drop")
+    assert Explainer(mask="soft", baseline="drop", metrics=["insertion_auc"]).mask == "soft"
     with pytest.raises(ValueError, match=r"explain.methods is empty"):
         Explainer([])
     with pytest.raises(ValueError, match="must be at least 1"):

@@ -467,6 +467,12 @@ class TestJobs:
 
 
 class TestBadInput:
+    def test_classes_are_given_one_per_image_or_one_for_all(self):
+        model, (images, maps, _) = vit(), batch(2, methods=1)
+        expected = perturbation_curves(model, images, maps["method_0"], torch.tensor([2, 2]), 2).insertion
+        for target in (2, [2, 2], torch.tensor([2, 2], dtype=torch.int32)):
+            assert torch.equal(perturbation_curves(model, images, maps["method_0"], target, 2).insertion, expected)
+
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_maps_that_are_not_finite(self, value):
         maps = torch.rand(4, 2, 2)
@@ -498,6 +504,7 @@ class TestBadInput:
             ({"images": torch.rand(0, 3, 4, 4)}, "images must have shape"),
             ({"target": torch.tensor([1, 1])}, "target must hold one class index per image"),
             ({"target": torch.tensor([1.0])}, "target must hold one class index per image"),
+            ({"target": [True]}, "target must hold one class index per image"),
             ({"target": torch.tensor([-1])}, "negative class indices"),
             ({"target": torch.tensor([2])}, "target class 2 needs logits"),
         ],

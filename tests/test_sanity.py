@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 
+import gmarpp
 from gmarpp import sanity
 from gmarpp.checkpoint import save_weights
 from gmarpp.data import Digits
@@ -38,6 +39,20 @@ def test_cascade_decorrelates_what_depends_on_the_weights(network):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     again = sanity_check(network, images, ["gmarpp_l1"])
     assert torch.equal(again.correlations["gmarpp_l1"], check.correlations["gmarpp_l1"])
+
+
+def test_an_architecture_by_hand_is_randomised_and_restored(network):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    layout = gmarpp.architecture_of(network)
+    check = sanity_check(torch.nn.Sequential(network), images, ["gmarpp_l1"], architecture=layout, batch_size=2)
+    expected = sanity_check(network, images, ["gmarpp_l1"])
+    assert check.stages == expected.stages
+    torch.testing.assert_close(check.correlations["gmarpp_l1"], expected.correlations["gmarpp_l1"])
+    without_blocks = gmarpp.Architecture(layout.grid, layout.prefix_tokens)
+    with pytest.raises(ValueError, match=r"pass them in gmarpp\.Architecture"):
+        sanity_check(network, images, architecture=without_blocks)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_command_writes_table_and_figure_and_names_what_does_not_change(tmp_path, caplog):

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmarpp.attribution.explanation import Explanation, displayable
+from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method, select_methods
+from gmarpp.attribution.normalisation import displayable
 from gmarpp.attribution.preserve import evaluation_mode
 from gmarpp.attribution.tap import AttentionTap, UnsupportedNetworkError
 from gmarpp.attribution.target import (
@@ -38,9 +40,9 @@ def explain(
 ) -> Explanation:
     """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
 
-    The network is explained in eval mode and left exactly as it was: modes, `requires_grad` and `.grad` of the
-    parameters; no parameter's gradient is computed. Works under autocast, with attention arithmetic in float32, and
-    inside `torch.inference_mode`.
+    The network is explained in eval mode and without activation checkpointing of its own, and left exactly as it was:
+    modes, `requires_grad` and `.grad` of the parameters; no parameter's gradient is computed. Works under autocast,
+    with attention arithmetic in float32, and inside `torch.inference_mode`.
 
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
@@ -51,7 +53,7 @@ def explain(
             that takes the network's output and gives one score per image.
         architecture: token layout of a network of an unknown family.
         recompute: keep only the blocks' inputs of the forward pass and recompute each block in the backward pass,
-            which bounds the memory of deep networks on long sequences.
+            which bounds the memory of deep networks on long sequences; methods without gradients need no such pass.
 
     Raises:
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
@@ -74,7 +76,8 @@ def explain(
         plain_blocks = architecture is None
         narrowing = plain_blocks and not callable(target)
         maps, indices, logits = _Pass(model, usable, selected, layout, recompute, plain_blocks, narrowing).run(target)
-    return Explanation(maps, indices, logits, displayable(model, images.detach()), class_names(model))
+    names = () if callable(target) else class_names(model)
+    return Explanation(maps, indices, logits, displayable(model, images.detach()), names)
 
 
 class _Pass:
@@ -136,8 +139,10 @@ class _Pass:
             self.tap.check_calls()
             self._check_grid()
             logits, indices, scores = self._scores(output, target)
+            device = self.images.device.type
+            computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.images.dtype
             # float16 would lose small gradients.
-            self.tap.gradient_scale = 2.0**10 if torch.float16 in (logits.dtype, self.images.dtype) else 1.0
+            self.tap.gradient_scale = 2.0**10 if computed == torch.float16 else 1.0
             maps = [
                 self._maps(output, score, retain_graph=position < len(scores) - 1)
                 for position, score in enumerate(scores)
@@ -179,8 +184,7 @@ class _Pass:
         total = score(output).sum()
         with self.tap.passing():
             for echoes in self.tap.echoes:
-                assert self.layout.head is not None
-                total = total + score(self.layout.head(echoes)).sum()
+                total = total + score(self._head(echoes, output)).sum()
         if not total.requires_grad:
             raise UnsupportedNetworkError("the score does not depend on the network's attention")
         total = total * self.tap.gradient_scale
@@ -195,12 +199,22 @@ class _Pass:
         first_patch = self.layout.prefix_tokens
         return {name: row[:, first_patch:].reshape(-1, *self.grid) for name, row in self.rows.items()}
 
+    def _head(self, tokens: Tensor, output: Any) -> Any:
+        """Give what the head makes of tokens in the form of the network's output, which scores take apart."""
+        assert self.layout.head is not None
+        logits = self.layout.head(tokens)
+        return SimpleNamespace(logits=logits) if hasattr(output, "logits") and isinstance(logits, Tensor) else logits
+
     def _consume(self, part: slice, layer: AttentionLayer) -> None:
         batch, tokens = len(self.images), layer.attention.shape[-1]
         for method in self.methods:
             if layer.is_top:
                 assert self.tap.readout is not None
                 row = method.start(self.tap.readout[part], self.images[part], tokens)
+            elif method.name not in self.rows:
+                raise UnsupportedNetworkError(
+                    "the score does not depend on the last attention layer: explain a score of the network's output"
+                )
             else:
                 row = self.rows[method.name][part]
             row = method.step(row, layer)

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,14 +66,3 @@ class Explanation:
     def _map(self, method: str, image: int, column: int) -> Tensor:
         maps = self.maps[method][image]
         return (maps if maps.dim() == 2 else maps[column]).cpu()
-
-
-def displayable(model: nn.Module, images: Tensor) -> Tensor:
-    """Undo the normalisation of images (B, 3, H, W), as far as the network tells; else stretch each to [0, 1]."""
-    images = images.float()
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if "mean" in config and "std" in config:
-        mean, std = (torch.tensor(config[key], device=images.device).view(-1, 1, 1) for key in ("mean", "std"))
-        return (images * std + mean).clamp(0, 1)
-    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
-    return (images - low) / (high - low).clamp_min(1e-12)

@@ -47,9 +47,12 @@ class Rollout(Method):
     Its parts are what the other products over layers override.
 
     Args:
-        alpha: weight of the residual connection beside the attention.
+        alpha: weight of the residual connection beside the attention, 0 or more.
         name: key of the map.
         label: name for people.
+
+    Raises:
+        ValueError: alpha is negative.
 
     Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """
@@ -58,6 +61,10 @@ class Rollout(Method):
     name: str = "rollout"
     label: str = "Rollout"
     needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise ValueError(f"{self.name}: alpha must be 0 or more, found {self.alpha}")
 
     def relevance(self, layer: AttentionLayer) -> Tensor:
         """Relevance of keys to queries by head, non-negative, shape (B, H, Q, N)."""
@@ -80,8 +87,11 @@ class Rollout(Method):
             # A pool's queries are no tokens: there is no residual to add, and with no relevance every key counts alike.
             mixed = self._mix(row / row_sums.where(row_sums > 0, 1), weights, self.relevance(layer))
             return mixed.masked_fill(mixed.sum(dim=-1, keepdim=True) == 0, 1 / mixed.shape[-1])
-        row = row / (row_sums + self.alpha)
-        return self._mix(row, weights, self.relevance(layer)) + self.alpha * row
+        total = row_sums + self.alpha
+        # A row without relevance and residual is handed on as it is.
+        residual = torch.where(total > 0, self.alpha, 1.0)
+        row = row / total.where(total > 0, 1)
+        return self._mix(row, weights, self.relevance(layer)) + residual * row
 
     @staticmethod
     def _mix(row: Tensor, weights: Tensor, relevance: Tensor) -> Tensor:
@@ -108,6 +118,10 @@ class GMAR(Rollout):
     norm: int = 1
     needs_gradient: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_norm(self.name, self.norm, (1, 2))
+
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
         norms = layer.gradient_norms[self.norm]
@@ -133,6 +147,10 @@ class GMARPlusPlus(Rollout):
     label: str = "GMAR++ (L1)"
     norm: int | None = 1
     needs_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_norm(self.name, self.norm, (1, 2, None))
 
     @override
     def relevance(self, layer: AttentionLayer) -> Tensor:
@@ -234,6 +252,11 @@ class RandomMap(Method):
     @override
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         return row
+
+
+def _check_norm(name: str, norm: int | None, choices: tuple[int | None, ...]) -> None:
+    if norm not in choices:
+        raise ValueError(f"{name}: norm must be one of {', '.join(map(str, choices))}, found {norm}")
 
 
 def _by_name(*methods: Method) -> dict[str, Method]:

@@ -162,8 +162,9 @@ class AttentionTap:
             raise UnsupportedNetworkError(
                 "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
                 "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
-                "networks, module.fused_attn = True on the attention modules of timm networks. Networks with windowed "
-                "attention (Swin) or without attention cannot be explained by these methods: use a ViT"
+                "networks, module.fused_attn = True on the attention modules of timm networks, need_weights=False in "
+                "calls of nn.MultiheadAttention. Networks with windowed attention (Swin) or without attention cannot "
+                "be explained by these methods: use a ViT"
             )
         *below, top = self.calls
         for call in below:
@@ -220,6 +221,10 @@ class AttentionTap:
     def _enter_block(self, position: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._current_block = position
+            if not args:
+                raise UnsupportedNetworkError(
+                    f"block {position} takes its tokens by keyword ({', '.join(kwargs)}): pass them by position"
+                )
             tokens, *others = args
             if position == 0 and self._read_prefix is not None:
                 # Tensors beside the tokens, such as rotary embeddings, have an entry for each of them.
@@ -295,8 +300,10 @@ class AttentionTap:
         call = self._record(own_query, own_key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
         if not self.through_gradients:
             call.inputs = (query.detach(), key.detach(), value.detach(), attn_mask)
-            call.output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach().requires_grad_()
-            return call.output
+            # Only the top call's gradient is asked for: nothing below it is kept.
+            may_be_top = self._current_block in (None, len(self._blocks) - 1)
+            call.output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach()
+            return call.output.requires_grad_(may_be_top)
         if not query.requires_grad:
             # The graph starts here: nothing below the first layer is needed, nor its activations.
             query = query.detach().requires_grad_()

@@ -37,8 +37,8 @@ def logits_of(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(
-            f"the network's output ({type(output).__name__}) holds no logits of shape (images, classes): pass a "
-            "function of the output as target"
+            f"the network's output ({type(output).__name__}) holds no logits of shape (images, classes); "
+            "gmarpp.explain takes a function of the output as target instead"
         )
     return logits
 
@@ -63,17 +63,23 @@ def class_index(name: str, model: nn.Module) -> int:
     """Find a class by its name or identifier.
 
     Names come from the network: the attributes `class_names` and `classes` (set by `gmarpp.load_model`), or a Hugging
-    Face configuration's `label2id`.
+    Face configuration's `label2id`. Digits that name no class are an index.
 
     Raises:
-        ValueError: if the network knows no such class.
+        ValueError: if the network knows no such class, or several.
     """
-    known: dict[str, int] = {}
+    known: dict[str, set[int]] = {}
     label2id = getattr(getattr(model, "config", None), "label2id", None)
-    for names in (label2id or (), getattr(model, "classes", ()), getattr(model, "class_names", ())):
-        known.update(names if isinstance(names, dict) else {each: index for index, each in enumerate(names)})
+    for names in (label2id or {}, getattr(model, "classes", ()), getattr(model, "class_names", ())):
+        pairs = names.items() if isinstance(names, dict) else ((each, index) for index, each in enumerate(names))
+        for each, index in pairs:
+            known.setdefault(each, set()).add(int(index))
+    if len(known.get(name, ())) > 1:
+        raise ValueError(f"{name!r} names several classes, {sorted(known[name])}: pass the index of one of them")
     if name in known:
-        return int(known[name])
+        return known[name].pop()
+    if name.isdecimal():
+        return int(name)
     if not known:
         raise ValueError(f"class {name!r} cannot be found: the network carries no class names; pass the class's index")
     close = ", ".join([each for each in known if name.lower() in each.lower()][:5])

@@ -1,6 +1,5 @@
 """What replaces a removed patch: blur, channel mean, black, or nothing at all (the token is dropped)."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gmarpp.attribution import UnsupportedNetworkError, architecture_of
+from gmarpp.attribution.normalisation import normalisation_of
 
 Baseline = Literal["blur", "mean", "black", "drop"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -36,13 +36,13 @@ def gaussian_blur(images: Tensor) -> Tensor:
 
 
 def _black(model: nn.Module, images: Tensor) -> Tensor:
-    config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, Mapping) or not config.get("mean") or not config.get("std"):
+    normalisation = normalisation_of(model, images)
+    if normalisation is None:
         raise ValueError(
-            "baseline 'black' needs the normalisation of the network's input: set model.pretrained_cfg = "
-            "{'mean': (…), 'std': (…)}, or use baseline 'blur', 'mean' or 'drop'"
+            f"baseline 'black' needs the normalisation of the network's {images.shape[1]} input channels: set "
+            "model.pretrained_cfg = {'mean': (…), 'std': (…)}, or use baseline 'blur', 'mean' or 'drop'"
         )
-    mean, std = (images.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    mean, std = normalisation
     return -mean / std
 
 

@@ -1,7 +1,7 @@
 """Insertion and deletion curves and kept-region scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -62,7 +62,7 @@ def score_perturbations(
     model: nn.Module,
     images: Tensor,
     maps: Mapping[str, Tensor],
-    target: Tensor,
+    target: Tensor | Sequence[int] | int,
     *,
     steps: int = 28,
     baseline: Baseline = "blur",
@@ -84,7 +84,7 @@ def score_perturbations(
         images: (B, C, H, W), normalised.
         maps: raw maps (B, h, w) per method, all on one grid. A grid that does not divide the image is upsampled by
             nearest neighbour, so every pixel belongs to exactly one patch.
-        target: (B,) long, the class scored for each image.
+        target: class scored, one per image or one for all.
         steps: S, curve steps; more steps than patches means one patch per step (`fractions` tells the truth).
         baseline: what replaces a removed patch: `blur`, `mean` (the image's mean colour), `black` (needs
             `model.pretrained_cfg`) or `drop` (the token leaves the sequence; timm Vision Transformers).
@@ -153,7 +153,7 @@ def perturbation_curves(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: Tensor,
+    target: Tensor | Sequence[int] | int,
     steps: int = 28,
     baseline: Baseline = "blur",
     score: Score = "probability",
@@ -166,7 +166,7 @@ def perturbation_curves(
         model: any network from images to logits.
         images: (B, C, H, W), normalised.
         maps: (B, h, w), raw.
-        target: (B,) long.
+        target: class scored, one per image or one for all.
         steps: S; capped at the number of patches.
         baseline: `blur`, `mean`, `black` or `drop`.
         score: `probability` or `logit`.

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmarpp.attribution.target import logits_of
+
 Score = Literal["probability", "logit"]
 SCORES: tuple[str, ...] = get_args(Score)
 
@@ -24,6 +26,7 @@ class Objective:
     Args:
         target: (B,) long.
         score: `probability` or `logit`.
+        highest: the largest class index in `target`.
     """
 
     target: Tensor
@@ -31,21 +34,24 @@ class Objective:
     highest: int
 
     @classmethod
-    def of(cls, target: Tensor, score: str, images: Tensor) -> "Objective":
-        """Check target and score against the images.
+    def of(cls, target: Tensor | Sequence[int] | int, score: str, images: Tensor) -> "Objective":
+        """Check target, one class per image or for all, and score against the images.
 
         Raises:
             ValueError: another score, or not one class index (0 or more) per image.
         """
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        if target.shape != images.shape[:1] or target.is_floating_point():
+        target = torch.as_tensor(target, device=images.device)
+        if target.dim() == 0:
+            target = target.expand(len(images))
+        if target.shape != images.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
             raise ValueError(
                 f"target must hold one class index per image, shape ({len(images)},), got {tuple(target.shape)}"
             )
         if int(target.min()) < 0:
             raise ValueError("target has negative class indices: an unknown label cannot be scored")
-        return cls(target.to(images.device), score, int(target.max()))
+        return cls(target.long(), score, int(target.max()))
 
     def __call__(self, logits: Tensor, image: Tensor) -> Tensor:
         """Scores (n,) of logits (n, classes) computed from the images at positions (n,)."""
@@ -56,13 +62,6 @@ class Objective:
             )
         scores = logits.float().softmax(-1) if self.score == "probability" else logits.float()
         return scores.gather(1, self.target[image, None]).squeeze(1)
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Run the network; an output object with `.logits` (Hugging Face) is unpacked."""
-    output = model(images)
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
 
 
 def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tensor) -> Render:
@@ -77,7 +76,7 @@ def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tens
 
     def render(image: Tensor, keep: Tensor) -> Tensor:
         weights = keep.to(images.dtype)[:, to_patch].view(len(keep), 1, *images.shape[2:])
-        return logits_of(model, torch.lerp(baseline[image], images[image], weights))
+        return logits_of(model(torch.lerp(baseline[image], images[image], weights)))
 
     return render
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.attribution.target import logits_of
 from gmarpp.perturbation.imputation import noisy_linear_imputation
-from gmarpp.perturbation.jobs import Objective, Score, logits_of, score_intervals
+from gmarpp.perturbation.jobs import Objective, Score, score_intervals
 from gmarpp.perturbation.masks import check_maps, pixel_to_patch, rank_patches
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -33,7 +34,7 @@ def road_scores(
     model: nn.Module,
     images: Tensor,
     maps: Mapping[str, Tensor],
-    target: Tensor,
+    target: Tensor | Sequence[int] | int,
     *,
     fractions: Sequence[float] = FRACTIONS,
     score: Score = "probability",
@@ -47,7 +48,7 @@ def road_scores(
         model: any network from images to logits.
         images: (B, C, H, W), normalised.
         maps: raw maps (B, h, w) per method, all on one grid.
-        target: (B,) long.
+        target: class scored, one per image or one for all.
         fractions: shares of the patches to remove, strictly between 0 and 1; rounded to whole patches, at least one
             removed and one left.
         score: `probability` or `logit`.
@@ -71,7 +72,7 @@ def road_scores(
 
     def render(image: Tensor, keep: Tensor) -> Tensor:
         known = keep[:, to_patch].view(len(keep), *images.shape[2:])
-        return logits_of(model, noisy_linear_imputation(images[image], known, field))
+        return logits_of(model(noisy_linear_imputation(images[image], known, field)))
 
     ranks = rank_patches(torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()]))
     intervals = [(count, patches) for count in counts] + [(0, patches - count) for count in counts]

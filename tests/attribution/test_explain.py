@@ -10,7 +10,7 @@ from naive_attribution import attention_and_gradients, naive_legrad, naive_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gmarpp
-from gmarpp.attribution import GMARPlusPlus, RandomMap, Rollout
+from gmarpp.attribution import GMAR, GMARPlusPlus, RandomMap, Rollout, UnsupportedNetworkError
 from gmarpp.attribution.tap import AttentionTap
 
 PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
@@ -127,6 +127,39 @@ def test_gmar_with_equal_weights_is_rollout_and_alpha_is_an_option():
     assert relative_error(maps["weaker"][0], expected) < 1e-4
 
 
+def test_without_residual_a_row_without_relevance_is_handed_on():
+    model, batch = vit(depth=3), images()
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight.zero_()  # no gradient there, and so no relevance in the whole layer
+    methods = [GMARPlusPlus(alpha=0), Rollout(alpha=0)]
+    found = gmarpp.explain(model, batch, methods).maps
+    attentions, gradients = attention_and_gradients(model, batch, logit_of(model(batch).argmax(1)))
+    readout = F.one_hot(torch.tensor(0), 17).float()
+    for name in ("gmarpp_l1", "rollout"):
+        row = readout
+        for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
+            heads = attention[0] if name == "rollout" else gradient[0].relu() * attention[0]
+            weights = torch.ones(3) if name == "rollout" else gradient[0].relu().sum((1, 2))
+            relevance = torch.einsum("h,hqk->qk", weights, heads)
+            sums = relevance.sum(-1)
+            row = (row / sums.where(sums > 0, 1)) @ relevance + row * (sums == 0)
+        assert relative_error(found[name][0], row[1:].reshape(4, 4)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rollout(alpha=-1.0), "rollout: alpha must be 0 or more"),
+        (lambda: GMAR(alpha=float("nan")), "gmar_l1: alpha must be 0 or more"),
+        (lambda: GMAR(norm=3), "gmar_l1: norm must be one of 1, 2, found 3"),
+        (lambda: GMARPlusPlus(norm=0), "gmarpp_l1: norm must be one of 1, 2, None, found 0"),
+    ],
+)
+def test_bad_options_of_methods_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_random_maps_depend_on_seed_and_image_only():
     model, batch = vit(), images()
     found = gmarpp.explain(model, batch, "random").maps["random"]
@@ -183,6 +216,46 @@ def test_dropout_of_a_training_network_is_off_during_explanation():
     expected = gmarpp.explain(model.eval(), batch, gmarpp.METHODS).maps
     found = gmarpp.explain(model.train(), batch, gmarpp.METHODS).maps
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_network_with_activation_checkpointing_is_explained_alike(pool, recompute):
+    model, batch = vit(global_pool=pool), images()
+    expected = gmarpp.explain(model, batch, gmarpp.METHODS).maps
+    model.set_grad_checkpointing(True)
+    found = gmarpp.explain(model, batch, gmarpp.METHODS, recompute=recompute).maps
+    assert model.grad_checkpointing is True
+    for name in gmarpp.METHODS:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-8)
+
+
+def test_small_gradients_of_a_score_function_survive_float16_autocast():
+    model, batch = vit(), images()
+    tiny = 2.0**-22
+
+    def score(logits):
+        return logits.float()[:, 0] * tiny
+
+    with torch.autocast("cpu", torch.float16):
+        found = gmarpp.explain(model, batch, "chefer", score).maps["chefer"]
+    expected = gmarpp.explain(model, batch, "chefer", score).maps["chefer"]
+    correlation = torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1]
+    assert correlation > 0.98
+
+
+def saved_tensors(run):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda x: x):
+        run()
+    return len(sizes)
+
+
+def test_methods_without_gradients_keep_nothing_below_the_top_layer():
+    shallow, deep = (
+        saved_tensors(lambda d=depth: gmarpp.explain(vit(depth=d), images(), "rollout")) for depth in (2, 6)
+    )
+    assert shallow == deep
 
 
 def test_works_inside_inference_mode_and_no_grad():
@@ -296,6 +369,15 @@ def test_bad_targets_and_images_are_named():
         gmarpp.explain(model, batch, "gmar_l3")
     with pytest.raises(ValueError, match="two different methods are named 'gmarpp_l1'"):
         gmarpp.explain(model, batch, ["gmarpp_l1", GMARPlusPlus(alpha=2)])
+    model.class_names = ("crane", "wolf", "crane", "10", "a", "b", "c")
+    with pytest.raises(ValueError, match=r"'crane' names several classes, \[0, 2\]"):
+        gmarpp.explain(model, batch, target="crane")
+    assert gmarpp.explain(model, batch, target="10").target.tolist() == [3, 3, 3]
+    assert gmarpp.explain(model, batch, target="6").target.tolist() == [6, 6, 6]
+    kept = []
+    model.blocks[1].register_forward_hook(lambda _, args, output: kept.append(output))
+    with pytest.raises(UnsupportedNetworkError, match="does not depend on the last attention layer"):
+        gmarpp.explain(model, batch, target=lambda _: kept[-1].sum(dim=(1, 2)))
     model.head.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"logits of images \[0, 1, 2\] are not finite"):
         gmarpp.explain(model, batch)
@@ -316,3 +398,21 @@ def test_an_explanation_draws_itself():
     assert {"a", "d", "b", "c"} <= set(texts)
     stretched = gmarpp.explain(vit(), images(2)).images.amin(dim=(1, 2, 3))
     assert stretched.shape == (2,)
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (4, [0, 1, 2])])
+def test_images_of_other_channels_are_shown(channels, shown):
+    model = vit(in_chans=channels)
+    batch = torch.rand(2, channels, 32, 32)
+    batch[:, :, 0, :2] = torch.tensor([0.0, 1.0])
+    found = gmarpp.explain(model, batch)
+    torch.testing.assert_close(found.images, batch[:, shown])
+
+
+def test_a_score_of_ones_own_has_no_class_name():
+    model, batch = vit(), images(2)
+    model.class_names = tuple("abcdefg")
+    found = gmarpp.explain(model, batch, target=lambda logits: logits[:, 2] - logits[:, 3])
+    texts = " ".join(text.get_text() for axes in found.show().axes for text in axes.texts)
+    assert "100" not in texts
+    assert found.class_names == ()

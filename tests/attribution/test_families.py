@@ -279,6 +279,28 @@ def test_contrast_is_the_difference_of_two_logits():
         assert relative_error(found.maps[method], expected.maps[method]) < 1e-5
 
 
+def test_a_function_of_a_hugging_face_output_explains_by_every_method():
+    model, batch = hugging_face_network("ViTForImageClassification"), images()
+    found = gmarpp.explain(model, batch, gmarpp.METHODS, target=lambda output: output.logits[:, 3])
+    expected = gmarpp.explain(model, batch, gmarpp.METHODS, target=3)
+    for method in gmarpp.METHODS:
+        assert relative_error(found.maps[method], expected.maps[method]) < 1e-5, method
+
+
+def test_blocks_that_take_their_tokens_by_keyword_are_named():
+    model = timm_network("vit_tiny_patch16_224")
+
+    class Keyword(torch.nn.Module):
+        def forward(self, images):
+            tokens = model._pos_embed(model.patch_embed(images))
+            for block in model.blocks:
+                tokens = block(x=tokens)
+            return model.forward_head(model.norm(tokens))
+
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"block 0 takes its tokens by keyword \(x\)"):
+        gmarpp.explain(Keyword(), images(), architecture=gmarpp.architecture_of(model))
+
+
 def test_class_names_are_targets():
     model = hugging_face_network("ViTForImageClassification")
     model.config.label2id = {"tabby": 3, "espresso": 5}
