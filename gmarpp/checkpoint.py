@@ -27,6 +27,8 @@ from gmarpp.storage import write_atomically
 logger = logging.getLogger(__name__)
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+# timm's own options of create_model that read files, or the network, in place of building a model
+FACTORY_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 PIL_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -124,8 +126,14 @@ def build_model(
         drop_path: largest probability of stochastic depth, in [0, 1).
 
     Raises:
-        ValueError: unknown architecture, an option that it does not have, or a size that its patches do not divide.
+        ValueError: unknown architecture, an option that it does not have or that would read other files, or a size that
+            its patches do not divide.
     """
+    if refused := FACTORY_OPTIONS & set(model_args or {}):
+        raise ValueError(
+            f"model_args holds {', '.join(sorted(refused))}, which would read other files or the Hub: take it out, and "
+            "name start weights with --model.weights"
+        )
     try:
         timm.get_pretrained_cfg(architecture, allow_unregistered=False)
     except RuntimeError as error:
@@ -208,8 +216,11 @@ def load_weights(model: nn.Module, path: str | Path, classes: Sequence[str] = ()
     return keep
 
 
-def load_pretrained(model: nn.Module, architecture: str) -> None:
+def load_pretrained(model: nn.Module, architecture: str) -> bool:
     """Loads timm's pretrained weights from the Hugging Face Hub, all but a head that is for other classes.
+
+    Returns:
+        Whether the head was loaded.
 
     Raises:
         ConnectionError: the weights could not be had.
@@ -227,8 +238,10 @@ def load_pretrained(model: nn.Module, architecture: str) -> None:
             "--model.pretrained false"
         ) from error
     current = model.state_dict()
-    kept = _head_keys(model) if source.pretrained_cfg["num_classes"] != network.num_classes else set()
+    fits: bool = source.pretrained_cfg["num_classes"] == network.num_classes
+    kept = set() if fits else _head_keys(model)
     model.load_state_dict({key: current[key] if key in kept else value for key, value in source.state_dict().items()})
+    return fits
 
 
 def save_weights(

@@ -6,6 +6,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +22,17 @@ import gmarpp.data
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.writer import ExplanationWriter
 from gmarpp.checkpoint_io import AtomicCheckpointIO
-from gmarpp.explainer import Explainer
+from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.module import ViTClassifier, classifier_options, load_classifier
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
 RESUME_KEYWORDS = ("best", "last", "hpc")
 # what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
 RESOLVED = ("image_size", "model_args", "preprocessing")
+# options of the machine, not of the network: a run may be resumed on another one
+MACHINE = ("gradient_checkpointing", "compile", "channels_last")
+# what segmentation masks add to the metrics that need none
+MASK_METRICS = ("pixel_accuracy", "iou", "average_precision")
 
 
 class Trainer(L.Trainer):
@@ -64,7 +69,7 @@ class LatestCheckpoint(ModelCheckpoint):
         """Saves what was learned since the last checkpoint, when they are made every so many steps."""
         super().on_train_end(trainer, pl_module)
         if not self._should_skip_saving_checkpoint(trainer):
-            trainer.save_checkpoint(self.format_checkpoint_name(trainer.callback_metrics))
+            self._save_checkpoint(trainer, self.format_checkpoint_name(trainer.callback_metrics))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves if all ranks got here, as they do when they are terminated."""
@@ -144,12 +149,15 @@ class TrainCLI(LightningCLI):
         command = self.config.subcommand
         options = self.config[command]
         path = options.get("ckpt_path")
+        if path is None and command != "fit" and not (options.model.pretrained or options.model.weights):
+            raise ValueError(f"--ckpt_path is missing: {command} would evaluate a network of random weights")
         if path is None or (command == "fit" and path in RESUME_KEYWORDS):
             return
         if command == "fit":
             _require_resumable(path, options.trainer)
         asked, default = options.model.as_dict(), self._parser(command).get_defaults().model.as_dict()
-        self.config = self.parser.parse_object({command: {"model": classifier_options(path)}}, self.config)
+        saved = {key: value for key, value in classifier_options(path).items() if key not in MACHINE}
+        self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
         taken = self.config[command].model
         for key in sorted(asked.keys() - set(RESOLVED)):
             if asked[key] not in (taken[key], default[key]):
@@ -205,7 +213,10 @@ class ExplainCLI(LightningCLI):
         self.config_init = options
         self.datamodule = options.predict.data
         self.model = load_classifier(options.predict.ckpt_path)
-        self.model.explainer = options.predict.explain
+        explainer = options.predict.explain
+        if getattr(self.datamodule, "masks", None) is not None and explainer.metrics == FAITHFULNESS_METRICS:
+            explainer = replace(explainer, metrics=(*FAITHFULNESS_METRICS, *MASK_METRICS))
+        self.model.explainer = explainer
         output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
         writer: Callback = ExplanationWriter(output, resume=options.predict.resume, **options.predict.write)
         self.trainer = self.instantiate_trainer(callbacks=[*(options.predict.trainer.callbacks or []), writer])

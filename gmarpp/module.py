@@ -212,8 +212,12 @@ class ViTClassifier(L.LightningModule):
         # by itself Lightning would do so here only for runs that epochs limit, and the batch size is needed for all
         self.trainer.fit_loop.setup_data()
         total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ValueError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        # -1 where epochs are limited but the data has no length
+        if math.isinf(total) or total <= 0:
+            raise ValueError(
+                "the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps; streamed data has no "
+                "length and needs --trainer.max_steps"
+            )
         lr = self._scaled_lr()
         groups = parameter_groups(self.model, lr, self.hparams["weight_decay"], self.hparams["layer_decay"])
         optimizer = AdamW(groups, lr=lr, betas=tuple(self.hparams["betas"]))
@@ -354,11 +358,16 @@ class ViTClassifier(L.LightningModule):
         if not self._weights_pending:
             return
         self._weights_pending = False
-        path = self.hparams["weights"]
+        path, architecture = self.hparams["weights"], self.hparams["architecture"]
         if path is None:
-            load_pretrained(self.model, self.hparams["architecture"])
-        elif not load_weights(self.model, path, self.classes) and not self.trainer.training:
-            raise ValueError(f"{path} has no head for the data's {count} classes: nothing can be evaluated with it")
+            has_head = load_pretrained(self.model, architecture)
+        else:
+            has_head = load_weights(self.model, path, self.classes)
+        if not has_head and not self.trainer.training:
+            raise ValueError(
+                f"{path or architecture} has no head for the data's {count} classes: nothing can be evaluated with it; "
+                "give a trained network with --ckpt_path"
+            )
 
     def _scaled_lr(self) -> float:
         """States the effective batch size, and scales the learning rate to it if so configured."""

@@ -85,10 +85,9 @@ def sanity_check(
         raise ValueError("the blocks are randomised one by one: pass them in gmarpp.Architecture(..., blocks=...)")
 
     def explained(target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        targets = [None] * len(images) if target is None else target.split(batch_size)
         parts = [
-            explain(model, batch, methods, classes, architecture=architecture)
-            for batch, classes in zip(images.split(batch_size), targets, strict=False)
+            explain(model, images[part], methods, None if target is None else target[part], architecture=architecture)
+            for part in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
         ]
         maps = {method: torch.cat([part.maps[method] for part in parts]).cpu() for method in parts[0].maps}
         return maps, torch.cat([part.target for part in parts])

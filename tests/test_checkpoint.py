@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 
 from gmarpp import checkpoint
-from gmarpp.checkpoint import build_model, load_model, load_weights, save_weights, sha256
+from gmarpp.checkpoint import build_model, load_model, load_pretrained, load_weights, save_weights, sha256
 
 TINY = {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 NORMALISATION = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "crop_pct": 1.0}
@@ -177,6 +177,23 @@ def test_code_in_a_file_is_never_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unpickling can run code"):
         load_model("evil.pth", architecture="test_vit")
     assert not (tmp_path / "intruder-was-here").exists()
+    for option, value in (
+        ("checkpoint_path", "evil.pth"),
+        ("pretrained", True),
+        ("pretrained_cfg", {"file": "evil.pth"}),
+        ("pretrained_cfg_overlay", {"url": "http://localhost/evil.pth"}),
+        ("cache_dir", "."),
+    ):
+        parts = {"architecture": "test_vit", "num_classes": 2, "model_args": {option: value}}
+        metadata = {name: part if isinstance(part, str) else json.dumps(part) for name, part in parts.items()}
+        save_file({"x": torch.zeros(1)}, "evil.safetensors", metadata={**metadata, "img_size": "32"})
+        torch.save(
+            {"state_dict": {}, "hyper_parameters": {**parts, "image_size": 32, "preprocessing": {}}}, "evil.ckpt"
+        )
+        for file in ("evil.safetensors", "evil.ckpt"):
+            with pytest.raises(ValueError, match=f"model_args holds {option}, which would read other files"):
+                load_model(file)
+    assert not (tmp_path / "intruder-was-here").exists()
 
 
 def test_unknown_architecture_suggests_names():
@@ -232,6 +249,16 @@ def test_head_is_used_only_for_the_same_classes(saved, classes, kept):
     torch.nn.init.ones_(target.head.weight)
     assert load_weights(target, path, classes) is kept
     assert torch.equal(target.head.weight, source.head.weight) is kept
+
+
+@pytest.mark.parametrize(("num_classes", "kept"), [(1000, True), (3, False)])
+def test_head_of_pretrained_weights_is_used_only_for_as_many_classes(monkeypatch, num_classes, kept):
+    target, source = (build_model("test_vit", num_classes, 32) for _ in range(2))
+    head = target.head.weight.clone()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
+    assert load_pretrained(target, "test_vit") is kept
+    assert torch.equal(target.head.weight, source.head.weight if kept else head)
+    assert torch.equal(target.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
 
 
 def test_start_weights_of_another_network_are_refused(saved):

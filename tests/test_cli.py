@@ -1,4 +1,5 @@
 import csv
+import json
 import runpy
 import sys
 from importlib.util import find_spec
@@ -8,6 +9,8 @@ import pytest
 import torch
 import yaml
 from full_disk import no_file_larger_than
+from noise import write_noise
+from PIL import Image
 from squares import Squares
 
 from gmarpp import cli
@@ -90,6 +93,17 @@ def test_resume_continues_and_takes_the_models_options_from_the_checkpoint(check
     ]
 
 
+def test_resume_takes_the_machines_options_from_the_command_line(folder, recwarn):
+    options = [*FIT, "--trainer.logger=false"]
+    train_main([*options, "--model.channels_last=true"])
+    resumed = [f"--ckpt_path={folder}/logs/checkpoints/last.ckpt", "--trainer.max_epochs=3"]
+    run = train_main([*options, *resumed, "--model.gradient_checkpointing=true"])
+    assert run.trainer.global_step == 9
+    assert run.model.hparams["gradient_checkpointing"]
+    assert not run.model.hparams["channels_last"]
+    assert not [w for w in recwarn if "is not used" in str(w.message)]
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_validate_a_checkpoint(checkpoint, folder, suffix):
     if suffix == ".safetensors":
@@ -107,6 +121,13 @@ def test_validate_a_checkpoint(checkpoint, folder, suffix):
     }
 
 
+def test_validate_start_weights_with_their_head(checkpoint):
+    save_weights(load_model(checkpoint), "start.safetensors")
+    options = [*MODEL, *QUIET, "--data=Squares", "--trainer.logger=false"]
+    run = train_main(["validate", *options, "--model.weights=start.safetensors"])
+    assert torch.equal(run.model.model.head.weight, load_model(checkpoint).head.weight)
+
+
 @pytest.mark.parametrize(("value", "batches"), [("1", 1), ("1.0", 3), ("2", 2)])
 def test_a_limit_of_1_is_one_batch(value, batches):
     run = train_main(
@@ -116,14 +137,14 @@ def test_a_limit_of_1_is_one_batch(value, batches):
 
 
 def test_callbacks_and_checkpoints_are_configurable(folder):
-    (folder / "ema.yaml").write_text("trainer: {callbacks+: [{class_path: EMAWeightAveraging}]}")
+    (folder / "ema.yaml").write_text("trainer: {callbacks+: [{class_path: AveragedWeights}]}")
     run = train_main(
         [*FIT, "--config=ema.yaml", "--checkpoint.monitor=val/loss", "--checkpoint.mode=min",
          "--checkpoint.model_card=false"]
     )  # fmt: skip
     assert run.trainer.checkpoint_callback.mode == "min"
     assert not list(folder.rglob("best.md"))
-    assert "EMAWeightAveraging" in {type(callback).__name__ for callback in run.trainer.callbacks}
+    assert "AveragedWeights" in {type(callback).__name__ for callback in run.trainer.callbacks}
     run = train_main(
         [*FIT, "--trainer.enable_checkpointing=false", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv"]
     )
@@ -186,6 +207,38 @@ def test_explain_writes_with_the_checkpoints_network_alone(checkpoint, folder):
     assert run.model.explainer.methods == ("rollout",)
 
 
+def test_masks_add_their_metrics_and_a_run_remembers_its_data(checkpoint, folder, capsys):
+    write_noise(folder / "noise")
+    for masks in ("masks", "others"):
+        for name in "abc":
+            (folder / masks / name).mkdir(parents=True)
+            Image.new("L", (40, 40), 255).save(folder / masks / name / "0.png")
+    predict = [
+        "predict", "--ckpt_path", str(checkpoint), *QUIET, "--data=ImageFolder", "--data.root=noise/val",
+        "--data.num_workers=0", "--data.masks=masks", "--explain.methods=[rollout]", "--explain.steps=2",
+        "--output=out",
+    ]  # fmt: skip
+    run = explain_main(predict)
+    assert run.model.explainer.metrics == (*cli.FAITHFULNESS_METRICS, "pixel_accuracy", "iou", "average_precision")
+    with (folder / "out/explanations.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [float(row["iou"]) for row in rows if row["method"] == "rollout"]
+    described = json.loads((folder / "out/run.json").read_text())
+    assert described["trainer"] == {"precision": "32-true"}
+    options = described["data"]["options"]
+    assert (options["root"], options["masks"], options["labelled"]) == ("noise/val", "masks", False)
+    assert options["augmentation"]["policy"] == "none"
+
+    explain_main([*predict, "--resume", "--data.batch_size=2"])
+    for option, message in (
+        ("--data.masks=others", "data.options.masks was 'masks' and is 'others'"),
+        ("--trainer.precision=bf16-true", "trainer.precision was '32-true' and is 'bf16-true'"),
+    ):
+        assert message in failure(explain_main, [*predict, "--resume", option], capsys)
+    run = explain_main([*predict, "--explain.metrics=[average_drop]", "--output=asked"])
+    assert run.model.explainer.metrics == ("average_drop",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -218,6 +271,8 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
         ([*FIT, "--ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
         ([*FIT, "--ckpt_path=weights.safetensors"], "use --model.weights"),
         ([*FIT, "--trainer.max_epochs=-1"], "set --trainer.max_epochs"),
+        (["validate", "--data=Squares", *MODEL], "--ckpt_path is missing: validate would evaluate a network of random"),
+        (["test", "--data=Squares", *MODEL], "--ckpt_path is missing: test would evaluate a network of random"),
         (["fat"], "fat"),
     ],
 )

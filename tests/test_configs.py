@@ -1,3 +1,5 @@
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,6 +38,9 @@ def test_recipe_parses_and_its_model_options_are_in_range(recipe, capsys):
     config = parsed(train_main, ["fit", "--config", f"configs/{recipe}"], capsys)
     assert config["trainer"]["gradient_clip_val"] == 1.0
     assert config["data"]["class_path"] in ("gmarpp.data.TinyImageNet", "gmarpp.data.Digits")
+    (monitor,) = config["trainer"]["callbacks"]
+    assert monitor["class_path"] == "gmarpp.callbacks.AttributionMonitor"
+    assert monitor["init_args"]["images"] > 0
     small = {"architecture": "test_vit", "weights": None, "image_size": 32}
     ViTClassifier(**{**config["model"], **small})
 
@@ -51,7 +56,7 @@ def test_callback_parts_add_up(capsys):
     parts = [f"--config=configs/callbacks/{name}.yaml" for name in ("ema", "early_stopping")]
     config = parsed(train_main, ["fit", "--config", "configs/digits.yaml", *parts], capsys)
     names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
-    assert names[-2:] == ["EMAWeightAveraging", "EarlyStopping"]
+    assert names[-2:] == ["AveragedWeights", "EarlyStopping"]
 
 
 def test_explain_parses(capsys):
@@ -61,8 +66,15 @@ def test_explain_parses(capsys):
     assert (ROOT / config["ckpt_path"]).is_file()
 
 
-def test_slurm_script_uses_files_that_exist():
-    script = (CONFIGS / "slurm.sh").read_text()
-    named = [word for word in script.split() if word.endswith(".yaml")]
-    assert len(named) == 2
-    assert all((ROOT / name).is_file() for name in named)
+def test_slurm_script_gives_each_rank_its_cpus_and_each_job_its_folder(capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
+    monkeypatch.setenv("logs", "logs/slurm_7")
+    command = os.path.expandvars((CONFIGS / "slurm.sh").read_text().replace("\\\n", " ").partition("\nsrun ")[2])
+    options, _, arguments = command.partition(" python train.py ")
+    assert shlex.split(options) == ["--cpus-per-task=5"]
+    config = parsed(train_main, shlex.split(arguments), capsys)
+    assert config["trainer"]["num_nodes"] == 2
+    assert config["data"]["init_args"]["num_workers"] == 5
+    assert config["trainer"]["default_root_dir"] == "logs/slurm_7"
+    assert config["trainer"]["logger"]["class_path"].endswith("TensorBoardLogger")
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "logs/slurm_7"

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from noise import write_noise
-from squares import ColouredSquares, Squares
+from squares import ColouredSquares, OrderedSquares, Squares
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from gmarpp import module as module_file
+from gmarpp.callbacks import AveragedWeights
 from gmarpp.checkpoint import load_model, save_weights
 from gmarpp.data import Augmentation, ImageFolder
 from gmarpp.module import ViTClassifier, load_classifier
@@ -168,6 +168,17 @@ def test_evaluating_start_weights_needs_their_head(tmp_path, start_file):
 def test_start_weights_of_another_architecture(start_file):
     with pytest.raises(ValueError, match=r"holds a test_vit, .*--model\.architecture test_vit"):
         classifier(architecture="vit_tiny_patch16_224", weights=str(start_file))
+
+
+def test_evaluating_pretrained_weights_needs_their_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(module_file, "load_pretrained", lambda *_: False)
+    with pytest.raises(ValueError, match=r"test_vit has no head for the data's 3 classes.*--ckpt_path"):
+        trainer(tmp_path).validate(classifier(pretrained=True), Squares())
+    network = classifier(pretrained=True)
+    trainer(tmp_path).fit(network, Squares())
+    trainer(tmp_path).validate(network, Squares(), verbose=False)
+    monkeypatch.setattr(module_file, "load_pretrained", lambda *_: True)
+    trainer(tmp_path).test(classifier(pretrained=True), Squares(), verbose=False)
 
 
 @pytest.mark.parametrize("lr", [0, -1e-3])
@@ -327,13 +338,24 @@ def test_compiled_and_averaged_checkpoints_have_clean_keys(tmp_path, monkeypatch
     # compiling takes a minute of C++; the eager backend takes the same path through the checkpoint
     monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
     network = classifier(compile=True, gradient_checkpointing=True, channels_last=True)
-    run = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    run = trainer(tmp_path, callbacks=[AveragedWeights(decay=0.5)])
     run.fit(network, Squares())
     run.save_checkpoint(tmp_path / "run.ckpt")
     keys = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"].keys()
     assert keys == {f"model.{key}" for key in classifier().model.state_dict()}
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(load_model(tmp_path / "run.ckpt")(images), network.eval()(images))
+
+
+def test_a_compiled_network_trains_as_it_does_otherwise(tmp_path, monkeypatch):
+    compile_network, weights = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_network(self, backend="eager"))
+    for compiled in (False, True):
+        network = classifier(compile=compiled)
+        trainer(tmp_path, max_steps=2).fit(network, OrderedSquares())
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    assert network.model._compiled_call_impl is not None
+    torch.testing.assert_close(*weights)
 
 
 def test_predict_returns_logits_or_what_the_explainer_says(tmp_path):

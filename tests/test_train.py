@@ -18,8 +18,16 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "checkpoints" / "vit_small_patch14_112.tiny_imagenet.safetensors"
 # train.py that also knows the tests' data modules; a file, since DDP starts its other ranks from it
 SCRIPT = """
+import lightning
 import squares
 import train
+
+class Losses(lightning.Callback):
+    # loggers have those of rank 0 alone
+    def on_train_batch_end(self, trainer, module, outputs, *_):
+        with open(f"losses{trainer.global_rank}.txt", "a") as file:
+            print(outputs["loss"].item(), file=file)
+
 if __name__ == "__main__":
     train.train_main()
 """
@@ -85,8 +93,9 @@ def test_digits_recipe_trains_validates_and_keeps_its_checkpoints(tmp_path, monk
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Same effective batch: same rates and same validation metrics, every image counted once (23 on 2 ranks)."""
+    """Same effective batch: same rates, losses and validation metrics, every image counted once (23 on 2 ranks)."""
     both = ["fit", "--data=OrderedSquares", *MODEL, *PLAIN, "--trainer.max_epochs=2", "--model.lr_batch_size=8"]
+    both += ["--trainer.callbacks=script.Losses"]
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -96,6 +105,12 @@ def test_two_processes_equal_one(tmp_path):
         assert process.returncode == 0, output.decode()
     assert b"Effective batch size 8 = 4 x 2 devices" in output
     assert logged(two, "train/lr") == pytest.approx(logged(one, "train/lr"))
+    expected, *shares = (
+        [float(line) for line in file.read_text().split()]
+        for file in (one / "losses0.txt", two / "losses0.txt", two / "losses1.txt")
+    )
+    assert [sum(pair) / 2 for pair in zip(*shares, strict=True)] == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 6
     for name in ("val/loss", "val/accuracy", "val/calibration_error"):
         assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4), name
     assert len(logged(one, "val/loss")) == 2

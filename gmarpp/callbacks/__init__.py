@@ -1,8 +1,15 @@
-"""Lightning callbacks that explain a network, describe it and find its learning rate."""
+"""Lightning callbacks that explain a network, describe it, average its weights and find its learning rate."""
 
+from gmarpp.callbacks.averaging import AveragedWeights
 from gmarpp.callbacks.learning_rate import PeakLearningRateFinder
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.monitor import AttributionMonitor
 from gmarpp.callbacks.writer import ExplanationWriter
 
-__all__ = ["AttributionMonitor", "ExplanationWriter", "ModelCardCheckpoint", "PeakLearningRateFinder"]
+__all__ = [
+    "AttributionMonitor",
+    "AveragedWeights",
+    "ExplanationWriter",
+    "ModelCardCheckpoint",
+    "PeakLearningRateFinder",
+]

@@ -15,6 +15,14 @@ _SAME: dict[str, tuple[str, ...]] = {
     "model": ("name", "architecture", "parameters"),
     "data": ("name", "images", "paths_sha256"),
     "writer": ("overlays", "colormap", "opacity"),
+    "trainer": ("precision",),
+}
+_FREE = {
+    "explainer": {"batch_size"},
+    "data.options": {
+        *("batch_size", "num_workers", "pin_memory", "persistent_workers"),
+        *("download", "extract_to", "cache_dir"),
+    },
 }
 
 
@@ -55,29 +63,29 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
             "name": None if data is None else type(data).__name__,
             "images": len(dataset),
             "paths_sha256": None if paths is None else hashlib.sha256(paths.tobytes()).hexdigest(),
-            "options": dict(getattr(data, "hparams", {})),
+            "options": dict(getattr(data, "options", getattr(data, "hparams", {}))),
         },
+        "trainer": {"precision": trainer.precision},
         "writer": dict(writer),
         "classes": list(module.classes),
         "class_names": list(module.class_names),
         "processes": trainer.world_size,
     }
-    described: dict[str, Any] = json.loads(json.dumps(run, default=str))
+    described: dict[str, Any] = json.loads(json.dumps(run, default=_plain))
     return described
 
 
 def require_same_run(previous: Mapping[str, Any], run: Mapping[str, Any], folder: Any) -> None:
-    """Make sure that a run continues another one; how many images are computed at once may differ.
+    """Make sure that a run continues another one; how images are loaded, and how many at once, may differ.
 
     Raises:
         ValueError: naming the options that differ.
     """
-    explainer = sorted({*previous["explainer"], *run["explainer"]} - {"batch_size"})
+    before, after = _compared(previous), _compared(run)
     differences = [
-        f"{section}.{name} was {previous[section].get(name)!r} and is {run[section].get(name)!r}"
-        for section, names in {**_SAME, "explainer": explainer}.items()
-        for name in names
-        if previous[section].get(name) != run[section].get(name)
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
     ]
     if previous["classes"] != run["classes"]:
         differences.append("the classes are others")
@@ -86,3 +94,17 @@ def require_same_run(previous: Mapping[str, Any], run: Mapping[str, Any], folder
             f"can't resume the run in {folder}: {'; '.join(differences)}. "
             "Give the same options, or choose another output folder"
         )
+
+
+def _compared(run: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a run's description that another run must share, by dotted name."""
+    found = {f"{section}.{name}": run.get(section, {}).get(name) for section, names in _SAME.items() for name in names}
+    for section, options in (("explainer", run["explainer"]), ("data.options", run["data"].get("options", {}))):
+        found |= {f"{section}.{name}": value for name, value in options.items() if name not in _FREE[section]}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)

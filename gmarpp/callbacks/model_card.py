@@ -29,6 +29,13 @@ class ModelCardCheckpoint(ModelCheckpoint):
         self.model_card = model_card
 
     @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the best score also where the run goes on in a new folder, as long as its checkpoint is there."""
+        if Path(state_dict["best_model_path"]).is_file():
+            state_dict = {**state_dict, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+    @override
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         # on all ranks, since a metric that was not asked for yet is summed over them

@@ -34,7 +34,7 @@ class AttributionMonitor(L.Callback):
     Args:
         explainer: methods, target and metrics. By default the five faithfulness metrics of GMAR++, GMAR, Rollout and
             LeGrad, with 14 steps.
-        images: size of the probe over all ranks; 0 switches the monitor off.
+        images: size of the probe over all ranks; 0 switches the monitor off, `fast_dev_run` explains one per rank.
         every_n_epochs: validate the explanations at every n-th validation only.
         grid_images: images in the grid.
         batch_size: images explained at a time.
@@ -60,6 +60,19 @@ class AttributionMonitor(L.Callback):
         self._shown: list[ExplainedBatch] = []
         self._seconds = 0.0
         self._validations = 0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(methods=self.explainer.methods, metrics=self.explainer.metrics)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -121,7 +134,8 @@ class AttributionMonitor(L.Callback):
         if self._is_due(trainer):
             for method, collection in self._metrics.items():
                 for name, value in collection.compute().items():
-                    pl_module.log(f"attribution/{method}/{name}", value.to(pl_module.device))
+                    # the same on all ranks already: sync_dist only says so to Lightning
+                    pl_module.log(f"attribution/{method}/{name}", value.to(pl_module.device), sync_dist=True)
             pl_module.log("attribution/seconds", self._seconds, sync_dist=True, reduce_fx="max")
             self._sum_curves(trainer, pl_module.device)
             if trainer.is_global_zero:
@@ -140,7 +154,8 @@ class AttributionMonitor(L.Callback):
                 f"the monitor cannot choose its probe from {type(dataset).__name__}, which is no indexed data set with "
                 "labels: use data that is not streamed, or set the monitor's option images to 0"
             )
-        chosen = spread_over_classes(np.asarray(dataset.labels), self.images)[trainer.global_rank :: trainer.world_size]
+        images = trainer.world_size if trainer.fast_dev_run else self.images  # type: ignore[attr-defined]
+        chosen = spread_over_classes(np.asarray(dataset.labels), images)[trainer.global_rank :: trainer.world_size]
         for start in range(0, len(chosen), self.batch_size):
             samples = [dataset[int(index)] for index in chosen[start : start + self.batch_size]]
             yield pl_module.transfer_batch_to_device(default_collate(samples), pl_module.device, 0)

@@ -2,7 +2,8 @@
 
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import datasets
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 class HubDataset(ImageDataModule):
     """Images and labels read through `datasets`. The preset is Tiny-ImageNet on the Hub, which has no boxes.
 
-    Classes are the names of the label column in their own order, or the sorted values of a text column.
+    Classes are the names of the label column in their own order, or the sorted values of a text column's training and
+    validation split.
 
     Args:
         path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`.
@@ -37,10 +39,10 @@ class HubDataset(ImageDataModule):
         test_split: what `test` evaluates on; `val_split` if None.
         predict_split: what `predict` explains; `val_split` if None.
         classes: the class ids expected, in order: checked against the label column's names, needed where it has only
-            numbers.
+            numbers, or streamed text.
         streaming: read while training instead of downloading first. Then epochs have no known length (give the
             trainer max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run begins with
-            the order of the first epoch again.
+            the order of the first epoch again. On several ranks an epoch ends with limit_train_batches alone.
         shuffle_buffer: images held for shuffling a stream, per process.
         **options: of `ImageDataModule`.
     """
@@ -81,6 +83,12 @@ class HubDataset(ImageDataModule):
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """See `ImageDataModule`."""
+        splits = {f"{split}_split": self.splits[split] for split in ("train", "val", "test", "predict")}
+        return {**super().options, **self.load_options, **splits, "classes": self.expected_classes}
+
     def prepare_data(self) -> None:
         """Downloads into the cache, unless streaming.
 
@@ -97,10 +105,10 @@ class HubDataset(ImageDataModule):
         feature = data.features[self.label_column]
         if isinstance(feature, datasets.ClassLabel):
             classes = list(feature.names)
-        elif feature.dtype in ("string", "large_string") and not self.streaming:
-            classes = sorted(set(data.unique(self.label_column)) | set(self._load("train").unique(self.label_column)))
         elif self.expected_classes is not None:
             classes = self.expected_classes
+        elif _is_text(feature) and not self.streaming:
+            classes = sorted(set(data.unique(self.label_column)) | set(self._load("train").unique(self.label_column)))
         else:
             raise ValueError(f"column {self.label_column!r} of {self.path} does not name its classes: set classes")
         if self.expected_classes is not None and classes != self.expected_classes:
@@ -119,16 +127,18 @@ class HubDataset(ImageDataModule):
         """See `ImageDataModule`."""
         data = self._load(split)
         values = data.select_columns([self.label_column]).with_format("numpy")[:][self.label_column]
-        if not np.issubdtype(values.dtype, np.integer):
-            values = self._text_to_numbers(values)
+        if _is_text(data.features[self.label_column]):
+            names = self._text_numbers()
+            values = np.array([_class_number(names, value, self.splits[split]) for value in values.tolist()])
         return HubRows(data, self.image_column, self.splits[split]), values.astype(np.int64)
 
     def open_split(self, split: Split) -> Dataset[Any]:
         """A map-style dataset, or an iterable one when streaming."""
         if not self.streaming:
             return super().open_split(split)
+        stream = self._load(split)
         return HubStream(
-            self._load(split),
+            stream,
             self.image_column,
             self.label_column,
             self.splits[split],
@@ -139,12 +149,19 @@ class HubDataset(ImageDataModule):
             world_size=self.world_size,
             epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
             shuffle_buffer=self.shuffle_buffer,
+            names=self._text_numbers() if _is_text(stream.features[self.label_column]) else None,
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """See `ImageDataModule`; a stream is shuffled in its buffer."""
         if not self.streaming:
             return super().train_dataloader()
+        trainer: Any = self.trainer
+        if self.world_size > 1 and not isinstance(trainer.limit_train_batches, int) and trainer.max_steps < 0:
+            raise ValueError(
+                f"streamed training data has no end on {self.world_size} ranks, whose shares may differ: set "
+                "--trainer.max_steps, or --trainer.limit_train_batches to a number of batches"
+            )
         options = self._process_options()
         # a stream counts its epochs within the loader's processes
         options["persistent_workers"] = options["num_workers"] > 0
@@ -172,9 +189,8 @@ class HubDataset(ImageDataModule):
                 raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features)}")
         return data.cast_column(self.image_column, datasets.Image(decode=False))
 
-    def _text_to_numbers(self, values: Any) -> Labels:
-        numbers = {name: number for number, name in enumerate(self.read_classes()[0])}
-        return np.array([numbers[value] for value in values])
+    def _text_numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.read_classes()[0])}
 
 
 class HubRows:
@@ -194,7 +210,8 @@ class HubStream(IterableDataset[Sample]):
     """Samples of a streamed dataset.
 
     For evaluation each rank takes its own rows of the same stream, so that "index" is the row's number. For training
-    the stream's files are shared among ranks and processes, and "index" only tells samples of an epoch apart.
+    the stream's files are shared among ranks and processes, and "index" only tells samples of a pass apart. Of several
+    ranks none must be the first to run out of images: there the training stream repeats, shuffled anew, without end.
 
     Args:
         stream: the streamed dataset.
@@ -208,6 +225,7 @@ class HubStream(IterableDataset[Sample]):
         world_size: number of ranks.
         epoch: the epoch of the first pass when training, None for evaluation.
         shuffle_buffer: images held for shuffling when training.
+        names: class numbers by label, where labels are text.
     """
 
     def __init__(
@@ -223,6 +241,7 @@ class HubStream(IterableDataset[Sample]):
         world_size: int,
         epoch: int | None,
         shuffle_buffer: int,
+        names: Mapping[str, int] | None = None,
     ) -> None:
         self.stream = stream
         self.image_column, self.label_column = image_column, label_column
@@ -233,9 +252,10 @@ class HubStream(IterableDataset[Sample]):
         self.rank, self.world_size = rank, world_size
         self.epoch = epoch
         self.shuffle_buffer = shuffle_buffer
+        self.names = names
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yields this process's samples; one pass is one epoch."""
+        """Yields this process's samples of an epoch."""
         if self.epoch is None:
             rows = ((k, row) for k, row in enumerate(self.stream) if k % self.world_size == self.rank)
             yield from self._samples(rows, 0)
@@ -244,20 +264,42 @@ class HubStream(IterableDataset[Sample]):
         share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
         share, shares = self.rank * shares + share, self.world_size * shares
         epoch, self.epoch = self.epoch, self.epoch + 1
-        # A seed for each epoch: set_epoch is a race between the loader's processes, which share the number it adds to.
-        stream = self.stream.shuffle(seed=self.seed + epoch, buffer_size=self.shuffle_buffer)
-        if self.world_size > 1:
-            stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
-        yield from self._samples(((k * shares + share, row) for k, row in enumerate(stream)), epoch)
+        for turn in count():
+            # A seed for each pass: set_epoch is a race between the loader's processes, which share what it adds to.
+            seed = hash((self.seed, epoch, turn)) & 0xFFFFFFFF
+            stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+            if self.world_size > 1:
+                stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
+            found = False
+            for sample in self._samples(((k * shares + share, row) for k, row in enumerate(stream)), seed):
+                found = True
+                yield sample
+            # without a file of its own a process would search for images forever
+            if self.world_size == 1 or not found:
+                return
 
-    def _samples(self, rows: Iterator[tuple[int, Any]], epoch: int) -> Iterator[Sample]:
+    def _samples(self, rows: Iterator[tuple[int, Any]], turn: int) -> Iterator[Sample]:
         for index, row in rows:
-            label = int(self.numbers[row[self.label_column]])
+            value = row[self.label_column]
+            number = value if self.names is None else _class_number(self.names, value, self.split)
+            label = int(self.numbers[number])
             if label != DROPPED:
                 record = _record(row[self.image_column], f"{self.split}/{index}")
-                with drawing_from(hash((self.seed, epoch, index))):
+                with drawing_from(hash((self.seed, turn, index))):
                     tensors = self.transform(record.image)
                 yield {**tensors, "label": label, "index": index, "path": record.path}
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _class_number(names: Mapping[str, int], value: str, split: str) -> int:
+    if value not in names:
+        raise ValueError(
+            f"label {value!r} of split {split!r} is not one of the {len(names)} classes: set classes to all of them"
+        )
+    return names[value]
 
 
 def _record(image: dict[str, Any], name: str) -> Record:

@@ -70,13 +70,22 @@ def equal_batch_count(images: int, world_size: int, batch_size: int) -> int:
 class ResumableLoader(DataLoader[Any]):
     """Training loader that Lightning saves and restores in the middle of an epoch.
 
-    The state is the epoch and the number of images seen by all ranks in it, so that a run may resume with other
-    batch sizes or ranks. Iteration starts at the first `next`, after Lightning has set the sampler's epoch.
+    The state is the epoch and the number of images that all ranks have trained on in it, so that a run may resume with
+    other batch sizes or ranks. Iteration starts at the first `next`, after Lightning has set the sampler's epoch.
+
+    Args:
+        dataset: takes the keys of `EpochSampler`.
+        *args: of torch's DataLoader.
+        progress: Lightning's progress through the batches of an epoch. An interrupted batch is not processed and will
+            be repeated; without `progress`, every batch handed out counts.
+        **kwargs: of torch's DataLoader.
     """
 
-    def __init__(self, dataset: Dataset[Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], *args: Any, progress: Any = None, **kwargs: Any) -> None:
         super().__init__(dataset, *args, **kwargs)
-        self._seen = 0
+        self.progress = progress
+        self._epoch = -1
+        self._images_before = self._batches_before = self._handed_out = self._images_per_batch = 0
         self._resumed: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -86,17 +95,27 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         resumed, self._resumed = self._resumed, {}
-        self._seen = resumed["images"] if resumed.get("epoch") == self.sampler.epoch else 0
         assert self.batch_size is not None
-        batches = self._seen // (self.batch_size * self.sampler.num_replicas)
-        self.sampler.start = batches * self.batch_size
+        self._epoch = self.sampler.epoch
+        self._images_before = resumed["images"] if resumed.get("epoch") == self._epoch else 0
+        self._batches_before = self._batches_done
+        self._images_per_batch = self.batch_size * self.sampler.num_replicas
+        self.sampler.start = self._images_before // self._images_per_batch * self.batch_size
         for batch in super().__iter__():
-            self._seen += self.batch_size * self.sampler.num_replicas
+            self._handed_out += 1
             yield batch
 
+    @property
+    def _batches_done(self) -> int:
+        return self._handed_out if self.progress is None else int(self.progress.current.processed)
+
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and images handed out in it over all ranks."""
-        return self._resumed or {"epoch": getattr(self.sampler, "epoch", -1), "images": self._seen}
+        """Epoch, and images trained on in it over all ranks."""
+        batches = self._batches_done - self._batches_before
+        return self._resumed or {
+            "epoch": self._epoch,
+            "images": self._images_before + batches * self._images_per_batch,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes effect when the epoch of the state is iterated next."""

@@ -1,5 +1,6 @@
 """Base of the data modules: preprocessing, numbering of classes, loaders."""
 
+import inspect
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -134,6 +135,12 @@ class ImageDataModule(L.LightningDataModule):
         return EvaluationTransform(self.preprocessing)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options it was made with, by their names in the constructors of its class and of the base classes."""
+        names = {name for base in type(self).__mro__ for name in inspect.signature(base).parameters}
+        return {name: value for name, value in vars(self).items() if name in names}
+
+    @property
     def order_seed(self) -> int:
         """Seed of the order and augmentation of training images."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
@@ -148,6 +155,7 @@ class ImageDataModule(L.LightningDataModule):
             sampler=sampler,
             # mixup pairs images within a batch: an odd last batch would break it
             drop_last=len(sampler) >= self.batch_size,
+            progress=None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress,
             **self._process_options(),
         )
 

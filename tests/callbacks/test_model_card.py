@@ -20,7 +20,7 @@ class Scores(L.Callback):
             pl_module.log("score", next(self.scores))
 
 
-def fit(folder, *callbacks, epochs=2, **options):
+def fit(folder, *callbacks, epochs=2, resume=None, **options):
     network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, mixup=0.8, lr=1e-3)
     run = L.Trainer(
         accelerator="cpu",
@@ -31,7 +31,7 @@ def fit(folder, *callbacks, epochs=2, **options):
         max_epochs=epochs,
         callbacks=[*callbacks, ModelCardCheckpoint(dirpath=folder, filename="best", **options)],
     )
-    run.fit(network, Squares())
+    run.fit(network, Squares(), ckpt_path=resume)
     return run
 
 
@@ -80,6 +80,25 @@ def test_card_is_of_the_best_checkpoint(tmp_path):
     fit(tmp_path, Scores(1.0, 3.0, 2.0), epochs=3, monitor="score", mode="max")
     assert cells(front_and_text(tmp_path / "best.md")[1], "steps") == ["6"]
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "best.md"}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_best_is_remembered_by_a_run_that_goes_on_in_another_folder(tmp_path):
+    def resumed(name, score):
+        resume = {"epochs": 2, "resume": tmp_path / "last.ckpt", "monitor": "score", "mode": "max"}
+        return fit(tmp_path / name, Scores(score), **resume).checkpoint_callback
+
+    first = tmp_path / "first"
+    fit(first, Scores(3.0), epochs=1, monitor="score", mode="max").save_checkpoint(tmp_path / "last.ckpt")
+    worse = resumed("worse", 2.0)
+    assert worse.best_model_score == 3
+    assert worse.best_model_path == str(first / "best.ckpt")
+    assert not list((tmp_path / "worse").glob("*"))
+    better = resumed("better", 4.0)
+    assert better.best_model_path == str(tmp_path / "better/best.ckpt")
+    assert {path.name for path in first.iterdir()} == {"best.ckpt", "best.md"}
+    (first / "best.ckpt").unlink()
+    assert resumed("alone", 2.0).best_model_path == str(tmp_path / "alone/best.ckpt")
 
 
 def test_card_goes_with_its_checkpoint(tmp_path):

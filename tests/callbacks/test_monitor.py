@@ -7,13 +7,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from squares import ColouredSquares, Squares
+from squares import ColouredSquares, OrderedSquares, Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gmarpp
-from gmarpp.callbacks import AttributionMonitor
+from gmarpp.callbacks import AttributionMonitor, AveragedWeights
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
 from gmarpp.metrics import METRICS
@@ -48,6 +48,16 @@ def expected_metrics(model, images):
             scores.fractions, scores.insertion[method]
         )
     return {tag: value.item() for tag, value in expected.items()}
+
+
+def test_a_dry_run_explains_one_image(tmp_path):
+    monitor = AttributionMonitor(EXPLAINER, images=6)
+    explained = []
+    monitor.explainer = lambda network, batch: explained.append(len(batch["image"])) or EXPLAINER(network, batch)
+    for option in ("methods", "metrics", "score"):
+        setattr(monitor.explainer, option, getattr(EXPLAINER, option))
+    trainer(tmp_path, monitor, fast_dev_run=True).fit(classifier(), Squares())
+    assert explained == [1]
 
 
 def test_logs_the_metrics_of_the_same_images_at_every_validation(tmp_path):
@@ -98,7 +108,7 @@ def test_checkpointing_and_early_stopping_monitor_it(tmp_path):
 
 def test_explains_the_averaged_weights(tmp_path):
     network = classifier()
-    run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=6), EMAWeightAveraging(decay=0.5))
+    run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=6), AveragedWeights(decay=0.5))
     run.fit(network, Squares())
     # After fitting, the averaged weights are the module's own.
     squares = ColouredSquares(23, 3, seed=1)
@@ -117,6 +127,29 @@ def test_is_off_with_one_option_and_skips_validations(tmp_path):
     )
     events = EventAccumulator(str(tmp_path / "sparse")).Reload()
     assert [event.step for event in events.Scalars("attribution/rollout/deletion_auc")] == [2, 8]
+
+
+def test_resumed_run_skips_the_same_validations(tmp_path):
+    def fit(name, epochs, resume=None):
+        logger = TensorBoardLogger(tmp_path, name="", version=name)
+        monitor = AttributionMonitor(EXPLAINER, images=3, every_n_epochs=2)
+        run = trainer(tmp_path, monitor, logger=logger, max_epochs=epochs)
+        run.fit(classifier(), Squares(), ckpt_path=resume)
+        return run
+
+    fit("first", 1).save_checkpoint(tmp_path / "run.ckpt")
+    fit("resumed", 3, tmp_path / "run.ckpt")
+    events = EventAccumulator(str(tmp_path / "resumed")).Reload()
+    assert [event.step for event in events.Scalars("attribution/rollout/deletion_auc")] == [8]
+
+
+def test_monitors_a_network_that_recomputes_its_activations(tmp_path):
+    values = []
+    for recompute in (False, True):
+        run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=3), max_epochs=1)
+        run.fit(classifier(gradient_checkpointing=recompute), OrderedSquares())
+        values.append([run.callback_metrics[f"attribution/{m}/insertion_auc"].item() for m in EXPLAINER.methods])
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_what_cannot_be_monitored_says_so(tmp_path):
@@ -156,7 +189,9 @@ def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
     for devices in ("1", "2"):
-        subprocess.run([sys.executable, str(script), devices], check=True, cwd=tmp_path, timeout=200)
+        command = [sys.executable, str(script), devices]
+        done = subprocess.run(command, check=True, cwd=tmp_path, timeout=200, stderr=subprocess.PIPE)
+        assert b"sync_dist" not in done.stderr
     (alone, curves), (shared, shared_curves) = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     compared = [tag for tag in alone if tag.startswith("attribution") and not tag.endswith("seconds")]
     assert len(compared) == 8

@@ -50,5 +50,8 @@ def trainer(world_size: int = 1, rank: int = 0, **module: object) -> SimpleNames
         global_rank=rank,
         num_devices=world_size,
         current_epoch=0,
+        limit_train_batches=1.0,
+        max_steps=-1,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=None)),
         lightning_module=SimpleNamespace(**module) if module else None,
     )

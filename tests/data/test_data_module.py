@@ -221,3 +221,8 @@ def test_command_line_sets_all_options(name):
     assert data.augmentation == Augmentation(scale=(0.5, 0.75), policy="trivialaugment")
     assert data.preprocessing == Preprocessing((32, 48), (0, 0, 0), (1, 1, 1))
     assert (data.only_classes, data.batch_size) == (["a", "b"], 7)
+    given = options.data.init_args.as_dict()
+    told = data.options
+    assert told.keys() == given.keys() | ({"download", "extract_to", "selection_seed"} if name == "Digits" else set())
+    resolved = {"root", "preprocessing", "augmentation", "test_split", "predict_split"}
+    assert all(told[key] == given[key] for key in given.keys() - resolved)

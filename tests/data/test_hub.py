@@ -1,6 +1,8 @@
 import io
+from itertools import islice
 
 import datasets
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from miniature import PLAIN, WNIDS, picture, tiny_imagenet, trainer
 from PIL import Image
 
 from gmarpp.data import Augmentation, HubDataset, TinyImageNet
+from gmarpp.module import ViTClassifier
 
 SORTED = sorted(WNIDS)
 
@@ -106,6 +109,18 @@ def test_other_columns_and_text_labels(tmp_path):
     assert [sample["label"] for sample in data.datasets["val"]] == [2, 0]
 
 
+def test_text_outside_the_classes_is_named_unless_all_are_given(tmp_path):
+    text = [(image, ("zebra", "ant", "bee")[label]) for image, label in ten()]
+    files = parquet(
+        tmp_path / "hub", {"train": text, "valid": text, "test": [(text[0][0], "wasp")]}, datasets.Value("string")
+    )
+    with pytest.raises(ValueError, match=r"label 'wasp' of split 'test' is not one of the 3 classes: set classes"):
+        opened(files, "test", test_split="test")
+    data = opened(files, "test", test_split="test", classes=["wasp", "zebra", "bee", "ant"])
+    assert data.classes == ("wasp", "zebra", "bee", "ant")
+    assert [sample["label"] for sample in data.datasets["test"]] == [0]
+
+
 def test_numbers_need_their_classes(tmp_path):
     files = parquet(tmp_path / "hub", {"valid": ten()}, datasets.Value("int64"))
     with pytest.raises(ValueError, match="column 'label' of parquet does not name its classes: set classes"):
@@ -161,9 +176,10 @@ def test_what_is_wrong_is_named(tmp_path):
         damaged[0]
 
 
-def streamed(files, stage, rank=0, world_size=1, workers=0, **options):
+def streamed(files, stage, rank=0, world_size=1, workers=0, max_steps=100, **options):
     data = HubDataset("parquet", data_files=files, preprocessing=PLAIN, num_workers=workers, streaming=True, **options)
     data.trainer = trainer(world_size, rank)
+    data.trainer.max_steps = max_steps
     data.prepare_data()
     data.setup(stage)
     return data
@@ -195,7 +211,10 @@ def test_streamed_training_is_shuffled_shared_and_augmented(tmp_path, workers):
     ranks = [streamed(files, "fit", rank, 2, workers, batch_size=1, augmentation=plain, seed=4) for rank in range(2)]
     loaders = [data.train_dataloader() for data in ranks]
     for _ in range(2):
-        orders = [[round(batch["image"][0, 0, 0, 0].item() * 255) for batch in loader] for loader in loaders]
+        # on several ranks a stream has no end
+        orders = [
+            [round(batch["image"][0, 0, 0, 0].item() * 255) for batch in islice(loader, 20)] for loader in loaders
+        ]
         assert sorted(orders[0] + orders[1]) == list(range(40))
         epochs.append(orders)
     assert epochs[0] != epochs[1]
@@ -208,3 +227,59 @@ def test_streamed_classes_can_be_chosen_but_not_counted(tmp_path):
     assert [(sample["label"], sample["index"]) for sample in data.datasets["predict"]] == [(0, 1), (0, 4), (0, 7)]
     with pytest.raises(ValueError, match="images_per_class needs"):
         streamed(files, "fit", images_per_class=1)
+
+
+def test_streamed_text_labels(tmp_path):
+    text = [(image, ("zebra", "ant", "bee")[label]) for image, label in ten()]
+    files = parquet(tmp_path / "hub", {"train": text, "valid": text[:3]}, datasets.Value("string"))
+    data = streamed(files, "validate", classes=["zebra", "ant", "bee"])
+    assert [sample["label"] for sample in data.datasets["val"]] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"label 'zebra' of split 'valid' is not one of the 2 classes"):
+        list(streamed(files, "validate", classes=["ant", "bee"]).datasets["val"])
+    with pytest.raises(ValueError, match="does not name its classes: set classes"):
+        streamed(files, "validate")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_rank_runs_out_of_a_stream_first(tmp_path, workers):
+    rows = [(Image.fromarray(np.full((16, 16, 3), k, np.uint8)), k % 3) for k in range(7)]
+    files = parquet(tmp_path / "hub", {"train": rows, "valid": rows[:3]})
+    for rank, share in ((0, 4), (1, 3)):
+        loader = streamed(files, "fit", rank, 2, workers, batch_size=1).train_dataloader()
+        indices = [batch["index"].item() // (2 * max(1, workers)) for batch in islice(loader, 9)]
+        assert indices == [k % share for k in range(9)]
+
+
+def test_a_stream_without_end_needs_a_limit(tmp_path):
+    files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
+    with pytest.raises(ValueError, match=r"no end on 2 ranks, .*--trainer\.max_steps, or --trainer\.limit_train"):
+        streamed(files, "fit", world_size=2, max_steps=-1).train_dataloader()
+    data = streamed(files, "fit", world_size=2, max_steps=-1)
+    data.trainer.limit_train_batches = 3
+    data.train_dataloader()
+    assert len(list(streamed(files, "fit", max_steps=-1, batch_size=4).train_dataloader())) == 2
+
+
+def test_schedule_of_a_streamed_run_needs_a_number_of_steps(tmp_path):
+    files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
+
+    def fit(**limits):
+        run = L.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            **limits,
+        )
+        network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, lr=1e-3)
+        run.fit(network, HubDataset("parquet", data_files=files, num_workers=0, batch_size=4, streaming=True))
+        return run
+
+    run = fit(max_steps=3)
+    assert run.global_step == 3
+    # two thirds down the half cosine
+    assert run.callback_metrics["train/lr"].item() == pytest.approx(0.25e-3)
+    with pytest.raises(ValueError, match=r"streamed data has no length and needs --trainer\.max_steps"):
+        fit(max_epochs=2)

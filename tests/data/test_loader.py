@@ -181,6 +181,22 @@ def test_resumed_run_sees_what_an_uninterrupted_one_would(tmp_path, when, steps)
         assert [seen[:4] for seen in resumed] == [seen[:4] for seen in expected[step:]], step
 
 
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_train_batch_start", "on_before_optimizer_step"])
+def test_run_resumed_after_an_error_repeats_the_interrupted_batch(tmp_path, monkeypatch, hook):
+    def interrupt(module, *arguments):
+        if module.trainer.training and module.trainer.global_step == 7:
+            raise KeyError("interrupted")
+        return arguments[0]
+
+    expected = fit(tmp_path / "whole", every_n_train_steps=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, hook, interrupt)
+        with pytest.raises(KeyError, match="interrupted"):
+            fit(tmp_path / "broken", every_n_train_steps=100, save_on_exception=True)
+    resumed = fit(tmp_path / "resumed", resume=tmp_path / "broken" / "step=7.ckpt", every_n_train_steps=100)
+    assert [seen[:4] for seen in resumed] == [seen[:4] for seen in expected[7:]]
+
+
 def test_overfitting_repeats_the_same_batches(tmp_path):
     seen = fit(tmp_path, overfit_batches=2, every_n_train_steps=1)
     assert [indices for _, _, indices, *_ in seen] == 3 * [[0, 1, 2, 3], [4, 5, 6, 7]]

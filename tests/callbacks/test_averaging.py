@@ -1,0 +1,74 @@
+import lightning as L
+import pytest
+import torch
+from squares import OrderedSquares
+
+from gmarpp.callbacks import AveragedWeights
+from gmarpp.cli import LatestCheckpoint
+from gmarpp.module import ViTClassifier
+
+
+class Watch(L.Callback):
+    """Keeps the trained weights of the last step, and may interrupt the validation after it."""
+
+    def __init__(self, interrupt_after=None):
+        self.interrupt_after = interrupt_after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trained = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def on_validation_batch_end(self, trainer, *_):
+        if trainer.global_step == self.interrupt_after:
+            raise KeyError("interrupted")
+
+
+def fit(folder, watch, resume=None, **checkpoint):
+    torch.manual_seed(0)
+    network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, drop_path=0.2, lr=1e-2)
+    run = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        max_epochs=3,
+        callbacks=[
+            AveragedWeights(decay=0.5),
+            watch,
+            LatestCheckpoint(folder, "last", save_on_exception=True, enable_version_counter=False, **checkpoint),
+        ],
+    )
+    try:
+        run.fit(network, OrderedSquares(), ckpt_path=resume)
+    except KeyError:
+        assert watch.interrupt_after
+    return network
+
+
+def saved(folder):
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    return content["state_dict"], content["current_model_state"]
+
+
+def equal(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("interrupt_after", [6, None])
+def test_last_checkpoint_holds_average_and_trained_weights(tmp_path, interrupt_after):
+    """9 steps; the last checkpoint is made in the middle of a validation, or when training ends between two."""
+    watch = Watch(interrupt_after)
+    network = fit(tmp_path, watch, every_n_train_steps=5)
+    average, trained = saved(tmp_path)
+    assert equal(trained, watch.trained)
+    assert equal(average, network.state_dict())
+    assert not equal(average, trained)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = fit(tmp_path / "whole", Watch())
+    fit(tmp_path / "broken", Watch(interrupt_after=6))
+    resumed = fit(tmp_path / "resumed", Watch(), resume=tmp_path / "broken/last.ckpt")
+    assert equal(whole.state_dict(), resumed.state_dict())
+    for one, other in zip(saved(tmp_path / "whole"), saved(tmp_path / "resumed"), strict=True):
+        assert equal(one, other)
