@@ -9,10 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from gmarpp.storage import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, Shard, iterate_shards, read_run
+from gmarpp.storage import (
+    IMAGES,
+    MAPS,
+    MAPS_INDEX,
+    OVERLAYS,
+    Shard,
+    iterate_shards,
+    read_rows,
+    read_run,
+    shard_files,
+)
 from gmarpp.summary import CurveSum, MeanCurve, bootstrap
 
 
@@ -73,7 +84,7 @@ class Explanations:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary per image: index, path, label, target, predicted, probabilities, box if there is one."""
-        return [dict(row) for shard in self.shards() for row in shard.rows]
+        return [row for file in shard_files(self.folder / MAPS) for row in read_rows(file)]
 
     @cached_property
     def values(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
@@ -149,6 +160,17 @@ class Explanations:
         insertion, deletion = ({method: total.mean() for method, total in curves.items()} for curves in sums)
         return insertion, deletion
 
+    def image(self, index: int) -> Image.Image:
+        """Open the image as the network saw it; its pixels are read when they are first used.
+
+        Args:
+            index: data set index of the image.
+
+        Raises:
+            KeyError: for an image that the run does not hold.
+        """
+        return Image.open(self.image_path(index))
+
     def image_path(self, index: int) -> Path:
         """Path of the image as the network saw it, undone of normalisation (JPEG)."""
         return self.folder / IMAGES / f"{self._row(index)['file']}.jpg"
@@ -181,6 +203,7 @@ def load_explanations(folder: str | Path) -> Explanations:
     run = read_run(folder)
     if run is None:
         raise FileNotFoundError(f"{folder} holds no explanations: give the output folder of a predict run")
-    if run["status"] != "complete":
+    # The index is missing from when a run to which images are added takes its maps apart until they are merged anew.
+    if run["status"] != "complete" or not (folder / MAPS / MAPS_INDEX).is_file():
         raise ValueError(f"the run in {folder} was interrupted: finish it by running it again with resume")
     return Explanations(folder, run)

@@ -21,7 +21,7 @@ from gmarpp.visualize import COLORMAPS, colormap_table, method_color, method_das
 TEMPLATE = Path(__file__).with_name("report.html")
 MAPS_FOLDER = "report_maps"
 
-_CHUNK = 512
+_CHUNK_BYTES = 750_000
 _EMBEDDED_MAPS = 8_000_000
 _EMBEDDED_IMAGES = 4_000_000
 _SEPARATOR = "<!-- data -->"
@@ -46,8 +46,10 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
     head, tail = TEMPLATE.read_text(encoding="utf-8").split(_SEPARATOR)
     first = next(explanations.shards())
     grid = first.tensors[explanations.methods[0]].shape[-2:]
-    chunks = math.ceil(len(explanations) / _CHUNK)
-    embed_maps = len(explanations) * len(explanations.methods) * math.prod(grid) <= _EMBEDDED_MAPS
+    map_bytes = len(explanations.methods) * math.prod(grid)
+    chunk = max(1, _CHUNK_BYTES // map_bytes)
+    chunks = math.ceil(len(explanations) / chunk)
+    embed_maps = len(explanations) * map_bytes <= _EMBEDDED_MAPS
     if not embed_maps:
         path.with_name(MAPS_FOLDER).mkdir(exist_ok=True)
     pictures = [explanations.folder / IMAGES / f"{row['file']}.jpg" for row in explanations.rows]
@@ -56,7 +58,7 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
         "name": explanations.folder.resolve().name,
         "grid": list(grid),
         "size": _picture_size(pictures[0]),
-        "chunk": _CHUNK,
+        "chunk": chunk,
         "mapFiles": None if embed_maps else [f"{MAPS_FOLDER}/{number:05d}.js" for number in range(chunks)],
         "colormaps": {name: base64.b64encode(colormap_table(name).tobytes()).decode() for name in COLORMAPS},
         "colormap": colormap,
@@ -67,7 +69,7 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
     with atomic_file(path) as file:
         file.write(head.encode())
         file.write(_script("data", data))
-        for number, encoded in enumerate(_map_chunks(explanations)):
+        for number, encoded in enumerate(_map_chunks(explanations, chunk)):
             if embed_maps:
                 file.write(_script(f"maps-{number}", encoded))
             else:
@@ -92,14 +94,14 @@ def _script(identifier: str, data: Any) -> bytes:
     return f'<script type="application/json" id="{identifier}">{text}</script>\n'.encode(errors="replace")
 
 
-def _map_chunks(explanations: Explanations) -> Iterator[str]:
-    """Yield the maps of some hundred images at a time as base64 of bytes (image, method, row, column)."""
+def _map_chunks(explanations: Explanations, size: int) -> Iterator[str]:
+    """Yield the maps of so many images at a time as base64 of bytes (image, method, row, column)."""
     images = (
         image
         for shard in explanations.shards()
         for image in (np.stack([normalise_map(shard.tensors[m]) for m in shard.methods], axis=1) * 255 + 0.5)
     )
-    while chunk := list(islice(images, _CHUNK)):
+    while chunk := list(islice(images, size)):
         yield base64.b64encode(np.stack(chunk).astype(np.uint8).tobytes()).decode()
 
 

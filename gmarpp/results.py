@@ -4,10 +4,9 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
-from PIL import Image
 
 from gmarpp.reader import Explanations
 from gmarpp.report import write_report
@@ -60,12 +59,22 @@ def write_csv(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """
     with atomic_file(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(_Lines(text))
         for number, record in enumerate(records):
             if number == 0:
                 writer.writerow(record)
             writer.writerow([_cell(value) for value in record.values()])
         text.detach()
+
+
+class _Lines:
+    """Ends rows with a line feed alone; told so itself, csv would leave carriage returns in fields without quotes."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+
+    def write(self, row: str) -> int:
+        return self._text.write(row.removesuffix("\r\n") + "\n")
 
 
 def _cell(value: Any) -> str:
@@ -79,7 +88,7 @@ def _comparison(explanations: Explanations, count: int, colormap: str, opacity: 
     rows = [explanations.rows[position] for position in spread]
     images = []
     for row in rows:
-        with Image.open(explanations.image_path(row["index"])) as image:
+        with explanations.image(row["index"]) as image:
             images.append(np.asarray(image))
     maps = {method: [explanations.map(row["index"], method).numpy() for row in rows] for method in explanations.methods}
     names = [explanations.class_name(row["target"]) for row in rows]

@@ -1,5 +1,7 @@
 """What a predict run leaves on disk: atomic files, shards of explained images, and the merge of interrupted parts."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -22,33 +24,77 @@ MAPS_INDEX = "index.json"
 
 
 @contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Have errors of writing name the file that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"can't write: {error.strerror}", str(path)) from error
+
+
+class _Output(io.FileIO):
+    """An open file whose errors name the path that it is to have."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        super().__init__(handle, "wb")
+        self._path = path
+
+    def write(self, data: Any, /) -> int:
+        with _write_errors(self._path):
+            return super().write(data)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in a folder, where the system can say so."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems have names on the server at once and refuse to synchronise folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_disk() -> None:
+    """Wait until the disk has all that was written so far, where the system can say so (not on Windows)."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+@contextmanager
 def atomic_file(path: Path, scratch: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file to write whose final name never shows a part of its content.
 
     Args:
         path: final name, taken when the block ends without an error.
         scratch: folder of the temporary file, on the same file system; the file's own folder by default.
-        durable: wait until the disk has the content, so that it also survives a power cut.
+        durable: wait until the disk has the content and the name, so that they also survive a power cut. Many files
+            that are not durable become so together by `sync_disk`.
 
     Raises:
-        OSError: naming the file, when it can't be written; nothing is left behind.
+        OSError: naming the file, when it can't be written; nothing is left behind. Other errors of the block pass.
     """
-    temporary = None
-    try:
+    with _write_errors(path):
         handle, name = tempfile.mkstemp(dir=scratch or path.parent, prefix=".", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+    temporary = Path(name)
+    try:
+        with io.BufferedWriter(_Output(handle, path)) as file:
             yield file
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise type(error)(error.errno, f"can't write: {error.strerror}", str(path)) from error
+                with _write_errors(path):
+                    os.fsync(handle)
+        with _write_errors(path):
+            temporary.chmod(0o666 & ~_UMASK)
+            temporary.replace(path)
+            if durable:
+                _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -56,6 +102,12 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None, durab
     """Write a whole file by `atomic_file`."""
     with atomic_file(path, scratch, durable) as file:
         file.write(data)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed processes left in a folder and in those below it."""
+    for leftover in folder.rglob(".????????.tmp"):
+        leftover.unlink()
 
 
 def _umask() -> int:
@@ -123,18 +175,24 @@ class Shard:
         write_atomically(path, save(tensors, metadata={"explanations": header}), scratch)
 
 
+@contextmanager
+def _open_shard(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again with resume") from error
+
+
 def read_shard(path: Path) -> Shard:
     """Read a whole shard.
 
     Raises:
         ValueError: if the file is damaged; the message names it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["explanations"])
-            tensors = {key: file.get_tensor(key) for key in file.keys() if key != "index"}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run again with resume") from error
+    with _open_shard(path) as file:
+        about = json.loads(file.metadata()["explanations"])
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != "index"}  # noqa: SIM118
     fractions = tensors.pop("fractions", None)
     return Shard(tuple(about["methods"]), tuple(about["metrics"]), about["rows"], tensors, fractions)
 
@@ -145,11 +203,18 @@ def read_indices(path: Path) -> list[int]:
     Raises:
         ValueError: if the file is damaged; the message names it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.get_tensor("index").tolist())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run again with resume") from error
+    with _open_shard(path) as file:
+        return list(file.get_tensor("index").tolist())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read what is known of each image of a shard, without its tensors.
+
+    Raises:
+        ValueError: if the file is damaged; the message names it.
+    """
+    with _open_shard(path) as file:
+        return list(json.loads(file.metadata()["explanations"])["rows"])
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

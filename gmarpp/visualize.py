@@ -133,11 +133,12 @@ def backdrop(image: Array, opacity: float, short_side: int = 1) -> Array:
     picture, color = Image.fromarray(image), max(0.0, 1 - 2 * opacity)
     grey = picture.convert("L")
     mixed = Image.blend(grey.convert("RGB"), picture, color) if color else grey
-    mixed = mixed.point([int(level * (1 - opacity)) for level in range(256)] * len(mixed.getbands()))
     factor = -(-short_side // min(mixed.size))
     if factor > 1:
         mixed = mixed.resize((mixed.width * factor, mixed.height * factor), Image.Resampling.BICUBIC)
-    return np.asarray(mixed.convert("RGB"))
+    # Dimmed last: interpolation overshoots at edges, and what exceeds the picture's share would wrap in `add_colors`.
+    dimmed = mixed.point([int(level * (1 - opacity)) for level in range(256)] * len(mixed.getbands()))
+    return np.asarray(dimmed.convert("RGB"))
 
 
 def add_colors(ground: Array, attribution: Tensor | Array, colormap: str, opacity: float) -> Array:
@@ -208,7 +209,7 @@ def comparison_figure(
     images: Sequence[Tensor | Array],
     maps: Mapping[str, Sequence[Tensor | Array]],
     names: Sequence[str],
-    probabilities: Sequence[float],
+    probabilities: Sequence[float | None],
     boxes: Sequence[Sequence[float] | None] | None = None,
     colormap: str = "inferno",
     opacity: float = 0.5,
@@ -219,7 +220,7 @@ def comparison_figure(
         images: one image (3, H, W) in [0, 1], or uint8 pixels (H, W, 3), per column; shapes may differ.
         maps: for each method, one raw map (h, w) per column.
         names: name of the explained class of each column; of synonyms the first is shown, wrapped.
-        probabilities: the network's probability of that class, 0 to 1.
+        probabilities: the network's probability of that class, 0 to 1; None leaves it out.
         boxes: for each column, the object's box (x0, y0, x1, y1) in pixels of the image, or None.
         colormap: one of `COLORMAPS`.
         opacity: share of the maps' colours, 0 to 1.
@@ -255,7 +256,8 @@ def comparison_figure(
             for line_width, color in ((1.8, "black"), (0.8, "white")):
                 axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color, clip_on=False))
         x = (lefts[column] + cells[column] / 2) / width
-        lines = [f"{probabilities[column]:.1%}", *reversed(headings[column].split("\n"))]
+        probability = probabilities[column]
+        lines = ["" if probability is None else f"{probability:.1%}", *reversed(headings[column].split("\n"))]
         for line, words in enumerate(lines):
             y = (height - top + 0.07 + 0.15 * line) / height
             size, color = (8.0, "black") if line else (7.5, "#555555")

@@ -5,7 +5,7 @@ from PIL import Image
 from stored_run import CLASS_NAMES, METHODS, METRICS, run_description, shard, stored_run
 
 from gmarpp.reader import load_explanations
-from gmarpp.storage import write_run
+from gmarpp.storage import reopen_maps, write_run
 
 PATHS = [f"folder/{number}.jpg" for number in range(7)]
 
@@ -29,6 +29,13 @@ def test_maps_are_those_that_were_stored(explanations):
 def test_one_map_is_read_without_the_rest(explanations, monkeypatch):
     monkeypatch.setattr("gmarpp.reader.iterate_shards", lambda _: pytest.fail("all shards were read"))
     assert explanations.map(5, "rollout").shape == (4, 6)
+
+
+def test_one_picture_is_read_without_any_map(explanations, monkeypatch):
+    monkeypatch.setattr("gmarpp.reader.iterate_shards", lambda _: pytest.fail("all shards were read"))
+    with explanations.image(4) as image, Image.open(explanations.folder / "images" / "000004-4.jpg") as expected:
+        assert image.tobytes() == expected.tobytes()
+    assert [row["path"] for row in explanations.rows] == PATHS
 
 
 def test_table_has_a_record_per_image_and_method(explanations):
@@ -65,6 +72,8 @@ def test_what_is_not_there_is_named(explanations):
         explanations.map(0, "legrad")
     with pytest.raises(KeyError, match="no image with index 99"):
         explanations.image_path(99)
+    with pytest.raises(KeyError, match="no image with index 99"):
+        explanations.image(99)
 
 
 def test_a_folder_without_a_complete_run_is_refused(tmp_path):
@@ -73,3 +82,10 @@ def test_a_folder_without_a_complete_run_is_refused(tmp_path):
     write_run(tmp_path, run_description())
     with pytest.raises(ValueError, match=r"interrupted.*resume"):
         load_explanations(tmp_path)
+
+
+def test_a_run_killed_when_images_were_added_is_refused(explanations):
+    (explanations.folder / "parts").mkdir()
+    reopen_maps(explanations.folder)
+    with pytest.raises(ValueError, match=r"interrupted.*resume"):
+        load_explanations(explanations.folder)

@@ -1,4 +1,5 @@
 import base64
+import html
 import json
 import re
 import shutil
@@ -16,6 +17,64 @@ from gmarpp.report import write_report
 from gmarpp.visualize import normalise_map
 
 PATHS = ["a/same.jpg", "b/same.jpg", "</script><script>alert(1)</script>.jpg", "bad\udcff&.jpg", "x" * 300, "猫.jpg"]
+
+
+# Uses the page as people do and leaves what it saw in an element of the document.
+VISITOR = """<script>
+addEventListener("load", () => {
+  const seen = {}, find = selector => document.querySelector(selector);
+  const all = selector => [...document.querySelectorAll(selector)], style = node => getComputedStyle(node);
+  const focused = () => document.activeElement.textContent;
+  const set = (field, value) => {
+    field.value = value;
+    for (const type of ["input", "change"]) field.dispatchEvent(new Event(type, { bubbles: true }));
+  };
+  const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const choose = fields => {
+    for (const [id, value] of Object.entries(fields)) set(document.getElementById(id), value);
+    const paths = all("#gallery .item").map(item => item.title), paged = !find(".pages.below").hidden;
+    const result = { status: find("#status").textContent, paths, paged };
+    find(".pages button").click();
+    return result;
+  };
+  seen.sections = all("nav a").map(link => link.textContent);
+  const pixel = canvas => canvas.getContext("2d").getImageData(64, 64, 1, 1).data;
+  seen.drawn = all("#gallery canvas").every(canvas => pixel(canvas)[3] === 255);
+  find(".pages.below button:last-child").click();
+  seen.last = { status: find("#status").textContent, focused: focused() };
+  seen.dog = choose({ class: 1 });
+  seen.wrong = choose({ correctness: "wrong" });
+  seen.sorted = choose({ sort: "metric:insertion_auc", "sort-method": 1 });
+  seen.bounded = choose({ least: 0.25, most: 0.75 });
+  seen.cleared = choose({ sort: "index" }).status;
+  set(find(".opacity"), 80);
+  seen.opacity = [find(".opacity + output").textContent, ...all("#gallery canvas").map(node => style(node).opacity)];
+  find(".summary thead button").click();
+  seen.ordered = all("th[aria-sort]").map(header => [header.ariaSort, style(header).boxShadow !== "none"]);
+  const legend = find(".legend li");
+  legend.focus();
+  seen.emphasis = all(".chart.dim .line.on").length;
+  legend.blur();
+  seen.emphasis -= all(".chart.dim").length;
+  const title = () => find("#detail header p").textContent.split(" · ")[1];
+  const next = () => find("[aria-label='Next image']");
+  find("#gallery .item").focus();
+  find("#gallery .item").click();
+  seen.opened = [find("#detail").open, title(), find("#detail .opacity").value, all("#detail canvas").length];
+  press("ArrowRight");
+  next().click();
+  seen.moved = [title(), focused()];
+  while (!next().disabled) press("ArrowRight");
+  seen.end = [title(), focused()];
+  press("ArrowRight");
+  press("ArrowLeft");
+  seen.back = [title(), focused()];
+  find("#detail .close").click();
+  press("ArrowLeft");
+  seen.closed = [find("#detail").open, document.activeElement.className];
+  document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+});
+</script>"""
 
 
 class Scripts(HTMLParser):
@@ -113,7 +172,7 @@ def test_disagreement_is_that_of_the_two_methods_beside_the_control(page, explan
 def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatch):
     monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
     monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
-    monkeypatch.setattr(report, "_CHUNK", 4)
+    monkeypatch.setattr(report, "_CHUNK_BYTES", 4 * len(METHODS) * 24)
     write_report(explanations, explanations.folder / "report.html")
     parser, data = parse(explanations.folder / "report.html")
     assert set(parser.scripts) == {"data", "code"}
@@ -125,13 +184,53 @@ def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
-def test_a_browser_draws_the_page(page):
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded):
+    if not embedded:
+        monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
+        monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
+        monkeypatch.setattr(report, "_CHUNK_BYTES", 20 * len(METHODS) * 24)
+    explanations = stored_run(tmp_path / "run", [*PATHS, *(f"{number}.jpg" for number in range(44))])
+    page = explanations.folder / "report.html"
+    write_report(explanations, page)
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", VISITOR + "</body>"), encoding="utf-8")
+    document = browse(page)
+    assert "&lt;b&gt;dog&lt;/b&gt;" in document
+    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', document)[1]))
+    rows = explanations.rows
+    paths = [row["path"].replace("\udcff", "?") for row in rows]
+
+    def found(indices):
+        status = f"1\u2013{len(indices)} of {len(indices)} images"
+        return {"status": status, "paths": [paths[index] for index in indices], "paged": False}
+
+    assert seen["sections"] == ["Summary", "Curves", "Agreement", "Highlights", "Gallery", "Run"]
+    assert seen["drawn"]
+    assert seen["last"] == {"status": "49\u201350 of 50 images", "focused": "← Previous"}
+    assert seen["dog"] == found([row["index"] for row in rows if row["target"] == 1])
+    wrong = [row["index"] for row in rows if row["label"] not in (-1, row["predicted"])]
+    assert seen["wrong"] == found(wrong)
+    values = [float(f"{value:.4g}") for value in explanations.values["rollout"]["insertion_auc"]]
+    ranked = sorted(range(50), key=lambda index: values[index])
+    assert seen["sorted"]["paged"]
+    assert seen["sorted"]["paths"] == [paths[index] for index in ranked[:48]]
+    assert seen["bounded"] == found([index for index in ranked if 0.25 <= values[index] <= 0.75])
+    assert seen["cleared"] == "1\u201348 of 50 images"
+    assert set(seen["opacity"]) == {"80 %", "0.8"}
+    assert seen["ordered"] == [["ascending", True]]
+    assert seen["emphasis"] == 1
+    assert seen["opened"] == [True, "image 0", "80", len(METHODS)]
+    assert seen["moved"] == ["image 2", "→"]
+    assert seen["end"] == ["image 49", "Close"]
+    assert seen["back"] == ["image 48", "←"]
+    assert seen["closed"] == [False, "item"]
+
+
+def browse(page):
+    """Give the document as it is after a page was loaded in a browser."""
     switches = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
     options = ["--headless=new", "--disable-sync", *(f"--{switch}" for switch in switches.split())]
     # The browser puts a socket into its profile, whose path must be short.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
-        document = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert document.count('class="item"') >= len(PATHS)
-    assert "&lt;b&gt;dog&lt;/b&gt;" in document
-    assert re.search(r'<p[^>]*id="status"[^>]*>1\u20136 of 6 images</p>', document)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

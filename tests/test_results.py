@@ -7,7 +7,16 @@ from stored_run import stored_run
 
 from gmarpp.results import write_csv, write_results
 
-PATHS = ["a/same.jpg", "b/same.jpg", 'q"uote, <b>&.jpg', "new\nline.jpg", "猫.jpg", "x" * 300, "bad\udcff.jpg"]
+PATHS = [
+    "a/same.jpg",
+    "b/same.jpg",
+    'q"uote, <b>&.jpg',
+    "new\nline.jpg",
+    "猫.jpg",
+    "x" * 300,
+    "bad\udcff.jpg",
+    "a\rb.jpg",
+]
 
 
 @pytest.fixture
@@ -24,6 +33,7 @@ def test_tables_give_back_paths_and_values(explanations):
     write_results(explanations, figure_images=0, report=False)
     table = read_table(explanations.folder / "explanations.csv")
     assert [row["path"] for row in table[::3]] == PATHS
+    assert b"\r\n" not in (explanations.folder / "explanations.csv").read_bytes()
     assert [row["image"] for row in table[:4:3]] == ["images/000000-same.jpg", "images/000001-same.jpg"]
     assert [row["method"] for row in table[:3]] == ["gmarpp_l1", "rollout", "random"]
     assert table[3]["average_drop"] == ""
@@ -32,7 +42,7 @@ def test_tables_give_back_paths_and_values(explanations):
     assert len(table[7]["insertion_auc"]) <= 9
     summary = read_table(explanations.folder / "summary.csv")
     assert list(summary[0]) == ["method", "metric", "mean", "low", "high", "n"]
-    assert (summary[0]["n"], summary[1]["n"]) == ("6", "7")
+    assert (summary[0]["n"], summary[1]["n"]) == ("7", "8")
     mean = explanations.values["gmarpp_l1"]["insertion_auc"].mean()
     assert float(summary[1]["mean"]) == pytest.approx(mean, rel=1e-5)
     assert float(summary[1]["low"]) < mean < float(summary[1]["high"])
@@ -43,7 +53,7 @@ def test_tables_give_back_paths_and_values(explanations):
 def test_the_first_metric_of_the_summary_leaves_the_undefined_image_out(explanations):
     values = [v for v in explanations.values["rollout"]["average_drop"].tolist() if not math.isnan(v)]
     (row,) = [r for r in explanations.summary if (r["method"], r["metric"]) == ("rollout", "average_drop")]
-    assert row["mean"] == pytest.approx(sum(values) / 6)
+    assert row["mean"] == pytest.approx(sum(values) / 7)
 
 
 def test_figures_in_all_formats(explanations):

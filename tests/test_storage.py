@@ -1,9 +1,11 @@
 import errno
 import json
 import os
+import stat
 
 import pytest
 import torch
+from full_disk import no_file_larger_than
 from stored_run import run_description, shard
 
 from gmarpp.storage import (
@@ -14,8 +16,10 @@ from gmarpp.storage import (
     finished_indices,
     merge_parts,
     read_indices,
+    read_rows,
     read_run,
     read_shard,
+    remove_leftovers,
     remove_parts,
     reopen_maps,
     shard_files,
@@ -63,6 +67,52 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
+def test_a_write_that_fails_in_the_block_names_the_file(tmp_path):
+    with no_file_larger_than(1000), pytest.raises(OSError, match=r"can't write: File too large: .*table\.csv"):
+        write_atomically(tmp_path / "table.csv", bytes(100_000))
+    assert names_in(tmp_path) == []
+
+
+def test_an_error_of_reading_in_the_block_is_not_one_of_writing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg") as error, atomic_file(tmp_path / "table.csv"):
+        (tmp_path / "gone.jpg").read_bytes()
+    assert "write" not in str(error.value)
+    assert names_in(tmp_path) == []
+
+
+def test_a_durable_file_has_its_content_and_then_its_name_on_the_disk(tmp_path, monkeypatch):
+    path, synchronised = tmp_path / "x", []
+    monkeypatch.setattr(os, "fsync", lambda handle: synchronised.append((os.fstat(handle).st_ino, path.exists())))
+    write_atomically(path, b"abc")
+    assert synchronised == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+    write_atomically(path, b"abc", durable=False)
+    assert len(synchronised) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_a_file_system_may_have_no_folders_to_synchronise(tmp_path, monkeypatch, code):
+    def refuse_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    if code == errno.EINVAL:
+        write_atomically(tmp_path / "x", b"abc")
+        assert names_in(tmp_path) == ["x"]
+    else:
+        with pytest.raises(OSError, match=r"can't write: no: .*x"):
+            write_atomically(tmp_path / "x", b"abc")
+
+
+def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
+    (tmp_path / "maps").mkdir()
+    for name in (".abc_d123.tmp", ".mine.tmp", "x.tmp", "maps/.abcdefgh.tmp", "maps/.keep"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == [".mine.tmp", "maps", "x.tmp"]
+    assert names_in(tmp_path / "maps") == [".keep"]
+
+
 def test_a_missing_folder_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="there"):
         write_atomically(tmp_path / "not" / "there", b"")
@@ -99,9 +149,10 @@ def test_shards_are_read_back_as_they_were_and_equal_shards_are_equal_bytes(tmp_
         assert torch.equal(read.tensors[key].nan_to_num(-1), tensor.nan_to_num(-1))
     assert torch.equal(read.fractions, original.fractions)
     assert read_indices(tmp_path / "one.safetensors") == [4, 2]
+    assert read_rows(tmp_path / "one.safetensors") == original.rows
 
 
-@pytest.mark.parametrize("read", [read_shard, read_indices])
+@pytest.mark.parametrize("read", [read_shard, read_indices, read_rows])
 def test_a_damaged_shard_is_named_with_the_remedy(tmp_path, read):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"nonsense")

@@ -11,7 +11,9 @@ from gmarpp.attribution import METHODS
 from gmarpp.summary import MeanCurve
 from gmarpp.visualize import (
     COLORMAPS,
+    add_colors,
     backdrop,
+    colormap_table,
     comparison_figure,
     curves_figure,
     encode_jpeg,
@@ -93,6 +95,16 @@ def test_backdrop_enlarges_small_images_by_a_whole_factor(shape, expected):
     assert enlarged.shape == (*expected, 3)
     assert (enlarged[..., 0] == enlarged[..., 2]).all()
     assert abs(enlarged.mean() - (image @ [0.299, 0.587, 0.114]).mean() / 2) < 1.5
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.3, 0.5, 0.8])
+def test_bright_colours_on_bright_edges_do_not_wrap(opacity):
+    board = np.kron(np.indices((4, 4)).sum(0) % 2, np.full((4, 4), 255)).astype(np.uint8)
+    ground = backdrop(np.stack([board] * 3, axis=-1), opacity, 64)
+    attribution = np.array([[0, 1], [1, 1]])
+    levels = (upsample_map(attribution, 64, 64) * 255 + 0.5).astype(int)
+    colors = (colormap_table("viridis") * opacity + 0.5).astype(int)
+    assert (add_colors(ground, attribution, "viridis", opacity) == ground.astype(int) + colors[levels]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9), (64, 48)])

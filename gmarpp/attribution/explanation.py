@@ -43,7 +43,7 @@ class Explanation:
         return Image.fromarray(pixels)
 
     def show(self, images: int = 8) -> "Figure":
-        """Draw images across and methods down, with class and probability above each; a notebook shows the figure.
+        """Draw images across and methods down, with class and probability, or score, above each, for a notebook.
 
         Args:
             images: draw the first so many; every explained class of an image has a column of its own.
@@ -52,15 +52,20 @@ class Explanation:
 
         targets = self.target[:, None] if self.target.dim() == 1 else self.target
         columns = [(image, column) for image in range(min(images, len(targets))) for column in range(targets.shape[1])]
-        probabilities = self.logits.float().softmax(dim=1)
-        explained = [int(targets[column]) for column in columns]
+        probabilities: list[float | None]
+        if self.logits.shape[1] == 1:
+            names = [f"score {float(self.logits[image, 0]):.3g}" for image, _ in columns]
+            probabilities = [None] * len(columns)
+        else:
+            explained = [int(targets[column]) for column in columns]
+            names = [self.class_names[index] if self.class_names else f"class {index}" for index in explained]
+            softmax = self.logits.float().softmax(dim=1)
+            probabilities = [float(softmax[image, k]) for (image, _), k in zip(columns, explained, strict=True)]
         return comparison_figure(
             images=[self.images[image].cpu() for image, _ in columns],
             maps={method: [self._map(method, *column) for column in columns] for method in self.maps},
-            names=[self.class_names[index] if self.class_names else f"class {index}" for index in explained],
-            probabilities=[
-                float(probabilities[image, index]) for (image, _), index in zip(columns, explained, strict=True)
-            ],
+            names=names,
+            probabilities=probabilities,
         )
 
     def _map(self, method: str, image: int, column: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class BackgroundTasks:
-    """Runs tasks in threads; few may wait, and an error in one reaches the caller.
+    """Runs tasks in threads; few may wait, and the error of one is raised by every later `submit` and `wait`.
 
     Args:
         limit: tasks that may be waiting or running; `submit` blocks while there are as many.
@@ -31,6 +31,20 @@ class BackgroundTasks:
         future.add_done_callback(lambda _: self._slots.release())
         self._futures.append(future)
 
+    def submit_last(self, task: Callable[..., None], *arguments: Any) -> None:
+        """Queue a task that runs when all earlier ones are done, and only if none of them failed.
+
+        Raises:
+            Exception: what an earlier task raised.
+        """
+        # Tasks begin in order: when this one does, no earlier one still needs a thread to begin in.
+        self.submit(_after, list(self._futures), task, arguments)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a task has raised an error."""
+        return any(future.done() and future.exception() is not None for future in self._futures)
+
     def wait(self) -> None:
         """Wait until all tasks are done.
 
@@ -40,10 +54,16 @@ class BackgroundTasks:
         self._raise_errors(self._futures)
 
     def _raise_errors(self, finished: list[Future[None]]) -> None:
-        self._futures = [future for future in self._futures if future not in finished]
         for future in finished:
             future.result()
+        self._futures = [future for future in self._futures if future not in finished]
 
     def close(self) -> None:
         """Drop what has not begun and end the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _after(earlier: list[Future[None]], task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    for future in earlier:
+        future.result()
+    task(*arguments)

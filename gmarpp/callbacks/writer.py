@@ -28,9 +28,11 @@ from gmarpp.storage import (
     finished_indices,
     merge_parts,
     read_run,
+    remove_leftovers,
     remove_parts,
     reopen_maps,
     shard_files,
+    sync_disk,
     write_atomically,
     write_run,
 )
@@ -61,7 +63,8 @@ class ExplanationWriter(BasePredictionWriter):
     Args:
         output: folder of the results; created if missing.
         overlays: write a picture per image and method.
-        resume: continue the interrupted run in ``output``, or add images to a complete one.
+        resume: continue the interrupted run in ``output``, or add images to a complete one. A limit of the trainer's
+            batches counts from the beginning of the data, not from where the run is resumed.
         colormap: one of ``gmarpp.visualize.COLORMAPS``.
         opacity: share of the map's colours in overlays, 0 to 1.
         figure_images: columns of the comparison figure; 0 for no figure.
@@ -114,6 +117,12 @@ class ExplanationWriter(BasePredictionWriter):
         if stage != "predict":
             return
         self._run, self._batches = {}, []
+        limit = trainer.limit_predict_batches
+        if self.resume and isinstance(limit, float) and limit < 1:
+            raise ValueError(
+                f"limit_predict_batches is {limit}, a share of the batches that are left: "
+                "resume with a number of batches, or with 1.0 for all"
+            )
         self._require_folder()
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
@@ -151,9 +160,13 @@ class ExplanationWriter(BasePredictionWriter):
         images = len(loader.dataset)  # type: ignore[arg-type]
         # A loader's own batch size may depend on the number of ranks; what is explained together must not.
         batch_size = getattr(trainer.datamodule, "batch_size", loader.batch_size)  # type: ignore[attr-defined]
+        # Lightning counts a rank's batches from where a run is resumed; the limit is meant from the data's beginning.
+        if isinstance(trainer.limit_predict_batches, int):
+            images = min(images, trainer.limit_predict_batches * batch_size * trainer.world_size)
         self._batches = pending_batches(images, batch_size, finished, trainer.world_size)
         if finished:
-            logger.info("%d of %d images are already explained", len(finished), images)
+            done = sum(index < images for index in finished)
+            logger.info("%d of %d images are already explained", done, images)
         return batch_loader(loader, self._batches)
 
     def _open(self, trainer: L.Trainer, module: Any, dataset: Any) -> None:
@@ -174,9 +187,7 @@ class ExplanationWriter(BasePredictionWriter):
                 folders += [self.folder / OVERLAYS / method for method in module.explainer.methods]
             for path in folders:
                 path.mkdir(parents=True, exist_ok=True)
-            # Killed processes leave files that they were writing.
-            for leftover in (self.folder / PARTS).glob(".*.tmp"):
-                leftover.unlink()
+            remove_leftovers(self.folder)
         trainer.strategy.barrier("explanations-open")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -228,13 +239,12 @@ class ExplanationWriter(BasePredictionWriter):
             write_atomically(self.folder / OVERLAYS / method / f"{file}.png", data, scratch, durable=False)
 
     def _flush(self, trainer: L.Trainer, pictures: BackgroundTasks) -> None:
-        """Publish all finished images: their pictures first, then the part that vouches for them."""
-        pictures.wait()
+        """Have all finished images published when their pictures are written."""
         if self._buffer:
-            shard = Shard.concatenate(self._buffer)
-            shard.write(self.folder / PARTS / f"{shard.rows[0]['index']:09d}-{trainer.global_rank}.safetensors")
+            first = self._buffer[0].rows[0]["index"]
+            part = self.folder / PARTS / f"{first:09d}-{trainer.global_rank}.safetensors"
+            pictures.submit_last(_publish, self._buffer, part)
         self._buffer = []
-        return_free_memory()
         self._flushed = time.monotonic()
 
     def _show_rate(self, trainer: L.Trainer) -> None:
@@ -249,6 +259,7 @@ class ExplanationWriter(BasePredictionWriter):
         """Publish the rest and wait for all ranks."""
         assert self._pictures is not None
         self._flush(trainer, self._pictures)
+        self._pictures.wait()
         self._close()
         trainer.strategy.barrier("explanations-complete")
 
@@ -262,12 +273,13 @@ class ExplanationWriter(BasePredictionWriter):
         """Keep what is finished, unless writing itself is what failed."""
         self._restore_data()
         try:
-            if self._pictures is not None and not isinstance(exception, OSError):
+            if self._pictures is not None and not self._pictures.failed:
                 self._flush(trainer, self._pictures)
+                self._pictures.wait()
         finally:
             self._close()
-        if self._run and trainer.is_global_zero:
-            logger.error("The run in %s is interrupted: continue it with resume", self.folder)
+            if self._run and trainer.is_global_zero:
+                logger.error("The run in %s is interrupted: continue it with resume", self.folder)
 
     def _close(self) -> None:
         if self._pictures is not None:
@@ -286,6 +298,8 @@ class ExplanationWriter(BasePredictionWriter):
         images = merge_parts(self.folder, self.shard_size)
         explanations = Explanations(self.folder, self._run)
         write_results(explanations, self.figure_images, self.figure_formats, self.colormap, self.opacity, self.report)
+        # The parts may go only when the disk has all that replaces them.
+        sync_disk()
         write_run(self.folder, {**self._run, "status": "complete", "finished": now(), "explained": images})
         remove_parts(self.folder)
         logger.info("Explained %d images: %s", images, self.folder)
@@ -293,6 +307,14 @@ class ExplanationWriter(BasePredictionWriter):
 
 def _nothing() -> None:
     """Stand for a data module that was not changed."""
+
+
+def _publish(shards: list[Shard], part: Path) -> None:
+    """Write the part that vouches for images, once the disk has their pictures."""
+    sync_disk()
+    Shard.concatenate(shards).write(part)
+    shards.clear()
+    return_free_memory()
 
 
 def _shard(explained: ExplainedBatch) -> Shard:

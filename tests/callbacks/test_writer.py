@@ -1,15 +1,20 @@
 import csv
+import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from full_disk import no_file_larger_than
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -196,6 +201,33 @@ def test_images_can_be_added_to_a_complete_run(tmp_path, reference):
     assert contents(tmp_path / "run") == reference
 
 
+def test_a_limit_counts_from_the_beginning_also_after_an_interruption(tmp_path):
+    predict(tmp_path / "whole", limit=3)
+    with pytest.raises(RuntimeError, match="the network failed"):
+        predict(tmp_path / "run", module=FakeExplaining(stop_at=4), limit=3)
+    assert predict(tmp_path / "run", resume=True, limit=3).seen == [4, 5]
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_limit_is_meant_for_each_rank(tmp_path):
+    data = SquaresData()
+    trainer = SimpleNamespace(
+        datamodule=data,
+        world_size=2,
+        precision="32-true",
+        limit_predict_batches=2,
+        is_global_zero=True,
+        strategy=SimpleNamespace(barrier=lambda _: None),
+    )
+    loader = ExplanationWriter(tmp_path / "run")._pending(trainer, FakeExplaining(), data.predict_dataloader())
+    assert loader.dataset.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_share_of_the_batches_is_not_resumed(tmp_path):
+    with pytest.raises(ValueError, match=r"limit_predict_batches is 0\.5.*number of batches"):
+        predict(tmp_path / "run", resume=True, limit=0.5)
+
+
 def test_another_batch_size_may_resume(tmp_path):
     with pytest.raises(RuntimeError):
         predict(tmp_path / "run", module=FakeExplaining(stop_at=6))
@@ -252,6 +284,76 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, referen
     assert contents(tmp_path / "run") == reference
 
 
+def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file/run"):
+        predict(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(("code", "message"), [(errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission")])
+def test_a_folder_that_becomes_unwritable_stops_the_run_and_it_resumes(tmp_path, monkeypatch, reference, code, message):
+    original = Path.replace
+
+    def until_unwritable(path, target):
+        if Path(target).name.startswith("000004"):
+            raise OSError(code, os.strerror(code))
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "replace", until_unwritable)
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
+    with pytest.raises(OSError, match=rf"can't write: {message}.*run/images/000004"):
+        predict(tmp_path / "run")
+    monkeypatch.undo()
+    predict(tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == reference
+
+
+@pytest.mark.parametrize(("step", "file"), [("merge_parts", "maps/00000"), ("write_results", "explanations")])
+def test_a_disk_that_is_full_at_the_end_stops_the_run_and_it_resumes(tmp_path, monkeypatch, reference, step, file):
+    original = getattr(writer, step)
+
+    def on_a_full_disk(*arguments):
+        with no_file_larger_than(1000):
+            return original(*arguments)
+
+    monkeypatch.setattr(writer, step, on_a_full_disk)
+    with pytest.raises(OSError, match=rf"can't write: File too large: .*run/{file}"):
+        predict(tmp_path / "run")
+    monkeypatch.undo()
+    assert predict(tmp_path / "run", resume=True).seen == []
+    assert contents(tmp_path / "run") == reference
+
+
+def test_no_part_vouches_for_a_picture_that_failed(tmp_path, monkeypatch, reference):
+    original, drawn = writer.encode_jpeg, itertools.count()
+
+    def fail_once(picture):
+        if next(drawn) == 4:
+            raise ValueError("no such picture")
+        return original(picture)
+
+    monkeypatch.setattr(writer, "encode_jpeg", fail_once)
+    with pytest.raises(ValueError, match="no such picture"):
+        predict(tmp_path / "run")
+    monkeypatch.undo()
+    predict(tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == reference
+
+
+def test_the_disk_has_what_a_file_vouches_for_before_that_file(tmp_path, monkeypatch):
+    found = []
+
+    def look():
+        names = [path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*.*")]
+        pictures = sum(name.startswith(("images/", "overlays/")) for name in names)
+        parts = sum(name.startswith("parts/") for name in names)
+        found.append((pictures, parts, "maps/index.json" in names, "report.html" in names))
+
+    monkeypatch.setattr(writer, "sync_disk", look)
+    predict(tmp_path / "run")
+    assert found == [(11 * 3, 0, False, False), (11 * 3, 1, True, True)]
+
+
 def test_an_index_that_is_not_the_position_is_refused(tmp_path):
     class Renumbered(Squares):
         def __getitem__(self, index):
@@ -287,9 +389,9 @@ def test_options_out_of_range(options, message):
         ExplanationWriter("out", **options)
 
 
-def start(folder, devices, pause):
+def start(folder, devices, pause=0.0, fatal_file=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, str(folder), str(devices), str(pause)]
+    command = [sys.executable, __file__, str(folder), str(devices), str(pause), fatal_file]
     return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
@@ -304,10 +406,38 @@ def test_two_processes_killed_in_the_middle_resume_to_the_same_files(tmp_path, r
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    twin = shutil.copytree(folder, tmp_path / "twin" / "run")
     predict(folder, resume=True)
     assert contents(folder) == reference
+    process = start(twin, 2)
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    assert contents(twin) == reference
+
+
+@pytest.mark.parametrize("file", ["index.json", "explanations.csv"])
+def test_a_process_killed_while_it_merges_resumes_to_the_same_files(tmp_path, reference, file):
+    process = start(tmp_path / "run", 1, fatal_file=file)
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert len(list((tmp_path / "run").rglob(".*.tmp"))) == 1
+    assert predict(tmp_path / "run", resume=True).seen == []
+    assert contents(tmp_path / "run") == reference
+
+
+def _die_before(name):
+    """Have this process killed when it is about to give a file its name."""
+    original = Path.replace
+
+    def replace(path, target):
+        if Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, target)
+
+    Path.replace = replace
 
 
 if __name__ == "__main__":
     writer._FLUSH_SECONDS = 0
+    _die_before(sys.argv[4])
     predict(sys.argv[1], module=FakeExplaining(pause=float(sys.argv[3])), devices=int(sys.argv[2]), resume=True)
