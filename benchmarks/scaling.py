@@ -93,8 +93,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         memory.set_xlabel(LABELS[varied])
         memory.set_xticks(positions)
         for axes in (time, memory):
-            axes.margins(y=0.15)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
             axes.grid(axis="y", color="#e0e0e0")
             axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("time / forward pass")
