@@ -142,7 +142,7 @@ class _Pass:
             device = self.images.device.type
             computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.images.dtype
             # float16 would lose small gradients.
-            self.tap.gradient_scale = 2.0**10 if computed == torch.float16 else 1.0
+            self.tap.gradient_scale = 2.0**10 if torch.float16 in (computed, logits.dtype) else 1.0
             maps = [
                 self._maps(output, score, retain_graph=position < len(scores) - 1)
                 for position, score in enumerate(scores)
