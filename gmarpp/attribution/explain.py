@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.grid import Architecture, architecture_of
@@ -16,6 +14,7 @@ from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method, select_methods
 from gmarpp.attribution.normalisation import displayable
 from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.attribution.recompute import RecomputedBlocks
 from gmarpp.attribution.tap import AttentionTap, UnsupportedNetworkError
 from gmarpp.attribution.target import (
     Contrast,
@@ -52,8 +51,9 @@ def explain(
             (B, K) for K classes per image at the cost of K backward passes; a `Contrast` of two classes; or a function
             that takes the network's output and gives one score per image.
         architecture: token layout of a network of an unknown family.
-        recompute: keep only the blocks' inputs of the forward pass and recompute each block in the backward pass,
-            which bounds the memory of deep networks on long sequences; methods without gradients need no such pass.
+        recompute: keep only inputs of blocks in the forward pass and run each block again in the backward pass. Beyond
+            512 tokens the number of kept inputs, and so the memory, does not grow with the number of blocks. Methods
+            without gradients need no such pass.
 
     Raises:
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
@@ -118,6 +118,7 @@ class _Pass:
             needs_local,
             narrowing,
             through_gradients,
+            self.recompute,
         )
         self.rows: dict[str, Tensor] = {}
 
@@ -125,7 +126,7 @@ class _Pass:
         """Give maps by method, targets and logits."""
         narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
         detached = _replacing_forward(self.blocks, self.tap.detached_blocks.repeated)
-        recomputed = _replacing_forward(self.blocks if self.recompute else (), _recomputed)
+        recomputed = _replacing_forward(self.blocks[:-1] if self.recompute else (), RecomputedBlocks().recomputed)
         with (
             self.tap.intercepting(),
             _contiguous_projections(self.model),
@@ -243,10 +244,6 @@ class _Pass:
                 f"{self.layout.prefix_tokens} prefix tokens make {self.layout.prefix_tokens + height * width}: "
                 "correct grid and prefix_tokens in gmarpp.Architecture, or the size of the images"
             )
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class AttentionTap:
         narrowing: whether the last block may run for the prefix tokens alone, if the head reads no others.
         through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
             their inputs and `replay` visits them; unless blocks echo and the head reads more than the prefix tokens.
+        recomputing: whether the tokens that leave blocks are given up, so that echoes have to be copies.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class AttentionTap:
         echoing: bool = False,
         narrowing: bool = False,
         through_gradients: bool = True,
+        recomputing: bool = False,
     ) -> None:
         self.consume = consume
         self.through_gradients = through_gradients
@@ -87,6 +89,7 @@ class AttentionTap:
         self._read_prefix = read_prefix
         self._echoing = echoing
         self._narrowing = narrowing
+        self._recomputing = recomputing
         self._blocks = blocks
         self._batch = 0
         self._current_block: int | None = None
@@ -150,7 +153,11 @@ class AttentionTap:
             self._passing = False
 
     def close(self) -> None:
-        """Let go of the graph: its nodes hold the tap, which Python's garbage collector does not see."""
+        """Let go of the graph, whose nodes hold the tap unseen by Python's garbage collector, and of the tap's owner.
+
+        Without a cycle everything is freed at once, and not when the collector runs next, many batches later.
+        """
+        del self.consume, self._read_prefix
         self.echoes.clear()
         self.leaves.clear()
         for call in self.calls:
@@ -250,7 +257,7 @@ class AttentionTap:
         tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if self._echo is not None:
             tokens, echoes, following = self._echo.relay(tokens)
-            self.echoes.append(echoes)
+            self.echoes.append(echoes.clone() if self._recomputing else echoes)
             self._left = tokens, following
         if block is self._blocks[-1] and tokens.requires_grad:
             tokens.register_hook(self._remember_read_tokens)
