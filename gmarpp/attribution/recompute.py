@@ -16,11 +16,11 @@ _KEPT_INPUTS = 6
 
 
 class RecomputedBlocks:
-    """Keeps inputs of blocks instead of their activations, and runs each block again when the backward pass reaches it.
+    """Keeps inputs of blocks instead of their activations, and runs each block again in the backward pass.
 
-    It wraps all blocks but the last, which the backward pass reaches before it frees anything. For short sequences every
-    block's input is kept. For long ones it is that of six blocks at a time, whatever the depth: the others follow from
-    the nearest one below, by blocks that run without gradients. With 24 blocks this takes 0.7 forward passes more.
+    It wraps all blocks but the last, which the backward pass reaches before it frees anything. For short sequences
+    every block's input is kept. For long ones it is that of six blocks at a time, whatever the depth: the others follow
+    from the nearest one below, by blocks that run without gradients. With 24 blocks this takes 0.7 forward passes more.
 
     Source: Griewank & Walther, "Algorithm 799: Revolve", ACM TOMS 26, 2000, for which inputs are best kept.
     """
@@ -115,6 +115,4 @@ def _runs(blocks: int, free: int) -> int:
     """Count the runs without gradients that visiting blocks from the top down takes, from the lowest one's input."""
     if free == 0:
         return blocks * (blocks - 1) // 2
-    return min(
-        (step + _runs(blocks - step, free - 1) + _runs(step, free) for step in range(1, blocks)), default=0
-    )
+    return min((step + _runs(blocks - step, free - 1) + _runs(step, free) for step in range(1, blocks)), default=0)
