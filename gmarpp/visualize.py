@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -169,10 +170,9 @@ def overlay(
 
 
 def encode_png(image: Array) -> bytes:
-    """Encode uint8 pixels (H, W, 3) as PNG, about three times as fast as Pillow and a quarter larger.
+    """Encode uint8 pixels (H, W, 3) as PNG, for overlays, which are smooth and written by the ten thousand.
 
-    Overlays are smooth pictures written by the ten thousand: one row filter and Huffman coding without string
-    matching take most of what there is to gain.
+    One row filter for the whole picture and fast deflation take most of what there is to gain.
     """
     height, width = image.shape[:2]
     rows = np.empty((height, 1 + 3 * width), dtype=np.uint8)
@@ -180,10 +180,9 @@ def encode_png(image: Array) -> bytes:
     flat = image.reshape(height, 3 * width)
     rows[0, 1:] = flat[0]
     np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
-    compressor = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
-    data = compressor.compress(rows.data) + compressor.flush()
+    data = isal_zlib.compress(rows.data)
     parts = (b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")
-    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", isal_zlib.crc32(k + d)) for k, d in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
