@@ -111,6 +111,7 @@ class _Pass:
                 "gmarpp.Architecture(..., blocks=..., head=...)"
             )
         narrowing = narrowing and through_gradients and layout.head is not None
+        self.recomputed_blocks = RecomputedBlocks()
         self.tap = AttentionTap(
             self.blocks,
             self._consume,
@@ -118,7 +119,7 @@ class _Pass:
             needs_local,
             narrowing,
             through_gradients,
-            self.recompute,
+            self.recomputed_blocks.left if self.recompute else None,
         )
         self.rows: dict[str, Tensor] = {}
 
@@ -126,7 +127,7 @@ class _Pass:
         """Give maps by method, targets and logits."""
         narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
         detached = _replacing_forward(self.blocks, self.tap.detached_blocks.repeated)
-        recomputed = _replacing_forward(self.blocks[:-1] if self.recompute else (), RecomputedBlocks().recomputed)
+        recomputed = _replacing_forward(self.blocks[:-1] if self.recompute else (), self.recomputed_blocks.recomputed)
         with (
             self.tap.intercepting(),
             _contiguous_projections(self.model),
@@ -183,9 +184,11 @@ class _Pass:
     def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
         self.rows.clear()
         total = score(output).sum()
+        self.tap.score_tokens = lambda tokens: score(self._head(tokens, output))
         with self.tap.passing():
             for echoes in self.tap.echoes:
-                total = total + score(self._head(echoes, output)).sum()
+                total = total + self.tap.score_tokens(echoes).sum()
+        total = total + sum(self.tap.layer_scores)
         if not total.requires_grad:
             raise UnsupportedNetworkError("the score does not depend on the network's attention")
         total = total * self.tap.gradient_scale

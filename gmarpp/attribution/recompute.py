@@ -32,6 +32,8 @@ class RecomputedBlocks:
         self._given: set[int] = set()
         self._wanted: set[int] = set()
         self._left: tuple[Tensor, int] | None = None
+        # The input given last, with its position.
+        self._last: tuple[int, Tensor] | None = None
 
     def recomputed(self, forward: Forward) -> Forward:
         """Wrap the `forward` of the next block from below."""
@@ -58,6 +60,13 @@ class RecomputedBlocks:
             return output
 
         return run
+
+    def left(self, position: int) -> Tensor:
+        """Give the tokens that left a block again; at no cost if the input of the next one was needed just before."""
+        if self._last is not None and self._last[0] == position + 1 and position + 1 not in self._given:
+            return self._last[1]
+        with torch.no_grad():
+            return _tokens(self._runs[position](self._input(position)))
 
     def _enter(self, position: int, tokens: Tensor) -> None:
         """Keep a block's input if it is worth it."""
@@ -94,6 +103,7 @@ class RecomputedBlocks:
                 tokens = _tokens(self._runs[at](tokens))
                 if at + 1 in wanted:
                     self._kept[at + 1] = tokens
+        self._last = position, tokens
         return tokens
 
 

@@ -64,7 +64,7 @@ class AttentionTap:
         narrowing: whether the last block may run for the prefix tokens alone, if the head reads no others.
         through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
             their inputs and `replay` visits them; unless blocks echo and the head reads more than the prefix tokens.
-        recomputing: whether the tokens that leave blocks are given up, so that echoes have to be copies.
+        tokens_left: gives again what left a block, by its position, if all but the last are recomputed.
     """
 
     def __init__(
@@ -75,13 +75,15 @@ class AttentionTap:
         echoing: bool = False,
         narrowing: bool = False,
         through_gradients: bool = True,
-        recomputing: bool = False,
+        tokens_left: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.consume = consume
         self.through_gradients = through_gradients
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
         self.echoes: list[Tensor] = []
+        self.layer_scores: list[Tensor] = []
+        self.score_tokens: Callable[[Tensor], Tensor] | None = None
         self.readout: Tensor | None = None
         self.gradient_scale = 1.0
         self.last_block = LastBlock()
@@ -89,7 +91,7 @@ class AttentionTap:
         self._read_prefix = read_prefix
         self._echoing = echoing
         self._narrowing = narrowing
-        self._recomputing = recomputing
+        self._tokens_left = tokens_left
         self._blocks = blocks
         self._batch = 0
         self._current_block: int | None = None
@@ -124,7 +126,9 @@ class AttentionTap:
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:
-        """Number the attention calls made inside, and collect the echoes that leave each block in `echoes`.
+        """Number the attention calls made inside, and collect what stands for each layer's own score.
+
+        That is `layer_scores` where blocks carry echoes, and `echoes` where they run without gradients.
 
         Args:
             batch: number of images that the network is given.
@@ -133,7 +137,7 @@ class AttentionTap:
         handles = []
         for position, block in enumerate(self._blocks):
             handles.append(block.register_forward_pre_hook(self._enter_block(position), with_kwargs=True))
-            handles.append(block.register_forward_hook(self._leave_block))
+            handles.append(block.register_forward_hook(self._leave_block(position)))
         self._recording = True
         try:
             yield
@@ -158,8 +162,9 @@ class AttentionTap:
         Without a cycle everything is freed at once, and not when the collector runs next, many batches later.
         """
         del self.consume, self._read_prefix
-        self.echoes.clear()
-        self.leaves.clear()
+        self.score_tokens = None
+        for tensors in (self.echoes, self.layer_scores, self.leaves):
+            tensors.clear()
         for call in self.calls:
             call.output = call.inputs = None
 
@@ -252,16 +257,36 @@ class AttentionTap:
 
         return enter
 
-    def _leave_block(self, block: nn.Module, _: object, output: Any) -> Any:
-        self._current_block = None
-        tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        if self._echo is not None:
-            tokens, echoes, following = self._echo.relay(tokens)
-            self.echoes.append(echoes.clone() if self._recomputing else echoes)
-            self._left = tokens, following
-        if block is self._blocks[-1] and tokens.requires_grad:
-            tokens.register_hook(self._remember_read_tokens)
-        return tokens if others is None else (tokens, *others)
+    def _leave_block(self, position: int) -> Callable[[nn.Module, object, Any], Any]:
+        def leave(_: nn.Module, __: object, output: Any) -> Any:
+            self._current_block = None
+            tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            if self._echo is not None:
+                tokens, echoes, following = self._echo.relay(tokens)
+                self.layer_scores.append(_LayerScore.apply(echoes, self, position))
+                self._left = tokens, following
+            if position == len(self._blocks) - 1 and tokens.requires_grad:
+                tokens.register_hook(self._remember_read_tokens)
+            return tokens if others is None else (tokens, *others)
+
+        return leave
+
+    def keeps_echoes(self, position: int) -> bool:
+        """Whether the echoes that leave a block stay in memory: the last block, and its input, are never recomputed."""
+        return self._tokens_left is None or position >= len(self._blocks) - 2
+
+    def echoes_again(self, position: int) -> Tensor:
+        """Give the echoes that left a recomputed block."""
+        assert self._tokens_left is not None
+        assert self._echo is not None
+        return self._echo.split(self._tokens_left(position))[1]
+
+    def score_gradient(self, echoes: Tensor, factor: Tensor) -> Tensor:
+        """Give the gradient of a layer's own score, times a factor, with respect to the echoes that left the layer."""
+        assert self.score_tokens is not None
+        with torch.enable_grad(), self.passing():
+            own = echoes.detach().requires_grad_()
+            return torch.autograd.grad(self.score_tokens(own).sum() * factor, own)[0]
 
     def _remember_read_tokens(self, gradient: Tensor) -> None:
         self._read_tokens = readout_row(gradient[:, None])
@@ -435,6 +460,29 @@ class _TappedAttention(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             ctx.tap.visit(ctx.call, *inputs, mask, gradient, local, own)
         return (*written, None, None, None, None, None)
+
+
+class _LayerScore(torch.autograd.Function):
+    """Stands for a layer's own score in the sum that is differentiated: zero, with the gradient that the score has.
+
+    It is found when the backward pass arrives there, so that no layer keeps what its score is computed from.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, echoes: Tensor, tap: AttentionTap, position: int) -> Tensor:
+        device = echoes.device.type
+        ctx.tap, ctx.position = tap, position
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        if tap.keeps_echoes(position):
+            ctx.save_for_backward(echoes)
+        return torch.zeros((), device=echoes.device)
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        echoes = kept[0] if kept else ctx.tap.echoes_again(ctx.position)
+        with torch.autocast(*ctx.autocast):
+            return ctx.tap.score_gradient(echoes, factors[0]), None, None
 
 
 def readout_row(gradient: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ def test_short_sequences_run_each_block_twice():
     assert runs_of_blocks(24, **SHORT) == 2 * 23
 
 
-def peak_bytes(depth, recompute):
+def peak_bytes(depth, recompute, **options):
     """Most bytes that tensors take at any moment of one call."""
-    model, batch = vit(depth, **LONG), images()
+    model, batch = vit(depth, **LONG, **options), images()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         gmarpp.explain(model, batch, gmarpp.METHODS, recompute=recompute)
     events = profiled.profiler.kineto_results.events()
@@ -119,6 +119,9 @@ def peak_bytes(depth, recompute):
     return peak
 
 
-def test_memory_for_long_sequences_does_not_grow_with_depth():
-    assert peak_bytes(36, recompute=True) < 1.01 * peak_bytes(12, recompute=True)
-    assert peak_bytes(36, recompute=False) > 1.5 * peak_bytes(12, recompute=False)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_memory_for_long_sequences_does_not_grow_with_depth(pool):
+    shallow, deep = (peak_bytes(depth, recompute=True, global_pool=pool) for depth in (12, 36))
+    assert deep < 1.01 * shallow
+    kept = [peak_bytes(depth, recompute=False, global_pool=pool) for depth in (12, 36)]
+    assert kept[1] > 1.5 * kept[0]
