@@ -146,7 +146,9 @@ def add_colors(ground: Array, attribution: Tensor | Array, colormap: str, opacit
     """Add the colours of one raw map (h, w), weighted by the opacity, to pixels from `backdrop`; uint8 (H, W, 3)."""
     levels = (upsample_map(attribution, *ground.shape[:2]) * 255 + 0.5).astype(np.uint8)
     colors = (colormap_table(colormap) * opacity + 0.5).astype(np.uint8)
-    return ground + np.take(colors, levels, axis=0)
+    mapped = Image.fromarray(levels)
+    mapped.putpalette(colors.tobytes())
+    return ground + np.asarray(mapped.convert("RGB"))
 
 
 def overlay(
