@@ -148,7 +148,7 @@ def add_colors(ground: Array, attribution: Tensor | Array, colormap: str, opacit
     colors = (colormap_table(colormap) * opacity + 0.5).astype(np.uint8)
     mapped = Image.fromarray(levels)
     mapped.putpalette(colors.tobytes())
-    return np.add(ground, np.asarray(mapped.convert("RGB")), dtype=np.uint8)
+    return np.asarray(ground + np.asarray(mapped.convert("RGB")))
 
 
 def overlay(
