@@ -91,8 +91,9 @@ class RecomputedBlocks:
         )
 
     def _input(self, position: int) -> Tensor:
-        """Give a block's input again. What is kept of the blocks above it, which the backward pass has left, goes."""
-        self._kept = {at: tokens for at, tokens in self._kept.items() if at <= position or at in self._given}
+        """Give a block's input again. What is kept of the blocks above it goes, unless there is room for all."""
+        if len(self._wanted) < len(self._runs):
+            self._kept = {at: tokens for at, tokens in self._kept.items() if at <= position or at in self._given}
         below = [at for at in self._kept if at <= position]
         start = max(below)
         free = len(self._wanted) - sum(at not in self._given for at in below)

@@ -80,7 +80,7 @@ def test_what_happens_between_blocks_is_not_left_out(in_place):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-9)
 
 
-def runs_of_blocks(depth, **options):
+def runs_of_blocks(depth, target=None, **options):
     """Count how often the blocks below the last one run."""
     model, runs = vit(depth, **options), 0
 
@@ -90,7 +90,7 @@ def runs_of_blocks(depth, **options):
 
     for block in model.blocks[:-1]:
         block.norm1.register_forward_pre_hook(count)
-    gmarpp.explain(model, images(options["img_size"]), recompute=True)
+    gmarpp.explain(model, images(options["img_size"]), target=target, recompute=True)
     return runs
 
 
@@ -101,8 +101,9 @@ def test_long_sequences_take_the_fewest_runs_that_six_kept_inputs_allow(depth):
     assert runs_of_blocks(depth, **LONG) == fewest + depth - 1
 
 
-def test_short_sequences_run_each_block_twice():
+def test_short_sequences_run_each_block_once_and_once_for_each_class():
     assert runs_of_blocks(24, **SHORT) == 2 * 23
+    assert runs_of_blocks(24, torch.tensor([[0, 1, 2], [2, 3, 4]]), **SHORT) == 4 * 23
 
 
 def peak_bytes(depth, recompute, **options):
