@@ -2,9 +2,11 @@
 
     python benchmarks/writing.py --root data [--images 10000] [--few 1000] [--output results/writing]
 
-Every run is a process of its own, without faithfulness metrics. Runs of `--few` images with and without the writer
-alternate, then follow the runs over all images, whose peak memory (VmHWM) is to be that of few; whole batches are
-explained, so that a few images more than asked for may count. Times include tables, figures and report. Prints JSON.
+Every run is a process of its own, without faithfulness metrics. After one pair of runs over `--few` images, for their
+peak memory (VmHWM), pairs of runs over all images follow, the writer first in every other pair, so that a drifting
+machine favours neither. Whole batches are explained: a few images more than asked for may count. Times include tables,
+figures and report. Results are kept until all runs are done: ext4 is slow to create files for minutes after it has
+deleted many, so that no other large folder should have been deleted shortly before. Prints JSON.
 """
 
 import argparse
@@ -66,21 +68,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["gmarpp_l1", "rollout"])
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--few", type=int, default=1_000)
-    parser.add_argument("--rounds", type=int, default=2, help="of runs over few images")
+    parser.add_argument("--rounds", type=int, default=2, help="pairs of runs over all images")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--precision", default="32-true", help="Lightning's, for example bf16-mixed")
-    parser.add_argument("--output", type=Path, help="keep the results of the run over all images here")
+    parser.add_argument("--output", type=Path, help="keep the results of the last run over all images here")
     options = parser.parse_args()
-    runs: dict[str, list[dict[str, float]]] = {"with the writer": [], "without": []}
+    kinds = ("with the writer", "without")
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as scratch:
-        for count in [options.few] * options.rounds + [options.images]:
-            for kind, results in runs.items():
-                output = Path(scratch) / f"{count}-{len(results)}" if kind == "with the writer" else None
-                results.append(predict(options, count, output))
+        for pair, images in enumerate([options.few] + [options.images] * options.rounds):
+            for kind in kinds if pair % 2 == 0 else reversed(kinds):
+                output = Path(scratch) / str(pair) if kind == "with the writer" else None
+                runs[kind].append(predict(options, images, output))
         if options.output is not None:
-            shutil.move(Path(scratch) / f"{options.images}-{options.rounds}", options.output)
-    print(json.dumps({**machine(), **vars(options), **runs}, indent=2, default=str))
+            shutil.move(Path(scratch) / str(options.rounds), options.output)
+    rates = [[run["images per second"] for run in runs[kind][1:]] for kind in kinds]
+    ratio = round(sum(rates[0]) / sum(rates[1]), 3)
+    print(json.dumps({**machine(), **vars(options), **runs, "ratio over all images": ratio}, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import torch
 from isal import isal_zlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -99,9 +100,9 @@ def colormap_table(name: str) -> Array:
 
 
 def pixels(image: Tensor | Array) -> Array:
-    """Turn an image (3, H, W) in [0, 1] into uint8 pixels (H, W, 3)."""
-    values = np.asarray(image, dtype=np.float32).transpose(1, 2, 0)
-    return np.ascontiguousarray((values.clip(0, 1) * 255 + 0.5).astype(np.uint8))
+    """Turn images (..., 3, H, W) in [0, 1] into uint8 pixels (..., H, W, 3)."""
+    values = torch.as_tensor(image, dtype=torch.float32).movedim(-3, -1).clamp(0, 1)
+    return values.mul_(255).add_(0.5).to(torch.uint8).contiguous().numpy()
 
 
 @lru_cache(maxsize=32)

@@ -1,44 +1,57 @@
 """Work that need not hold up the network."""
 
+import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 
 class BackgroundTasks:
-    """Runs tasks in threads; few may wait, and the error of one is raised by every later `submit` and `wait`.
+    """Runs tasks in processes of their own: threads would keep the interpreter's lock from the network.
+
+    Few tasks may wait, and the error of one is raised by every later `submit` and `wait`. The processes start with the
+    first task, leave signals that this process handles to it, and end when it does, also if it is killed.
 
     Args:
+        processes: tasks that run side by side.
         limit: tasks that may be waiting or running; `submit` blocks while there are as many.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="gmarpp")
+    def __init__(self, processes: int, limit: int) -> None:
+        self.processes = processes
+        self._pool = ProcessPoolExecutor(processes, initializer=_begin)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gmarpp")
         self._slots = threading.BoundedSemaphore(limit)
         self._futures: list[Future[None]] = []
 
     def submit(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Queue a task.
+        """Queue a task; it and its arguments are pickled.
 
         Raises:
             Exception: what an earlier task raised.
+            concurrent.futures.process.BrokenProcessPool: if one of the processes was killed.
         """
-        self._raise_errors([future for future in self._futures if future.done()])
-        self._slots.acquire()
-        future = self._pool.submit(task, *arguments)
-        future.add_done_callback(lambda _: self._slots.release())
-        self._futures.append(future)
+        self._queue(self._pool, task, *arguments)
 
     def submit_last(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Queue a task that runs when all earlier ones are done, and only if none of them failed.
+        """Queue a task for a thread of this process, when all earlier tasks are done and only if none of them failed.
 
         Raises:
             Exception: what an earlier task raised.
         """
-        # Tasks begin in order: when this one does, no earlier one still needs a thread to begin in.
-        self.submit(_after, list(self._futures), task, arguments)
+        self._queue(self._thread, _after, list(self._futures), task, arguments)
+
+    def _queue(self, executor: Executor, task: Callable[..., None], *arguments: Any) -> None:
+        self._raise_errors([future for future in self._futures if future.done()])
+        self._slots.acquire()
+        future = executor.submit(task, *arguments)
+        future.add_done_callback(lambda _: self._slots.release())
+        self._futures.append(future)
 
     @property
     def failed(self) -> bool:
@@ -59,11 +72,29 @@ class BackgroundTasks:
         self._futures = [future for future in self._futures if future not in finished]
 
     def close(self) -> None:
-        """Drop what has not begun and end the threads."""
+        """Drop what no process has taken yet, and end the processes."""
         self._pool.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _after(earlier: list[Future[None]], task: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     for future in earlier:
         future.result()
     task(*arguments)
+
+
+def _begin() -> None:
+    """Prepare a process for tasks."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+    # A forked process has none of the threads that its parent's torch counts on.
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

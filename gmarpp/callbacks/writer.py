@@ -15,6 +15,8 @@ from gmarpp.callbacks.background import BackgroundTasks
 from gmarpp.callbacks.batches import batch_loader, pending_batches
 from gmarpp.callbacks.description import describe_run, now, require_same_run
 from gmarpp.callbacks.free_memory import return_free_memory
+from gmarpp.callbacks.pictures import write_pictures
+from gmarpp.cores import usable_cores
 from gmarpp.explainer import ExplainedBatch
 from gmarpp.reader import Explanations
 from gmarpp.results import write_results
@@ -33,24 +35,15 @@ from gmarpp.storage import (
     reopen_maps,
     shard_files,
     sync_disk,
-    write_atomically,
     write_run,
 )
-from gmarpp.visualize import (
-    COLORMAPS,
-    FIGURE_FORMATS,
-    OVERLAY_SIDE,
-    add_colors,
-    backdrop,
-    encode_jpeg,
-    encode_png,
-    pixels,
-)
+from gmarpp.visualize import COLORMAPS, FIGURE_FORMATS, pixels
 
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 30.0
-_QUEUED_IMAGES = 128
+_QUEUED_BATCHES = 4
+_DRAWING_PROCESSES = 8
 
 
 class ExplanationWriter(BasePredictionWriter):
@@ -191,11 +184,13 @@ class ExplanationWriter(BasePredictionWriter):
         trainer.strategy.barrier("explanations-open")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the threads that encode pictures."""
+        """Make ready to draw pictures beside the network."""
         if not self._run:
             loaders: Any = trainer.predict_dataloaders
             self._open(trainer, pl_module, loaders.dataset)
-        self._pictures = BackgroundTasks(_QUEUED_IMAGES)
+        # On a CPU, the network's threads wait for the slowest of them: pictures are to take of all cores alike.
+        processes = min(_DRAWING_PROCESSES, usable_cores(trainer.num_devices))
+        self._pictures = BackgroundTasks(processes, _QUEUED_BATCHES * processes)
         self._buffer: list[Shard] = []
         self._done = 0
         self._started = self._flushed = time.monotonic()
@@ -210,7 +205,7 @@ class ExplanationWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Hand the batch's pictures to the threads and keep the rest for the next part."""
+        """Hand the batch's pictures to the processes that draw, and keep the rest for the next part."""
         indices = prediction.index.tolist()
         if self._batches and batch_indices and indices != self._batches[batch_indices[0]]:
             raise ValueError(
@@ -219,9 +214,7 @@ class ExplanationWriter(BasePredictionWriter):
             )
         shard = _shard(prediction)
         assert self._pictures is not None
-        for position, row in enumerate(shard.rows):
-            maps = {method: prediction.maps[method][position] for method in shard.methods} if self.overlays else {}
-            self._pictures.submit(self._draw, prediction.images[position], row["file"], maps)
+        self._draw(self._pictures, [row["file"] for row in shard.rows], prediction)
         self._buffer.append(shard)
         self._done += len(indices)
         waiting = sum(len(shard.rows) for shard in self._buffer)
@@ -229,14 +222,17 @@ class ExplanationWriter(BasePredictionWriter):
             self._flush(trainer, self._pictures)
         self._show_rate(trainer)
 
-    def _draw(self, image: Tensor, file: str, maps: dict[str, Tensor]) -> None:
-        scratch = self.folder / PARTS
-        picture = pixels(image)
-        write_atomically(self.folder / IMAGES / f"{file}.jpg", encode_jpeg(picture), scratch, durable=False)
-        ground = backdrop(picture, self.opacity, OVERLAY_SIDE) if maps else picture
-        for method, attribution in maps.items():
-            data = encode_png(add_colors(ground, attribution, self.colormap, self.opacity))
-            write_atomically(self.folder / OVERLAYS / method / f"{file}.png", data, scratch, durable=False)
+    def _draw(self, pictures: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
+        """Have the processes that draw share a batch."""
+        images = pixels(explained.images)
+        maps = {method: maps.numpy() for method, maps in explained.maps.items()} if self.overlays else {}
+        size = -(-len(files) // pictures.processes)
+        for start in range(0, len(files), size):
+            some = slice(start, start + size)
+            some_maps = {method: attributions[some] for method, attributions in maps.items()}
+            pictures.submit(
+                write_pictures, self.folder, files[some], images[some], some_maps, self.colormap, self.opacity
+            )
 
     def _flush(self, trainer: L.Trainer, pictures: BackgroundTasks) -> None:
         """Have all finished images published when their pictures are written."""

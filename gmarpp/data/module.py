@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from gmarpp.cores import usable_cores
 from gmarpp.data.dataset import ImageDataset, Source
 from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, Transform
@@ -196,7 +197,7 @@ class ImageDataModule(L.LightningDataModule):
         workers = self.num_workers
         if workers is None:
             ranks = 1 if self.trainer is None else self.trainer.num_devices
-            workers = min(8, _usable_cpus() // ranks)
+            workers = min(8, usable_cores(ranks))
         return {
             "num_workers": workers,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
@@ -266,7 +267,3 @@ class ImageDataModule(L.LightningDataModule):
                 f"{type(self).__name__} has no training image of {len(missing)} of its {len(wanted)} classes, the "
                 f"first of them {self.classes[missing[0]]!r}: add images, or leave the class out with only_classes"
             )
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,34 @@
+"""Pictures of explained images, drawn and written."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gmarpp.storage import IMAGES, OVERLAYS, PARTS, write_atomically
+from gmarpp.visualize import OVERLAY_SIDE, Array, add_colors, backdrop, encode_jpeg, encode_png
+
+
+def write_pictures(
+    folder: Path, files: Sequence[str], images: Array, maps: Mapping[str, Array], colormap: str, opacity: float
+) -> None:
+    """Write images as JPEG, and for each method their overlays as PNG.
+
+    The files are not durable before `gmarpp.storage.sync_disk`.
+
+    Args:
+        folder: of the run.
+        files: names without extension, n of them.
+        images: uint8 pixels, shape (n, H, W, 3).
+        maps: by method, raw, shape (n, h, w).
+        colormap: one of `gmarpp.visualize.COLORMAPS`.
+        opacity: share of the map's colours, 0 to 1.
+
+    Raises:
+        OSError: naming the file that can't be written.
+    """
+    for position, file in enumerate(files):
+        image = images[position]
+        write_atomically(folder / IMAGES / f"{file}.jpg", encode_jpeg(image), folder / PARTS, durable=False)
+        ground = backdrop(image, opacity, OVERLAY_SIDE) if maps else image
+        for method, attributions in maps.items():
+            data = encode_png(add_colors(ground, attributions[position], colormap, opacity))
+            write_atomically(folder / OVERLAYS / method / f"{file}.png", data, folder / PARTS, durable=False)
