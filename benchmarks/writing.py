@@ -48,7 +48,8 @@ def _predict(connection: Connection, options: argparse.Namespace, images: int, o
 def predict(options: argparse.Namespace, images: int, output: Path | None) -> dict[str, float]:
     """Explain images in a fresh process; give images per second, peak resident MiB and MiB on disk."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_predict, args=(sender, options, images, output))
+    # Forked, as its own workers then are, too: those of a spawned process would be spawned, and start slowly.
+    process = multiprocessing.get_context("fork").Process(target=_predict, args=(sender, options, images, output))
     process.start()
     # The parent's copy has to go, or a child that died would leave `recv` waiting.
     sender.close()

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 30.0
 _QUEUED_BATCHES = 4
-_DRAWING_PROCESSES = 8
+_DRAWING_PROCESSES = 4
 
 
 class ExplanationWriter(BasePredictionWriter):
