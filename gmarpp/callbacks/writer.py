@@ -51,7 +51,8 @@ class ExplanationWriter(BasePredictionWriter):
 
     Finished images are published every half minute in part files of their own; when all ranks are done, rank 0 merges
     them. A run that was interrupted, however hard, goes on with ``resume`` and ends with the same tables and maps as
-    one that was not. All ranks must see the same folder.
+    one that was not. All ranks must see the same folder. Pictures are drawn by processes of their own: as with a data
+    loader's workers, a script needs ``if __name__ == "__main__"`` where processes are not forked.
 
     Args:
         output: folder of the results; created if missing.
