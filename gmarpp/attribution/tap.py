@@ -7,43 +7,16 @@ layer, where it serves the methods and the layer's own backward step, and is fre
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
 from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
 from gmarpp.attribution.narrow import DetachedBlocks, LastBlock
-
-
-class UnsupportedNetworkError(ValueError):
-    """A network whose attention cannot be followed from its output to its input tokens."""
-
-
-@dataclass(eq=False)
-class AttentionCall:
-    """One call of `scaled_dot_product_attention` in the forward pass.
-
-    Attributes:
-        index: position among the calls, from the input upwards.
-        block: position of the transformer block that made the call, if the blocks are known.
-        scale: factor of the query-key products.
-        queries, keys: number of each.
-        output: what the call returned, for the prefix tokens alone if blocks echo; kept where the layers are replayed.
-        inputs: query, key, value and mask; kept likewise.
-    """
-
-    index: int
-    block: int | None
-    scale: float
-    queries: int
-    keys: int
-    output: Tensor | None = None
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
-
 
 PrefixReader = Callable[[Tensor], int]
 """Takes tokens (B, N, D); gives the number of prefix tokens if the network's head reads no others, and else 0."""
@@ -167,32 +140,6 @@ class AttentionTap:
             tensors.clear()
         for call in self.calls:
             call.output = call.inputs = None
-
-    def check_calls(self) -> None:
-        """Raise `UnsupportedNetworkError` unless the recorded calls form one chain of layers."""
-        if not self.calls:
-            raise UnsupportedNetworkError(
-                "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-                "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
-                "networks, module.fused_attn = True on the attention modules of timm networks, need_weights=False in "
-                "calls of nn.MultiheadAttention. Networks with windowed attention (Swin) or without attention cannot "
-                "be explained by these methods: use a ViT"
-            )
-        *below, top = self.calls
-        for call in below:
-            if call.queries != call.keys or call.queries != top.keys:
-                raise UnsupportedNetworkError(
-                    f"attention layer {call.index} has {call.queries} queries and {call.keys} keys, and the last layer "
-                    f"{top.keys} keys: only networks that keep all tokens from layer to layer can be explained, with "
-                    "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
-                    "pyramid networks)"
-                )
-        made = [call.block for call in self.calls if call.block is not None]
-        if self._blocks and made != list(range(len(self._blocks))):
-            raise UnsupportedNetworkError(
-                f"the {len(self._blocks)} transformer blocks made attention calls in the order {made}, not one each: "
-                "parallel or shared attention layers cannot be followed one after the other"
-            )
 
     def gradients_of_outputs(self, total: Tensor, retain_graph: bool) -> tuple[Tensor, ...] | None:
         """Set `readout` for a replay; give gradients of the calls' outputs for the prefix tokens if blocks echo."""
