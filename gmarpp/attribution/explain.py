@@ -185,11 +185,15 @@ class _Pass:
     def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
         self.rows.clear()
         total = score(output).sum()
-        self.tap.score_tokens = lambda tokens: score(self._head(tokens, output))
-        with self.tap.passing():
-            for echoes in self.tap.echoes:
-                total = total + self.tap.score_tokens(echoes).sum()
-        total = total + sum(self.tap.layer_scores)
+
+        def score_tokens(tokens: Tensor) -> Tensor:
+            with self.tap.passing():
+                return score(self._head(tokens, output))
+
+        for echoes in self.tap.echoes:
+            total = total + score_tokens(echoes).sum()
+        self.tap.layer_scores.score_tokens = score_tokens
+        total = total + sum(self.tap.layer_scores.terms)
         if not total.requires_grad:
             raise UnsupportedNetworkError("the score does not depend on the network's attention")
         total = total * self.tap.gradient_scale
