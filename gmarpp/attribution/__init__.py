@@ -1,5 +1,6 @@
 """Attribution maps of Vision Transformers from intercepted attention; independent of Lightning."""
 
+from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.explain import explain
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.grid import Architecture, architecture_of
@@ -17,7 +18,6 @@ from gmarpp.attribution.methods import (
     Rollout,
     resolve_method,
 )
-from gmarpp.attribution.tap import UnsupportedNetworkError
 from gmarpp.attribution.target import Contrast
 
 __all__ = [

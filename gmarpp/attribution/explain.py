@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmarpp.attribution.call import UnsupportedNetworkError, require_one_chain
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
@@ -15,7 +16,7 @@ from gmarpp.attribution.methods import Method, select_methods
 from gmarpp.attribution.normalisation import displayable
 from gmarpp.attribution.preserve import evaluation_mode
 from gmarpp.attribution.recompute import RecomputedBlocks
-from gmarpp.attribution.tap import AttentionTap, UnsupportedNetworkError
+from gmarpp.attribution.tap import AttentionTap
 from gmarpp.attribution.target import (
     Contrast,
     Score,
@@ -138,7 +139,7 @@ class _Pass:
         ):
             with self.tap.recording(len(self.images)):
                 output = self.model(self.images)
-            self.tap.check_calls()
+            require_one_chain(self.tap.calls, len(self.blocks))
             self._check_grid()
             logits, indices, scores = self._scores(output, target)
             device = self.images.device.type
@@ -184,11 +185,15 @@ class _Pass:
     def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
         self.rows.clear()
         total = score(output).sum()
-        self.tap.score_tokens = lambda tokens: score(self._head(tokens, output))
-        with self.tap.passing():
-            for echoes in self.tap.echoes:
-                total = total + self.tap.score_tokens(echoes).sum()
-        total = total + sum(self.tap.layer_scores)
+
+        def score_tokens(tokens: Tensor) -> Tensor:
+            with self.tap.passing():
+                return score(self._head(tokens, output))
+
+        for echoes in self.tap.echoes:
+            total = total + score_tokens(echoes).sum()
+        self.tap.layer_scores.score_tokens = score_tokens
+        total = total + sum(self.tap.layer_scores.terms)
         if not total.requires_grad:
             raise UnsupportedNetworkError("the score does not depend on the network's attention")
         total = total * self.tap.gradient_scale

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution.tap import UnsupportedNetworkError
+from gmarpp.attribution.call import UnsupportedNetworkError
 
 
 @dataclass(frozen=True)

@@ -7,43 +7,17 @@ layer, where it serves the methods and the layer's own backward step, and is fre
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
 from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
+from gmarpp.attribution.layer_score import LayerScores
 from gmarpp.attribution.narrow import DetachedBlocks, LastBlock
-
-
-class UnsupportedNetworkError(ValueError):
-    """A network whose attention cannot be followed from its output to its input tokens."""
-
-
-@dataclass(eq=False)
-class AttentionCall:
-    """One call of `scaled_dot_product_attention` in the forward pass.
-
-    Attributes:
-        index: position among the calls, from the input upwards.
-        block: position of the transformer block that made the call, if the blocks are known.
-        scale: factor of the query-key products.
-        queries, keys: number of each.
-        output: what the call returned, for the prefix tokens alone if blocks echo; kept where the layers are replayed.
-        inputs: query, key, value and mask; kept likewise.
-    """
-
-    index: int
-    block: int | None
-    scale: float
-    queries: int
-    keys: int
-    output: Tensor | None = None
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
-
 
 PrefixReader = Callable[[Tensor], int]
 """Takes tokens (B, N, D); gives the number of prefix tokens if the network's head reads no others, and else 0."""
@@ -82,8 +56,7 @@ class AttentionTap:
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
         self.echoes: list[Tensor] = []
-        self.layer_scores: list[Tensor] = []
-        self.score_tokens: Callable[[Tensor], Tensor] | None = None
+        self.layer_scores = LayerScores(len(blocks), tokens_left)
         self.readout: Tensor | None = None
         self.gradient_scale = 1.0
         self.last_block = LastBlock()
@@ -91,7 +64,6 @@ class AttentionTap:
         self._read_prefix = read_prefix
         self._echoing = echoing
         self._narrowing = narrowing
-        self._tokens_left = tokens_left
         self._blocks = blocks
         self._batch = 0
         self._current_block: int | None = None
@@ -162,37 +134,11 @@ class AttentionTap:
         Without a cycle everything is freed at once, and not when the collector runs next, many batches later.
         """
         del self.consume, self._read_prefix
-        self.score_tokens = None
-        for tensors in (self.echoes, self.layer_scores, self.leaves):
+        self.layer_scores.clear()
+        for tensors in (self.echoes, self.leaves):
             tensors.clear()
         for call in self.calls:
             call.output = call.inputs = None
-
-    def check_calls(self) -> None:
-        """Raise `UnsupportedNetworkError` unless the recorded calls form one chain of layers."""
-        if not self.calls:
-            raise UnsupportedNetworkError(
-                "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-                "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
-                "networks, module.fused_attn = True on the attention modules of timm networks, need_weights=False in "
-                "calls of nn.MultiheadAttention. Networks with windowed attention (Swin) or without attention cannot "
-                "be explained by these methods: use a ViT"
-            )
-        *below, top = self.calls
-        for call in below:
-            if call.queries != call.keys or call.queries != top.keys:
-                raise UnsupportedNetworkError(
-                    f"attention layer {call.index} has {call.queries} queries and {call.keys} keys, and the last layer "
-                    f"{top.keys} keys: only networks that keep all tokens from layer to layer can be explained, with "
-                    "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
-                    "pyramid networks)"
-                )
-        made = [call.block for call in self.calls if call.block is not None]
-        if self._blocks and made != list(range(len(self._blocks))):
-            raise UnsupportedNetworkError(
-                f"the {len(self._blocks)} transformer blocks made attention calls in the order {made}, not one each: "
-                "parallel or shared attention layers cannot be followed one after the other"
-            )
 
     def gradients_of_outputs(self, total: Tensor, retain_graph: bool) -> tuple[Tensor, ...] | None:
         """Set `readout` for a replay; give gradients of the calls' outputs for the prefix tokens if blocks echo."""
@@ -263,30 +209,13 @@ class AttentionTap:
             tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
             if self._echo is not None:
                 tokens, echoes, following = self._echo.relay(tokens)
-                self.layer_scores.append(_LayerScore.apply(echoes, self, position))
+                self.layer_scores.add(self._echo, echoes, position)
                 self._left = tokens, following
             if position == len(self._blocks) - 1 and tokens.requires_grad:
                 tokens.register_hook(self._remember_read_tokens)
             return tokens if others is None else (tokens, *others)
 
         return leave
-
-    def keeps_echoes(self, position: int) -> bool:
-        """Whether the echoes that leave a block stay in memory: the last block, and its input, are never recomputed."""
-        return self._tokens_left is None or position >= len(self._blocks) - 2
-
-    def echoes_again(self, position: int) -> Tensor:
-        """Give the echoes that left a recomputed block."""
-        assert self._tokens_left is not None
-        assert self._echo is not None
-        return self._echo.split(self._tokens_left(position))[1]
-
-    def score_gradient(self, echoes: Tensor, factor: Tensor) -> Tensor:
-        """Give the gradient of a layer's own score, times a factor, with respect to the echoes that left the layer."""
-        assert self.score_tokens is not None
-        with torch.enable_grad(), self.passing():
-            own = echoes.detach().requires_grad_()
-            return torch.autograd.grad(self.score_tokens(own).sum() * factor, own)[0]
 
     def _remember_read_tokens(self, gradient: Tensor) -> None:
         self._read_tokens = readout_row(gradient[:, None])
@@ -460,29 +389,6 @@ class _TappedAttention(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             ctx.tap.visit(ctx.call, *inputs, mask, gradient, local, own)
         return (*written, None, None, None, None, None)
-
-
-class _LayerScore(torch.autograd.Function):
-    """Stands for a layer's own score in the sum that is differentiated: zero, with the gradient that the score has.
-
-    It is found when the backward pass arrives there, so that no layer keeps what its score is computed from.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, echoes: Tensor, tap: AttentionTap, position: int) -> Tensor:
-        device = echoes.device.type
-        ctx.tap, ctx.position = tap, position
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        if tap.keeps_echoes(position):
-            ctx.save_for_backward(echoes)
-        return torch.zeros((), device=echoes.device)
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        echoes = kept[0] if kept else ctx.tap.echoes_again(ctx.position)
-        with torch.autocast(*ctx.autocast):
-            return ctx.tap.score_gradient(echoes, factors[0]), None, None
 
 
 def readout_row(gradient: Tensor) -> Tensor:
