@@ -15,7 +15,8 @@ class BackgroundTasks:
     """Runs tasks in processes of their own: threads would keep the interpreter's lock from the network.
 
     Few tasks may wait, and the error of one is raised by every later `submit` and `wait`. The processes start with the
-    first task, leave signals that this process handles to it, and end when it does, also if it is killed.
+    first task, leave signals that this process handles to it, but for SIGTERM, and end when it does, also if it is
+    killed.
 
     Args:
         processes: tasks that run side by side.
@@ -88,6 +89,8 @@ def _begin() -> None:
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)
+    # When one process was killed, the pool ends the others by this signal, and waits for them.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A forked process has none of the threads that its parent's torch counts on.
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -111,31 +111,32 @@ def test_an_error_that_comes_late_stops_the_last_task(tasks, tmp_path):
     assert done == []
 
 
-def test_a_killed_process_raises(tasks, tmp_path):
-    tasks.submit(write_process, tmp_path / "process")
-    tasks.wait()
-    tasks.submit(wait_for, tmp_path / "never")
-    tasks.submit(wait_for, tmp_path / "never")
-    os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
-    with pytest.raises(BrokenProcessPool):
-        tasks.wait()
-    assert tasks.failed
-
-
-def test_signals_that_are_handled_here_do_not_end_the_processes(tmp_path):
+def test_a_killed_process_raises(tmp_path):
+    # Lightning handles the signal by which the pool ends the processes that are left.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
-    tasks = BackgroundTasks(processes=1, limit=3)
+    tasks = BackgroundTasks(processes=2, limit=3)
     try:
         tasks.submit(write_process, tmp_path / "process")
         tasks.wait()
-        tasks.submit(wait_for, tmp_path / "gate", tmp_path / "done")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(int((tmp_path / "process").read_text()), number)
-        (tmp_path / "gate").touch()
-        tasks.wait()
+        tasks.submit(wait_for, tmp_path / "never")
+        tasks.submit(wait_for, tmp_path / "never")
+        os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
+        with pytest.raises(BrokenProcessPool):
+            tasks.wait()
+        assert tasks.failed
     finally:
         signal.signal(signal.SIGTERM, previous)
+        (tmp_path / "never").touch()
         tasks.close()
+
+
+def test_an_interrupt_does_not_end_the_processes(tasks, tmp_path):
+    tasks.submit(write_process, tmp_path / "process")
+    tasks.wait()
+    tasks.submit(wait_for, tmp_path / "gate", tmp_path / "done")
+    os.kill(int((tmp_path / "process").read_text()), signal.SIGINT)
+    (tmp_path / "gate").touch()
+    tasks.wait()
     assert (tmp_path / "done").exists()
 
 
