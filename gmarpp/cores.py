@@ -3,7 +3,7 @@
 import os
 
 
-def usable_cores(ranks: int = 1) -> int:
+def usable_cores(ranks: int) -> int:
     """Give each rank's share of the cores that the system leaves to this process; at least 1.
 
     Args:
