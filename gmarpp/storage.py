@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-import tempfile
+import secrets
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,9 +78,9 @@ def atomic_file(path: Path, scratch: Path | None = None, durable: bool = True) -
     Raises:
         OSError: naming the file, when it can't be written; nothing is left behind. Other errors of the block pass.
     """
+    temporary = (scratch or path.parent) / f".{secrets.token_hex(4)}.tmp"
     with _write_errors(path):
-        handle, name = tempfile.mkstemp(dir=scratch or path.parent, prefix=".", suffix=".tmp")
-    temporary = Path(name)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with io.BufferedWriter(_Output(handle, path)) as file:
             yield file
@@ -89,7 +89,6 @@ def atomic_file(path: Path, scratch: Path | None = None, durable: bool = True) -
                 with _write_errors(path):
                     os.fsync(handle)
         with _write_errors(path):
-            temporary.chmod(0o666 & ~_UMASK)
             temporary.replace(path)
             if durable:
                 _sync_folder(path.parent)
@@ -108,15 +107,6 @@ def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that killed processes left in a folder and in those below it."""
     for leftover in folder.rglob(".????????.tmp"):
         leftover.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _umask()
 
 
 def file_stem(index: int, path: str) -> str:

@@ -42,7 +42,7 @@ _METHOD_COLORS = {
     "random": "#8a8f98",
 }
 _SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
-OVERLAY_SIDE = 224
+OVERLAY_SIDE = 112
 """Least pixels of the short side of a saved overlay."""
 
 _BANDS = 4
@@ -119,6 +119,11 @@ def upsample_map(attribution: Tensor | Array, height: int, width: int) -> Array:
     return np.asarray((rows @ normalised @ columns.T).clip(0, 1))
 
 
+@lru_cache(maxsize=16)
+def _dimmed_levels(opacity: float) -> list[int]:
+    return [int(level * (1 - opacity)) for level in range(256)]
+
+
 def backdrop(image: Array, opacity: float, short_side: int = 1) -> Array:
     """Dim pixels to the share ``1 - opacity`` that a map leaves them, and take their colour away.
 
@@ -139,7 +144,7 @@ def backdrop(image: Array, opacity: float, short_side: int = 1) -> Array:
     if factor > 1:
         mixed = mixed.resize((mixed.width * factor, mixed.height * factor), Image.Resampling.BICUBIC)
     # Dimmed last: interpolation overshoots at edges, and what exceeds the picture's share would wrap in `add_colors`.
-    dimmed = mixed.point([int(level * (1 - opacity)) for level in range(256)] * len(mixed.getbands()))
+    dimmed = mixed.point(_dimmed_levels(opacity) * len(mixed.getbands()))
     return np.asarray(dimmed.convert("RGB"))
 
 
@@ -242,35 +247,42 @@ def comparison_figure(
     height = top + (len(maps) + 1) * (row + gap) + 0.05
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
     FigureCanvasAgg(figure)
+    # One pair of axes, in inches, for all cells: making one takes longer than drawing what it shows.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    axes.set_axis_off()
 
-    def cell_axes(line: int, column: int) -> Any:
-        y = height - top - line * (row + gap) - row
-        axes = figure.add_axes((lefts[column] / width, y / height, cells[column] / width, row / height))
-        axes.set_axis_off()
-        return axes
+    def place(line: int, column: int) -> tuple[float, float, float]:
+        """Give left and upper edge of a picture in the middle of its cell, and inches per pixel of the image."""
+        image_height, image_width = columns[column].shape[:2]
+        scale = min(cells[column] / image_width, row / image_height)
+        x = lefts[column] + (cells[column] - image_width * scale) / 2
+        return x, height - top - line * (row + gap) - (row - image_height * scale) / 2, scale
+
+    def show(picture: Array, line: int, column: int, interpolation: str) -> None:
+        x, y, scale = place(line, column)
+        image_height, image_width = columns[column].shape[:2]
+        extent = (x, x + image_width * scale, y - image_height * scale, y)
+        axes.imshow(picture, extent=extent, aspect="auto", interpolation=interpolation)
 
     for column, image in enumerate(columns):
-        axes = cell_axes(0, column)
-        axes.imshow(image, interpolation="bicubic")
+        show(image, 0, column, "bicubic")
         if boxes is not None and (box := boxes[column]) is not None:
-            x0, y0, x1, y1 = box
-            corner = (x0 - 0.5, y0 - 0.5)
+            x, y, scale = place(0, column)
+            x0, y0, x1, y1 = (edge * scale for edge in box)
             for line_width, color in ((1.8, "black"), (0.8, "white")):
-                axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color, clip_on=False))
-        x = (lefts[column] + cells[column] / 2) / width
+                axes.add_patch(Rectangle((x + x0, y - y1), x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color))
         probability = probabilities[column]
         lines = ["" if probability is None else f"{probability:.1%}", *reversed(headings[column].split("\n"))]
         for line, words in enumerate(lines):
-            y = (height - top + 0.07 + 0.15 * line) / height
+            x, y = lefts[column] + cells[column] / 2, height - top + 0.07 + 0.15 * line
             size, color = (8.0, "black") if line else (7.5, "#555555")
-            figure.text(x, y, words, ha="center", va="baseline", fontsize=size, color=color, parse_math=False)
+            axes.text(x, y, words, ha="center", va="baseline", fontsize=size, color=color, parse_math=False)
         ground = backdrop(image, opacity, OVERLAY_SIDE)
         for line, attributions in enumerate(maps.values(), start=1):
-            picture = add_colors(ground, attributions[column], colormap, opacity)
-            cell_axes(line, column).imshow(picture, interpolation="antialiased")
+            show(add_colors(ground, attributions[column], colormap, opacity), line, column, "antialiased")
     for line, label in enumerate(["Image", *map(method_label, maps)]):
-        y = (height - top - line * (row + gap) - row / 2) / height
-        figure.text((left - 0.1) / width, y, label, ha="right", va="center", fontsize=8.5, parse_math=False)
+        y = height - top - line * (row + gap) - row / 2
+        axes.text(left - 0.1, y, label, ha="right", va="center", fontsize=8.5, parse_math=False)
     if maps:
         span = min(len(maps) * (row + gap) - gap, 3.2)
         bar = figure.add_axes(((width - right + 0.06) / width, (0.05 + gap) / height, 0.09 / width, span / height))
@@ -333,6 +345,7 @@ def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
     stream = io.BytesIO()
     # Without dates and random identifiers, equal figures are equal bytes.
     metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[extension]
-    with matplotlib.rc_context({"svg.hashsalt": "gmarpp"}):
+    # Each picture by itself, too: joined ones would take a vector figure's low resolution.
+    with matplotlib.rc_context({"svg.hashsalt": "gmarpp", "image.composite_image": False}):
         figure.savefig(stream, format=extension, metadata=metadata)
     return stream.getvalue()

@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import matplotlib
 import numpy as np
@@ -142,14 +143,31 @@ def test_comparison_figure_has_a_cell_per_image_and_method(extension):
     maps = {"gmarpp_l1": torch.rand(3, 4, 6), "rollout": torch.rand(3, 4, 6)}
     names = ["cat $\\frac$", "<b>dog</b>", "x" * 300]
     figure = comparison_figure(torch.rand(3, 3, 40, 60), maps, names, [0.5, 0.25, 1.0], [[0, 0, 10, 10], None, None])
-    cells = [axes for axes in figure.axes if axes.images]
+    cells = [image.get_window_extent() for image in figure.axes[0].images]
     assert len(cells) == 9
-    for axes in cells:
-        box = axes.get_window_extent()
-        assert box.width / box.height == pytest.approx(1.5, rel=1e-6)
-    words = {text.get_text() for text in figure.texts}
+    for cell in cells:
+        assert cell.width / cell.height == pytest.approx(1.5, rel=1e-6)
+    for one, other in itertools.combinations(cells, 2):
+        assert not one.overlaps(other)
+    words = {text.get_text() for text in figure.axes[0].texts}
     assert {"Image", "GMAR++ (L1)", "Rollout", "50.0%", "25.0%", "100.0%", "<b>dog</b>", "cat $\\frac$"} <= words
     assert figure_bytes(figure, extension) == figure_bytes(figure, extension)
+
+
+def test_pictures_of_extreme_shapes_keep_it_and_their_boxes():
+    images, maps = [torch.rand(3, 10, 50), torch.rand(3, 60, 12)], {"rollout": [torch.rand(2, 2)] * 2}
+    boxes = [[0, 0, 50, 10], [3, 15, 9, 30]]
+    axes = comparison_figure(images, maps, ["cat", "dog"], [None, None], boxes).axes[0]
+    for column, (image, (x0, y0, x1, y1)) in enumerate(zip(images, boxes, strict=True)):
+        picture, overlaid = (axes.images[number].get_window_extent() for number in (2 * column, 2 * column + 1))
+        height, width = image.shape[1:]
+        for cell in (picture, overlaid):
+            assert cell.width / cell.height == pytest.approx(width / height, rel=1e-6)
+        scale = picture.width / width
+        expected = (picture.x0 + x0 * scale, picture.y1 - y1 * scale, picture.x0 + x1 * scale, picture.y1 - y0 * scale)
+        for outline in axes.patches[2 * column : 2 * column + 2]:
+            corners = outline.get_transform().transform([(0, 0), (1, 1)])
+            assert corners.ravel() == pytest.approx(expected)
 
 
 def test_figures_stay_out_of_the_global_state():

@@ -136,7 +136,7 @@ def test_a_run_writes_everything_that_is_promised(tmp_path):
             Image.open(tmp_path / "run" / row["image"]) as image,
         ):
             assert image.size == (24, 16)
-            assert overlay.size == (24 * 14, 16 * 14)
+            assert overlay.size == (24 * 7, 16 * 7)
     assert len({row["overlay"] for row in table}) == len(table)
     assert table[0]["label"] == ""
     assert table[6]["target_name"] == "dog"
