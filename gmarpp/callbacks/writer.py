@@ -25,6 +25,7 @@ from gmarpp.storage import (
     MAPS,
     OVERLAYS,
     PARTS,
+    RUN_FILE,
     Shard,
     file_stem,
     finished_indices,
@@ -275,7 +276,7 @@ class ExplanationWriter(BasePredictionWriter):
                 self._pictures.wait()
         finally:
             self._close()
-            if self._run and trainer.is_global_zero:
+            if self._run and trainer.is_global_zero and (self.folder / RUN_FILE).is_file():
                 logger.error("The run in %s is interrupted: continue it with resume", self.folder)
 
     def _close(self) -> None:

@@ -282,7 +282,7 @@ class Disturbed(FakeExplaining):
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="can't limit other processes")
-def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, reference):
+def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, caplog, reference):
     def fill():
         for process in multiprocessing.active_children():
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -291,15 +291,17 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, referen
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
     with pytest.raises(OSError, match=r"can't write: File too large.*run/(images|overlays)"):
         predict(tmp_path / "run", module=Disturbed(6, fill))
+    assert "continue it with resume" in caplog.text
     assert not list((tmp_path / "run").rglob("*.tmp"))
     predict(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == reference
 
 
-def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+def test_a_folder_that_can_not_be_made_is_named(tmp_path, caplog):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file/run"):
         predict(tmp_path / "file" / "run")
+    assert "resume" not in caplog.text
 
 
 @pytest.mark.parametrize("flush_seconds", [0, 30])
