@@ -251,23 +251,19 @@ def comparison_figure(
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
     axes.set_axis_off()
 
-    def place(line: int, column: int) -> tuple[float, float, float]:
-        """Give left and upper edge of a picture in the middle of its cell, and inches per pixel of the image."""
-        image_height, image_width = columns[column].shape[:2]
-        scale = min(cells[column] / image_width, row / image_height)
-        x = lefts[column] + (cells[column] - image_width * scale) / 2
-        return x, height - top - line * (row + gap) - (row - image_height * scale) / 2, scale
-
-    def show(picture: Array, line: int, column: int, interpolation: str) -> None:
-        x, y, scale = place(line, column)
-        image_height, image_width = columns[column].shape[:2]
-        extent = (x, x + image_width * scale, y - image_height * scale, y)
+    def show(picture: Array, line: int, column: int, interpolation: str) -> tuple[float, float, float]:
+        """Draw a picture in the middle of its cell; give its left and upper edge, and inches per pixel."""
+        picture_height, picture_width = picture.shape[:2]
+        scale = min(cells[column] / picture_width, row / picture_height)
+        x = lefts[column] + (cells[column] - picture_width * scale) / 2
+        y = height - top - line * (row + gap) - (row - picture_height * scale) / 2
+        extent = (x, x + picture_width * scale, y - picture_height * scale, y)
         axes.imshow(picture, extent=extent, aspect="auto", interpolation=interpolation)
+        return x, y, scale
 
     for column, image in enumerate(columns):
-        show(image, 0, column, "bicubic")
+        x, y, scale = show(image, 0, column, "bicubic")
         if boxes is not None and (box := boxes[column]) is not None:
-            x, y, scale = place(0, column)
             x0, y0, x1, y1 = (edge * scale for edge in box)
             for line_width, color in ((1.8, "black"), (0.8, "white")):
                 axes.add_patch(Rectangle((x + x0, y - y1), x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color))
