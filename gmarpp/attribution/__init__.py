@@ -4,6 +4,7 @@ from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.explain import explain
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.grid import Architecture, architecture_of
+from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import (
     GMAR,
     METHOD_LABELS,
@@ -13,7 +14,6 @@ from gmarpp.attribution.methods import (
     GMARPlusPlus,
     LastAttention,
     LeGrad,
-    Method,
     RandomMap,
     Rollout,
     resolve_method,

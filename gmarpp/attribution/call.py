@@ -14,13 +14,18 @@ class UnsupportedNetworkError(ValueError):
 class AttentionCall:
     """One call of `scaled_dot_product_attention` in the forward pass.
 
+    Nodes of the graph hold it, so it holds no tensor with a graph of its own.
+
     Attributes:
         index: position among the calls, from the input upwards.
-        block: position of the transformer block that made the call, if the blocks are known.
+        block: position of the transformer block that made the call; `None` outside of the blocks, or if they are not
+            known.
         scale: factor of the query-key products.
-        queries, keys: number of each.
-        output: what the call returned, for the prefix tokens alone if blocks echo; kept where the layers are replayed.
-        inputs: query, key, value and mask; kept likewise.
+        queries: number of queries.
+        keys: number of keys.
+        is_pool: whether the call is that of an attention-pool head, whose queries are no tokens.
+        inputs: query, key, value and mask; kept where no gradient passes from block to block.
+        prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
     """
 
     index: int
@@ -28,8 +33,9 @@ class AttentionCall:
     scale: float
     queries: int
     keys: int
-    output: Tensor | None = None
+    is_pool: bool
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    prefix: Tensor | None = None
 
 
 def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
@@ -40,8 +46,8 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
         blocks: number of the transformer blocks; 0 if they are not known.
 
     Raises:
-        UnsupportedNetworkError: if there are no calls, if they attend to different tokens, or if blocks did not make
-            one each.
+        UnsupportedNetworkError: if there are no calls, if they attend to different tokens, if blocks did not make one
+            each, or if there are calls outside of the blocks beside that of an attention-pool head at the top.
     """
     if not calls:
         raise UnsupportedNetworkError(
@@ -60,9 +66,19 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
                 "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
                 "pyramid networks)"
             )
+    if not blocks:
+        return
     made = [call.block for call in calls if call.block is not None]
-    if blocks and made != list(range(blocks)):
+    if made != list(range(blocks)):
         raise UnsupportedNetworkError(
             f"the {blocks} transformer blocks made attention calls in the order {made}, not one each: "
-            "parallel or shared attention layers cannot be followed one after the other"
+            "parallel or shared attention layers cannot be followed one after the other, nor blocks that attend "
+            "without torch.nn.functional.scaled_dot_product_attention (module.fused_attn = True)"
+        )
+    outside = [call for call in calls if call.block is None]
+    if any(call is not top for call in outside) or (outside and top.queries == top.keys):
+        raise UnsupportedNetworkError(
+            f"the network made {len(outside)} attention calls outside of the {blocks} transformer blocks, which are no "
+            "attention-pool head with fewer queries than tokens: name all its blocks, in their order, in "
+            "gmarpp.Architecture(..., blocks=...)"
         )

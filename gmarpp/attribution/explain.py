@@ -1,32 +1,26 @@
 """`explain`: maps of all methods from one forward and one backward pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from gmarpp.attribution.attend import repeated
+from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.call import UnsupportedNetworkError, require_one_chain
+from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
+from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.grid import Architecture, architecture_of
-from gmarpp.attribution.layer import AttentionLayer
-from gmarpp.attribution.methods import Method, select_methods
+from gmarpp.attribution.method import Method
+from gmarpp.attribution.methods import select_methods
 from gmarpp.attribution.normalisation import displayable
+from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.preserve import evaluation_mode
-from gmarpp.attribution.recompute import RecomputedBlocks
-from gmarpp.attribution.tap import AttentionTap
-from gmarpp.attribution.target import (
-    Contrast,
-    Score,
-    Target,
-    check_finite,
-    class_names,
-    class_score,
-    logits_of,
-    resolve_target,
-)
+from gmarpp.attribution.scores import Scores
+from gmarpp.attribution.seam import answered_by, intercepted
+from gmarpp.attribution.target import Target, class_names
+from gmarpp.attribution.way_down import WayDown
 
 
 def explain(
@@ -68,234 +62,68 @@ def explain(
         torch.Size([4, 2, 2])
     """
     selected = select_methods(methods)
-    _check_images(model, images)
+    _check(model, images)
     layout = architecture or architecture_of(model)
+    plan = Plan.of(selected, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        # Blocks described by hand may mix tokens elsewhere too, and a function may ask for more than the logits.
-        plain_blocks = architecture is None
-        narrowing = plain_blocks and not callable(target)
-        maps, indices, logits = _Pass(model, usable, selected, layout, recompute, plain_blocks, narrowing).run(target)
+        maps, scores = _maps(model, usable, plan, target)
+    maps = {method.name: maps[method.name] for method in selected}
     names = () if callable(target) else class_names(model)
-    return Explanation(maps, indices, logits, displayable(model, images.detach()), names)
+    return Explanation(maps, scores.indices, scores.logits.detach(), displayable(model, images.detach()), names)
 
 
-class _Pass:
-    """One forward pass over a batch, and the backward passes that its targets need."""
+def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
+    """Run the network once, and each score and gradient rule once down through its layers."""
+    descent = Descent()
+    passed = ForwardPass(plan, descent, len(images))
+    with intercepted(model) as unseen:
+        with answered_by(passed.attend), wrapped(plan.layout.blocks, passed):
+            output = model(images)
+        require_one_chain(passed.calls, len(plan.layout.blocks))
+        grid = _grid(plan, images, passed.calls[-1].keys)
+        scores = Scores.of(output, target, model, len(images))
+        # Blocks with checkpointing of their own run again on the way down.
+        with answered_by(repeated(descent)):
+            way = WayDown(passed, output, unseen, images, scores.of_classes)
+            columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
+    first_patch = plan.layout.prefix_tokens
+    shape = (*scores.indices.shape, *grid)
+    maps = {
+        name: torch.stack([rows[name] for rows in columns], dim=1)[..., first_patch:].reshape(shape)
+        for name in columns[0]
+    }
+    _check_maps(maps)
+    return maps, scores
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        methods: Sequence[Method],
-        layout: Architecture,
-        recompute: bool,
-        plain_blocks: bool,
-        narrowing: bool,
-    ) -> None:
-        self.model = model
-        self.images = images
-        self.methods = methods
-        self.layout = layout
-        self.grid = layout.grid(images.shape[-2], images.shape[-1])
-        self.blocks = list(layout.blocks)
-        needs_local = any(method.needs_local_gradient for method in methods)
-        # Blocks that run without gradients keep queries, keys and values, more than recomputation does.
-        through_gradients = any(method.needs_gradient for method in methods) or (
-            needs_local and (recompute or not plain_blocks)
+
+def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
+    """Return the patch grid (h, w), which together with the prefix tokens has to make up all tokens."""
+    height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
+    prefix = plan.layout.prefix_tokens
+    if prefix + height * width != tokens:
+        # An attention-pool head may leave the prefix tokens out, which is no chain of layers either.
+        raise UnsupportedNetworkError(
+            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {prefix} prefix "
+            f"tokens make {prefix + height * width}: correct grid and prefix_tokens in gmarpp.Architecture, or the "
+            "size of the images"
         )
-        self.recompute = recompute and through_gradients
-        if (needs_local and (not self.blocks or layout.head is None)) or (self.recompute and not self.blocks):
-            raise UnsupportedNetworkError(
-                "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
-                "gmarpp.Architecture(..., blocks=..., head=...)"
-            )
-        narrowing = narrowing and through_gradients and layout.head is not None
-        self.recomputed_blocks = RecomputedBlocks()
-        self.tap = AttentionTap(
-            self.blocks,
-            self._consume,
-            self._read_prefix if needs_local or narrowing else None,
-            needs_local,
-            narrowing,
-            through_gradients,
-            self.recomputed_blocks.left if self.recompute else None,
+    return height, width
+
+
+def _check_maps(maps: dict[str, Tensor]) -> None:
+    finite = torch.stack([each.flatten(1).isfinite().all(dim=1) for each in maps.values()])
+    if not finite.all():
+        names = [name for name, each in zip(maps, finite, strict=True) if not each.all()]
+        images = (~finite.all(dim=0)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the maps of {', '.join(names)} are not finite for images {images}: "
+            "gradients are too large for the precision. Use a wider one (bfloat16 or float32)"
         )
-        self.rows: dict[str, Tensor] = {}
-
-    def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Give maps by method, targets and logits."""
-        narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
-        detached = _replacing_forward(self.blocks, self.tap.detached_blocks.repeated)
-        recomputed = _replacing_forward(self.blocks[:-1] if self.recompute else (), self.recomputed_blocks.recomputed)
-        with (
-            self.tap.intercepting(),
-            _contiguous_projections(self.model),
-            narrowed,
-            detached,
-            recomputed,
-            closing(self.tap),
-        ):
-            with self.tap.recording(len(self.images)):
-                output = self.model(self.images)
-            require_one_chain(self.tap.calls, len(self.blocks))
-            self._check_grid()
-            logits, indices, scores = self._scores(output, target)
-            device = self.images.device.type
-            computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.images.dtype
-            # float16 would lose small gradients.
-            self.tap.gradient_scale = 2.0**10 if torch.float16 in (computed, logits.dtype) else 1.0
-            maps = [
-                self._maps(output, score, retain_graph=position < len(scores) - 1)
-                for position, score in enumerate(scores)
-            ]
-        stacked = {
-            method.name: torch.stack([each[method.name] for each in maps], dim=1)
-            if indices.dim() == 2
-            else maps[0][method.name]
-            for method in self.methods
-        }
-        return stacked, indices, logits.detach()
-
-    def _scores(self, output: Any, target: Target) -> tuple[Tensor, Tensor, list[Score]]:
-        if callable(target):
-            score = target(output)
-            if not isinstance(score, Tensor) or score.shape != (len(self.images),):
-                raise ValueError(
-                    f"the target function must give one score per image, shape ({len(self.images)},), and gave "
-                    f"{tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__}"
-                )
-            logits = score[:, None]
-            check_finite(logits)
-            return logits, torch.zeros(len(score), dtype=torch.long, device=score.device), [target]
-        logits = logits_of(output)
-        check_finite(logits)
-        if isinstance(target, Contrast):
-            indices = resolve_target(target.target, logits, self.model)
-            other = resolve_target(target.other, logits, self.model)
-            if indices.dim() != 1 or other.dim() != 1:
-                raise ValueError("a contrast takes one class per image on either side")
-            plus, minus = class_score(indices), class_score(other)
-            return logits, indices, [lambda output: plus(output) - minus(output)]
-        indices = resolve_target(target, logits, self.model)
-        columns = indices[:, None] if indices.dim() == 1 else indices
-        return logits, indices, [class_score(column) for column in columns.unbind(dim=1)]
-
-    def _maps(self, output: Any, score: Score, retain_graph: bool) -> dict[str, Tensor]:
-        self.rows.clear()
-        total = score(output).sum()
-
-        def score_tokens(tokens: Tensor) -> Tensor:
-            with self.tap.passing():
-                return score(self._head(tokens, output))
-
-        for echoes in self.tap.echoes:
-            total = total + score_tokens(echoes).sum()
-        self.tap.layer_scores.score_tokens = score_tokens
-        total = total + sum(self.tap.layer_scores.terms)
-        if not total.requires_grad:
-            raise UnsupportedNetworkError("the score does not depend on the network's attention")
-        total = total * self.tap.gradient_scale
-        if self.tap.through_gradients:
-            torch.autograd.grad(total, self.tap.leaves, retain_graph=retain_graph, allow_unused=True)
-        else:
-            local = self.tap.gradients_of_outputs(total, retain_graph)
-            with torch.no_grad(), torch.autocast(self.images.device.type, enabled=False):
-                self.tap.replay(local, keep=retain_graph)
-        if not self.rows:
-            raise UnsupportedNetworkError("the score does not depend on the network's attention")
-        first_patch = self.layout.prefix_tokens
-        return {name: row[:, first_patch:].reshape(-1, *self.grid) for name, row in self.rows.items()}
-
-    def _head(self, tokens: Tensor, output: Any) -> Any:
-        """Give what the head makes of tokens in the form of the network's output, which scores take apart."""
-        assert self.layout.head is not None
-        logits = self.layout.head(tokens)
-        return SimpleNamespace(logits=logits) if hasattr(output, "logits") and isinstance(logits, Tensor) else logits
-
-    def _consume(self, part: slice, layer: AttentionLayer) -> None:
-        batch, tokens = len(self.images), layer.attention.shape[-1]
-        for method in self.methods:
-            if layer.is_top:
-                assert self.tap.readout is not None
-                row = method.start(self.tap.readout[part], self.images[part], tokens)
-            elif method.name not in self.rows:
-                raise UnsupportedNetworkError(
-                    "the score does not depend on the last attention layer: explain a score of the network's output"
-                )
-            else:
-                row = self.rows[method.name][part]
-            row = method.step(row, layer)
-            self.rows.setdefault(method.name, row.new_zeros(batch, tokens))[part] = row
-
-    def _read_prefix(self, tokens: Tensor) -> int:
-        """Give the number of prefix tokens if the head reads no others, and else 0."""
-        assert self.layout.head is not None
-        prefix = self.layout.prefix_tokens
-        probe = tokens[:1].detach().requires_grad_()
-        with self.tap.passing():
-            output = self.layout.head(probe)
-            values = (output if isinstance(output, Tensor) else logits_of(output)).float()
-            # Different factors: a plain sum has no gradient where the head ends in a normalisation.
-            factors = torch.arange(1.0, values.numel() + 1, device=values.device).view_as(values)
-            read = torch.autograd.grad((values * factors).sum(), probe)[0] != 0
-        return prefix if read[:, :prefix].any() and not read[:, prefix:].any() else 0
-
-    def _check_grid(self) -> None:
-        tokens = self.tap.calls[-1].keys
-        height, width = self.grid
-        if self.layout.prefix_tokens + height * width != tokens:
-            # An attention-pool head may leave the prefix tokens out, which is no chain of layers either.
-            raise UnsupportedNetworkError(
-                f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and "
-                f"{self.layout.prefix_tokens} prefix tokens make {self.layout.prefix_tokens + height * width}: "
-                "correct grid and prefix_tokens in gmarpp.Architecture, or the size of the images"
-            )
 
 
-@contextmanager
-def _replacing_forward(
-    blocks: Sequence[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    own = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = wrap(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-@contextmanager
-def _contiguous_projections(model: nn.Module) -> Iterator[None]:
-    """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
-
-    Else its projection, with weights that are frozen, becomes a product per image, each with a copy of the weights:
-    several times the time of the whole network, in the backward pass above all.
-    """
-
-    def relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        query, *others = args
-        if any(each is not query for each in others) or query.dim() != 3:
-            return None
-        relaid = query.transpose(0, 1).contiguous().transpose(0, 1)
-        return (relaid,) * len(args)
-
-    layers = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention) and module.batch_first]
-    handles = [layer.register_forward_pre_hook(relay) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_images(model: nn.Module, images: Tensor) -> None:
+def _check(model: nn.Module, images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
         given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
@@ -306,4 +134,9 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         raise ValueError(
             f"the network is on {parameter.device} and the images are on {images.device}: move them with "
             f"images.to({str(parameter.device)!r})"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the network was built under torch.inference_mode, so no gradient can pass through it: build it, or "
+            "copy.deepcopy it, outside of that mode"
         )

@@ -1,73 +1,158 @@
-"""One attention layer, as methods see it while the backward pass visits it."""
+"""One attention layer, as methods see it: products of rows with its matrices, and the matrices themselves."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+HeadNorm = Literal["gradient_l1", "gradient_l2", "positive_l1", "positive_l2"]
+"""``‖G_h‖_1``, ``‖G_h‖_2``, ``‖ReLU(G_h)‖_1``, ``‖ReLU(G_h)‖_2``."""
 
-@dataclass
+
+@dataclass(eq=False)
 class AttentionLayer:
-    """Attention of one layer and the gradient of the score with respect to it, both float32.
+    """Attention ``A`` of one layer and the gradient ``G = dS/dA`` of the score with respect to it.
 
-    It exists only while its layer is visited; a method takes what it needs and keeps no reference.
+    What methods need of them is offered as products, which the fused layer gives without the matrices. Here they come
+    from the matrices, each made when it is first asked for. All results are float32. A layer exists only while it is
+    visited; a method takes what it needs and keeps no reference.
 
     Attributes:
-        attention: ``A``, shape (B, H, Q, N), rows sum to 1. Q equals N, except in an attention-pool head.
+        query: (B, H, Q, d).
+        key: (B, H, N, d); N equals Q, except in an attention-pool head.
+        value: (B, H, N, dv).
+        mask: as `scaled_dot_product_attention` takes it; entries that it forbids have neither attention nor gradient.
+        scale: factor of the query-key products.
+        outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv); `None` without gradients.
+        local: gradient of the layer's own score (see `LeGrad`) with respect to the first R rows of the output, times
+            `gradient_scale`, (B, H, R, dv); `None` when no requested method needs it, and in an attention-pool head.
+        gradient_scale: power of two that keeps small gradients from vanishing in float16.
         is_top: whether this is the first layer met from the output downwards.
+        is_pool: whether the layer is an attention-pool head, whose queries are no tokens.
         depth: number of self-attention layers of the network, an attention-pool head not counted.
-        given_gradient: ``G = dS/dA``, shape (B, H, Q, N); ``None`` when no requested method needs it.
-        local_gradient: gradient of the layer's own score (see `LeGrad`), shape (B, H, R, N), where the rows that are
-            left out are zero; ``None`` when no requested method needs it, and in an attention-pool head.
     """
 
-    attention: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    outer: Tensor | None
+    local: Tensor | None
+    gradient_scale: float
     is_top: bool
+    is_pool: bool
     depth: int
-    given_gradient: Tensor | None = None
-    local_gradient: Tensor | None = None
 
-    @property
-    def is_pool(self) -> bool:
-        """Whether the layer is an attention-pool head, which has fewer queries than keys."""
-        return self.attention.shape[-2] != self.attention.shape[-1]
+    @cached_property
+    def attention(self) -> Tensor:
+        """``A``, (B, H, Q, N); rows sum to 1."""
+        scores = torch.matmul(self.query.float() * self.scale, self.key.float().mT)
+        if self.mask is None:
+            return scores.softmax(dim=-1)
+        bias = 0 if self.mask.dtype == torch.bool else self.mask.float()
+        attention = (scores + bias).masked_fill(self._forbidden, float("-inf")).softmax(dim=-1)
+        # A row with every key forbidden has no attention.
+        return attention.masked_fill(self._forbidden.all(dim=-1, keepdim=True), 0)
 
-    @property
+    @cached_property
     def gradient(self) -> Tensor:
-        """``G = dS/dA``, shape (B, H, Q, N)."""
-        if self.given_gradient is None:
+        """``G = dS/dA``, (B, H, Q, N)."""
+        if self.outer is None:
             raise RuntimeError("this pass computes no gradients: the method must set needs_gradient = True")
-        return self.given_gradient
+        return self._gradient(self.outer)
+
+    @property
+    def local_gradient(self) -> Tensor | None:
+        """Gradient of the layer's own score with respect to the first R rows of ``A``, (B, H, R, N), the others' is 0."""
+        return None if self.local is None else self._gradient(self.local)
 
     @cached_property
     def product(self) -> Tensor:
-        """``G ⊙ A``, shape (B, H, Q, N)."""
+        """``G ⊙ A``, (B, H, Q, N)."""
         return self.gradient * self.attention
 
     @cached_property
     def positive_product(self) -> Tensor:
-        """``ReLU(G) ⊙ A``, which is ``ReLU(G ⊙ A)`` as no attention is negative; shape (B, H, Q, N)."""
+        """``ReLU(G) ⊙ A``, which is ``ReLU(G ⊙ A)`` as no attention is negative; (B, H, Q, N)."""
         return self.product.relu()
 
     @cached_property
-    def positive_product_row_sums(self) -> Tensor:
-        """Row sums of `positive_product`, shape (B, H, Q)."""
+    def product_rows(self) -> Tensor:
+        """Row sums of ``ReLU(G) ⊙ A``, (B, H, Q)."""
         return self.positive_product.sum(dim=-1)
 
     @cached_property
-    def gradient_norms(self) -> dict[int, Tensor]:
-        """``‖G_h‖_p`` for p = 1, 2: each (B, H)."""
-        # vector_norm takes five times as long for the sum of absolute values.
-        return {1: self.gradient.abs().sum(dim=(-2, -1)), 2: torch.linalg.vector_norm(self.gradient, dim=(-2, -1))}
+    def equal_shares(self) -> Tensor:
+        """Equal weights of the heads that sum to 1, (B, H)."""
+        batch, heads = self.query.shape[:2]
+        return torch.full((batch, heads), 1 / heads, dtype=torch.float32, device=self.query.device)
+
+    def head_norm(self, which: HeadNorm) -> Tensor:
+        """Return a norm of each head's gradient, (B, H)."""
+        if which == "positive_l1":
+            return self._positive_sum
+        if which != "gradient_l1":
+            norm: Tensor = torch.linalg.vector_norm(
+                self.gradient if which == "gradient_l2" else self._positive, dim=(-2, -1)
+            )
+            return norm
+        # |x| = 2 ReLU(x) - x, which is half the work of the absolute values.
+        return 2 * self._positive_sum - self.gradient.sum(dim=(-2, -1))
+
+    def head_share(self, which: HeadNorm) -> Tensor:
+        """Return each head's share of the sum of a norm over the heads, (B, H); equal shares where all norms are 0."""
+        return share(self.head_norm(which))
+
+    def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the sum over heads of rows times matrices, for several rows at once.
+
+        Args:
+            attention_rows: (B, M, H, Q), to be multiplied with ``A``.
+            product_rows: (B, M, H, Q), to be multiplied with ``ReLU(G) ⊙ A``.
+
+        Returns:
+            for each (B, M, N); `None` for `None`.
+        """
+        return (
+            None if attention_rows is None else _row_products(attention_rows, self.attention),
+            None if product_rows is None else _row_products(product_rows, self.positive_product),
+        )
+
+    def local_key_sums(self) -> Tensor | None:
+        """Sum ``ReLU`` of the layer's own score's gradient over heads and queries, (B, N)."""
+        gradient = self.local_gradient
+        return None if gradient is None else gradient.relu_().sum(dim=(1, 2))
 
     @cached_property
-    def positive_gradient_norms(self) -> dict[int, Tensor]:
-        """``‖ReLU(G_h)‖_p`` for p = 1, 2: each (B, H)."""
-        positive = self.gradient.relu()
-        return {1: positive.sum(dim=(-2, -1)), 2: torch.linalg.vector_norm(positive, dim=(-2, -1))}
+    def _positive(self) -> Tensor:
+        return self.gradient.relu()
+
+    @cached_property
+    def _positive_sum(self) -> Tensor:
+        return self._positive.sum(dim=(-2, -1))
+
+    @cached_property
+    def _forbidden(self) -> Tensor:
+        assert self.mask is not None
+        return ~self.mask if self.mask.dtype == torch.bool else self.mask == float("-inf")
+
+    def _gradient(self, outer: Tensor) -> Tensor:
+        gradient = torch.matmul(outer.float() / self.gradient_scale, self.value.float().mT)
+        if self.mask is None:
+            return gradient
+        # A mask has a row for each query, or one for all.
+        return gradient.masked_fill_(self._forbidden[..., : outer.shape[-2], :], 0)
 
 
-LayerConsumer = Callable[[slice, AttentionLayer], None]
-"""Takes the layer of the images in the slice; the layers of one image arrive from the top down."""
+def share(norms: Tensor) -> Tensor:
+    """Divide norms of heads (..., B, H) by their sum; equal shares where it is 0. NaN stays NaN."""
+    total = norms.sum(dim=-1, keepdim=True)
+    return torch.where(total == 0, 1 / norms.shape[-1], norms / total)
+
+
+def _row_products(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Sum rows (B, M, H, Q) times matrices (B, H, Q, N) over heads and queries: one matrix product per image."""
+    return torch.matmul(rows.flatten(2), matrices.flatten(1, 2))

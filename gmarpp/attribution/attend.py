@@ -1,0 +1,140 @@
+"""Answers to attention calls: the network's own fused attention, with a node in the graph that visits the layer."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
+from gmarpp.attribution.descent import Descent
+from gmarpp.attribution.fused_layer import is_fused
+from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.seam import Handler, fused_attention
+
+
+class Inputs(NamedTuple):
+    """What an attention call is given: query (B, H, Q, d), key and value (B, H, N, d), mask, and factor of q kᵀ."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+
+    @staticmethod
+    def of(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> "Inputs":
+        """Take the arguments of `scaled_dot_product_attention`."""
+        if dropout_p > 0:
+            raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
+        if attn_mask is not None and attn_mask.requires_grad:
+            raise UnsupportedNetworkError("an attention mask or bias that depends on the tokens cannot be followed")
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if enable_gqa and key.shape[1] != query.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        return Inputs(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _DenseAttention(torch.autograd.Function):
+    """Fused attention forward; backward, the layer is visited, and its matrices give the inputs' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: AttentionCall,
+        descent: Descent,
+    ) -> Tensor:
+        ctx.call, ctx.descent = call, descent
+        # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
+        ctx.save_for_backward(query, key, value, mask)
+        return fused_attention(query, key, value, mask, scale=call.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,) = gradients
+        query, key, value, mask = ctx.saved_tensors
+        found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+        with torch.autocast(outer.device.type, enabled=False):
+            for part, layer in ctx.descent.visit(ctx.call, query, key, value, mask, outer):
+                _write_gradients([each[part] for each in found], layer)
+        return (*found, None, None, None)
+
+
+class _Visited(torch.autograd.Function):
+    """The output of fused attention as it is; backward, the layer is visited before the network's own step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: AttentionCall,
+        descent: Descent,
+    ) -> Tensor:
+        ctx.call, ctx.descent = call, descent
+        ctx.save_for_backward(query, key, value, mask)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,) = gradients
+        with torch.autocast(outer.device.type, enabled=False):
+            for _ in ctx.descent.visit(ctx.call, *ctx.saved_tensors, outer):
+                pass
+        return (outer, None, None, None, None, None, None)
+
+
+def _write_gradients(found: Sequence[Tensor], layer: AttentionLayer) -> None:
+    """Write the gradients of query, key and value, times the layer's `gradient_scale`; the layer is used up.
+
+    The softmax's own backward is ``A ⊙ (G - rowsum(A ⊙ G))``.
+    """
+    assert layer.outer is not None
+    product = layer.product
+    scores = product.addcmul_(layer.attention, product.sum(dim=-1, keepdim=True), value=-1)
+    factor = layer.scale * layer.gradient_scale
+    found[0].copy_(torch.matmul(scores, layer.key.float() * factor))
+    found[1].copy_(torch.matmul(scores.mT, layer.query.float() * factor))
+    found[2].copy_(torch.matmul(layer.attention.mT, layer.outer.float()))
+
+
+def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
+    """Return what attention gives, (B, H, Q, d); the backward pass will hand the layer to the descent."""
+    query, key, value, mask, scale = inputs
+    if not is_fused(query):
+        output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
+        return output
+    # The layer is visited before the network's own backward step, which stays the fused one.
+    output = fused_attention(query, key, value, mask, scale=scale)
+    visited: Tensor = _Visited.apply(output, query.detach(), key.detach(), value.detach(), mask, call, descent)
+    return visited
+
+
+def repeated(descent: Descent) -> Handler:
+    """Return a handler that answers the calls of a block that runs again, as in the forward pass but unrecorded."""
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        inputs = Inputs.of(*args, **kwargs)
+        query = inputs.query if inputs.query.requires_grad else inputs.query.detach().requires_grad_()
+        call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], is_pool=False)
+        return attended(inputs._replace(query=query), call, descent)
+
+    return attend

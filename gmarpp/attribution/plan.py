@@ -1,0 +1,56 @@
+"""What a call of `explain` is going to do, decided before the network runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gmarpp.attribution.call import UnsupportedNetworkError
+from gmarpp.attribution.grid import Architecture
+from gmarpp.attribution.method import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which methods are wanted of which network, and what they need.
+
+    Attributes:
+        groups: the methods, by gradient rule; each group has a backward pass of its own, on the graph of all.
+        layout: the network's tokens, blocks and head.
+        gradients: whether gradients pass from block to block. If not, blocks run without a graph.
+        local_scores: whether the layers' own scores are wanted.
+        recompute: whether blocks run again in the backward pass instead of keeping their activations.
+    """
+
+    groups: tuple[tuple[Method, ...], ...]
+    layout: Architecture
+    gradients: bool
+    local_scores: bool
+    recompute: bool
+
+    @staticmethod
+    def of(methods: Sequence[Method], layout: Architecture, recompute: bool) -> "Plan":
+        """Plan a call.
+
+        Args:
+            methods: each once, in the order of the maps.
+            layout: of the network.
+            recompute: whether the caller wants recomputation; methods without gradients need none.
+
+        Raises:
+            UnsupportedNetworkError: if the methods need blocks or a head that the layout does not tell.
+        """
+        gradients = any(method.needs_gradient for method in methods)
+        local_scores = any(method.needs_local_gradient for method in methods)
+        recompute = recompute and gradients
+        if (local_scores and (not layout.blocks or layout.head is None)) or (recompute and not layout.blocks):
+            raise UnsupportedNetworkError(
+                "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
+                "gmarpp.Architecture(..., blocks=..., head=...)"
+            )
+        rules = {method.gradient_rule: None for method in methods if method.needs_gradient} or {"": None}
+        # What needs no gradient goes with the first rule.
+        first = next(iter(rules))
+        groups = tuple(
+            tuple(each for each in methods if (each.gradient_rule if each.needs_gradient else first) == rule)
+            for rule in rules
+        )
+        return Plan(groups, layout, gradients, local_scores, recompute)
