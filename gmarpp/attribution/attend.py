@@ -14,7 +14,7 @@ from gmarpp.attribution.seam import Handler, fused_attention
 
 
 class Inputs(NamedTuple):
-    """What an attention call is given: query (B, H, Q, d), key and value (B, H, N, d), mask, and factor of q kᵀ."""
+    """What an attention call is given: query (B, H, Q, d), key and value (B, H / g, N, d), mask, and factor of q kᵀ."""
 
     query: Tensor
     key: Tensor
@@ -33,17 +33,28 @@ class Inputs(NamedTuple):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> "Inputs":
-        """Take the arguments of `scaled_dot_product_attention`."""
+        """Take the arguments of `scaled_dot_product_attention`; grouped queries show by the number of heads."""
         if dropout_p > 0:
             raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
         if attn_mask is not None and attn_mask.requires_grad:
             raise UnsupportedNetworkError("an attention mask or bias that depends on the tokens cannot be followed")
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         return Inputs(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    def attend(self) -> Tensor:
+        """Return what the original function gives, (B, H, Q, dv)."""
+        grouped = self.query.shape[1] != self.key.shape[1]
+        return fused_attention(*self[:3], self.mask, scale=self.scale, enable_gqa=grouped)
+
+    def ungrouped(self) -> "Inputs":
+        """Repeat keys and values for every head of the queries."""
+        group = self.query.shape[1] // self.key.shape[1]
+        if group == 1:
+            return self
+        return self._replace(
+            key=self.key.repeat_interleave(group, dim=1), value=self.value.repeat_interleave(group, dim=1)
+        )
 
 
 class _DenseAttention(torch.autograd.Function):
@@ -118,13 +129,13 @@ def _write_gradients(found: Sequence[Tensor], layer: AttentionLayer) -> None:
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     """Return what attention gives, (B, H, Q, d); the backward pass will hand the layer to the descent."""
-    query, key, value, mask, scale = inputs
-    if not is_fused(query):
+    if not is_fused(inputs.query):
+        query, key, value, mask, _ = inputs.ungrouped()
         output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
         return output
     # The layer is visited before the network's own backward step, which stays the fused one.
-    output = fused_attention(query, key, value, mask, scale=scale)
-    visited: Tensor = _Visited.apply(output, query.detach(), key.detach(), value.detach(), mask, call, descent)
+    query, key, value, mask, _ = inputs
+    visited: Tensor = _Visited.apply(inputs.attend(), query.detach(), key.detach(), value.detach(), mask, call, descent)
     return visited
 
 

@@ -12,7 +12,6 @@ from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan
-from gmarpp.attribution.seam import fused_attention
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class ForwardPass:
         """Answer without a graph from block to block, and keep the inputs for a visit after the forward pass."""
         query, key, value, mask, _ = inputs
         call.inputs = query.detach(), key.detach(), value.detach(), mask
-        output = fused_attention(query, key, value, mask, scale=inputs.scale).detach()
+        output = inputs.attend().detach()
         if self.plan.local_scores:
             call.prefix = self._prefix(output)
         # An attention-pool head, or any layer if the blocks are not known, may be where the score's graph starts.

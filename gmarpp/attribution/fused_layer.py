@@ -36,19 +36,19 @@ class FusedLayer(AttentionLayer):
 
     @override
     def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        carried = fused.carry(
+        by_attention, by_product, _ = fused.carry(
             self.query,
             self.key,
             self.value,
             self.outer,
             self._statistics,
-            attention_rows=None if attention_rows is None else attention_rows.transpose(1, 2),
-            product_rows=None if product_rows is None else product_rows.transpose(1, 2),
+            attention_rows=attention_rows,
+            product_rows=product_rows,
             mask=self.mask,
             scale=self.scale,
             gradient_scale=self.gradient_scale,
         )
-        return carried[0], carried[1]
+        return by_attention, by_product
 
     @override
     def local_key_sums(self) -> Tensor | None:
@@ -59,7 +59,7 @@ class FusedLayer(AttentionLayer):
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., :rows, :]
         ones = self.local.new_ones((*self.local.shape[:2], 1, rows), dtype=torch.float32)
-        sums = fused.carry(
+        _, _, sums = fused.carry(
             self.query[:, :, :rows],
             self.key,
             self.value,
@@ -69,8 +69,8 @@ class FusedLayer(AttentionLayer):
             mask=mask,
             scale=self.scale,
             gradient_scale=self.gradient_scale,
-        )[2]
-        return sums[:, 0]
+        )
+        return None if sums is None else sums[:, 0]
 
     @cached_property
     def _statistics(self) -> fused.Statistics:

@@ -21,8 +21,8 @@ class AttentionLayer:
 
     Attributes:
         query: (B, H, Q, d).
-        key: (B, H, N, d); N equals Q, except in an attention-pool head.
-        value: (B, H, N, dv).
+        key: (B, H / g, N, d), where g heads share one; N equals Q, except in an attention-pool head.
+        value: (B, H / g, N, dv).
         mask: as `scaled_dot_product_attention` takes it; entries that it forbids have neither attention nor gradient.
         scale: factor of the query-key products.
         outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv); `None` without gradients.
@@ -49,7 +49,7 @@ class AttentionLayer:
     @cached_property
     def attention(self) -> Tensor:
         """``A``, (B, H, Q, N); rows sum to 1."""
-        scores = torch.matmul(self.query.float() * self.scale, self.key.float().mT)
+        scores = torch.matmul(self.query.float() * self.scale, self._each_head(self.key).mT)
         if self.mask is None:
             return scores.softmax(dim=-1)
         bias = 0 if self.mask.dtype == torch.bool else self.mask.float()
@@ -66,7 +66,7 @@ class AttentionLayer:
 
     @property
     def local_gradient(self) -> Tensor | None:
-        """Gradient of the layer's own score with respect to the first R rows of ``A``, (B, H, R, N), the others' is 0."""
+        """Gradient of the layer's own score with respect to the first R rows of ``A``, (B, H, R, N); others' is 0."""
         return None if self.local is None else self._gradient(self.local)
 
     @cached_property
@@ -110,8 +110,8 @@ class AttentionLayer:
         """Return the sum over heads of rows times matrices, for several rows at once.
 
         Args:
-            attention_rows: (B, M, H, Q), to be multiplied with ``A``.
-            product_rows: (B, M, H, Q), to be multiplied with ``ReLU(G) ⊙ A``.
+            attention_rows: (B, H, M, Q), to be multiplied with ``A``.
+            product_rows: (B, H, M, Q), to be multiplied with ``ReLU(G) ⊙ A``.
 
         Returns:
             for each (B, M, N); `None` for `None`.
@@ -139,8 +139,13 @@ class AttentionLayer:
         assert self.mask is not None
         return ~self.mask if self.mask.dtype == torch.bool else self.mask == float("-inf")
 
+    def _each_head(self, shared: Tensor) -> Tensor:
+        """Return keys or values for every head of the queries, float32."""
+        group = self.query.shape[1] // shared.shape[1]
+        return shared.float() if group == 1 else shared.float().repeat_interleave(group, dim=1)
+
     def _gradient(self, outer: Tensor) -> Tensor:
-        gradient = torch.matmul(outer.float() / self.gradient_scale, self.value.float().mT)
+        gradient = torch.matmul(outer.float() / self.gradient_scale, self._each_head(self.value).mT)
         if self.mask is None:
             return gradient
         # A mask has a row for each query, or one for all.
@@ -154,5 +159,5 @@ def share(norms: Tensor) -> Tensor:
 
 
 def _row_products(rows: Tensor, matrices: Tensor) -> Tensor:
-    """Sum rows (B, M, H, Q) times matrices (B, H, Q, N) over heads and queries: one matrix product per image."""
-    return torch.matmul(rows.flatten(2), matrices.flatten(1, 2))
+    """Sum rows (B, H, M, Q) times matrices (B, H, Q, N) over heads and queries: one matrix product per image."""
+    return torch.matmul(rows.transpose(1, 2).flatten(2), matrices.flatten(1, 2))

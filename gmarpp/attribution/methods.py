@@ -160,7 +160,7 @@ class LastAttention(Method):
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         if not layer.is_top:
             return row
-        rows = layer.equal_shares[:, None, :, None] * row[:, None, None]  # (B, 1, H, Q)
+        rows = layer.equal_shares[..., None, None] * row[:, None, None]  # (B, H, 1, Q)
         attended, _ = layer.carry(rows, None)
         assert attended is not None
         return attended[:, 0]

@@ -16,7 +16,7 @@ from gmarpp.attribution.attend import Inputs
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.forward import BlockRun, ForwardPass
 from gmarpp.attribution.head import check_head, head_output, probe
-from gmarpp.attribution.seam import answered_by, fused_attention
+from gmarpp.attribution.seam import answered_by
 from gmarpp.attribution.target import Score
 
 
@@ -82,8 +82,7 @@ class OwnScores:
         attended: list[Tensor] = []
 
         def answer(*args: Any, **kwargs: Any) -> Tensor:
-            query, key, value, mask, factor = Inputs.of(*args, **kwargs)
-            attended.append(fused_attention(query, key, value, mask, scale=factor).detach().requires_grad_())
+            attended.append(Inputs.of(*args, **kwargs).attend().detach().requires_grad_())
             return attended[-1]
 
         with answered_by(answer):

@@ -97,13 +97,18 @@ class RowProducts:
 
     def _relevance(self, rows: Tensor, weights: Tensor, layer: AttentionLayer) -> Tensor:
         """Return ``Σ_h w_h r R_h``, (B, M, N)."""
-        by_attention, by_product = self._split(weights[..., None] * rows[:, :, None])  # (B, M, H, Q)
+        (attention_weights, product_weights), (attention_rows, product_rows) = self._split(weights), self._split(rows)
         carried = layer.carry(
-            by_attention if self._on_attention else None,
-            by_product if self._on_attention < len(self._methods) else None,
+            _by_head(attention_weights, attention_rows) if self._on_attention else None,
+            _by_head(product_weights, product_rows) if self._on_attention < len(self._methods) else None,
         )
         given = [each for each in carried if each is not None]
         return torch.cat(given, dim=1) if len(given) > 1 else given[0]
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         return tensor[:, : self._on_attention], tensor[:, self._on_attention :]
+
+
+def _by_head(weights: Tensor, rows: Tensor) -> Tensor:
+    """Multiply rows (B, M, Q) with weights (B, M, H) of the heads: (B, H, M, Q)."""
+    return weights.transpose(1, 2)[..., None] * rows[:, None]
