@@ -91,5 +91,3 @@ class _Score(torch.autograd.Function):
         tokens = ctx.saved_tensors[0] if ctx.again is None else ctx.again()
         with torch.autocast(*ctx.autocast):
             return ctx.scores.gradient(tokens), None, None
-
-

@@ -15,8 +15,9 @@ from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method
 from gmarpp.attribution.narrow import close, goes_token_by_token
 from gmarpp.attribution.recompute import RecomputedBlocks
-from gmarpp.attribution.scale import gradients, scaled_sum
-from gmarpp.attribution.tap import AttentionTap, readout_row
+from gmarpp.attribution.scale import gradients, in_float16, scaled_sum
+from gmarpp.attribution.tap import AttentionTap
+from gmarpp.attribution.tapped_attention import readout_row
 from gmarpp.attribution.target import Contrast, Score, Target, check_finite, class_score, logits_of, resolve_target
 
 # In float16 a scale that overflows is lowered, by so much and so often, until all gradients are finite.
@@ -210,7 +211,9 @@ class NetworkPass:
     def _readout(self, scores: Tensor, output: Any) -> tuple[Tensor, Tensor]:
         """Return the row above the top layer, and the scale of each image's gradient."""
         boundary = self.tap.boundary
-        found, scale = gradients(scores, [boundary]) if scores.requires_grad and boundary is not None else ([None], None)
+        found, scale = (
+            gradients(scores, [boundary]) if scores.requires_grad and boundary is not None else ([None], None)
+        )
         if found[0] is None or scale is None:
             raise UnsupportedNetworkError(
                 f"the score does not depend on the last attention layer by any gradient: explain a score of the "
@@ -257,12 +260,13 @@ class NetworkPass:
 
     def _go_backward(self, scores: Tensor, retain_graph: bool) -> None:
         """Visit all layers by the backward pass of the scores; in float16 again with smaller scales if one overflows."""
-        in_float16 = bool((self.tap.scale != 1).any())
-        for _ in range(_ATTEMPTS if in_float16 else 1):
+        assert self.tap.boundary is not None
+        again = in_float16(scores, self.tap.boundary)
+        for _ in range(_ATTEMPTS if again else 1):
             self.tap.visited.clear()
             self.tap.finite = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-            total = scaled_sum(scores, self.tap.scale) if in_float16 else scores.sum()
-            torch.autograd.grad(total, self.tap.leaves, retain_graph=retain_graph or in_float16, allow_unused=True)
+            total = scaled_sum(scores, self.tap.scale)
+            torch.autograd.grad(total, self.tap.leaves, retain_graph=retain_graph or again, allow_unused=True)
             if self.tap.finite.all():
                 break
             self.rows.clear()

@@ -55,7 +55,10 @@ def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
     for module in model.modules() if not torch.is_inference_mode_enabled() else ():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         kept += [
-            (store, name, each) for store in stores for name, each in store.items() if each is not None and each.is_inference()
+            (store, name, each)
+            for store in stores
+            for name, each in store.items()
+            if each is not None and each.is_inference()
         ]
     for store, name, each in kept:
         copy = each.detach().clone()

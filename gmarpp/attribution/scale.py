@@ -9,39 +9,16 @@ from torch import Tensor
 _LARGEST = 2.0**8
 _HIGHEST_SCALE = 2.0**60
 _HIGHEST_FLOAT16_SCALE = 2.0**15
-_ROUNDS = 16
+# What overflows somewhere on the way is lowered by so much, and never raised again.
+_BACKOFF = 2.0**-2
+_ROUNDS = 32
 
 
-def gradients(
-    scores: Tensor, inputs: Sequence[Tensor], retain_graph: bool = True
-) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Return the gradients of the images' scores, times a scale for each image, and that scale, shape (B,).
-
-    The scale is 1, except where float16 takes part: there it is the largest power of two that leaves room for growth.
-
-    Args:
-        scores: shape (B,).
-        inputs: tensors of the graph, each with images in its first dimension.
-        retain_graph: whether the graph is needed again; float16 always keeps it.
-    """
-    scale = torch.ones(len(scores), device=scores.device, dtype=torch.float32)
-    if not _in_float16(scores, *inputs):
-        found = torch.autograd.grad(scores.sum(), inputs, retain_graph=retain_graph, allow_unused=True)
-        return found, scale
-    highest = _HIGHEST_FLOAT16_SCALE if scores.dtype == torch.float16 else _HIGHEST_SCALE
-    for _ in range(_ROUNDS):
-        found = torch.autograd.grad(scaled_sum(scores, scale), inputs, retain_graph=True, allow_unused=True)
-        sizes = [each.flatten(1).abs().amax(dim=1).float() for each in found if each is not None]
-        if not sizes:
-            break
-        largest = torch.stack(sizes).amax(dim=0)
-        # Infinity and NaN ask for less, and nothing at all for more.
-        factor = torch.exp2((_LARGEST / largest).log2().floor().clamp(max=16)).where(largest.isfinite(), 2.0**-8)
-        following = (scale * factor).clamp(max=highest)
-        if torch.equal(following, scale):
-            break
-        scale = following
-    return found, scale
+def in_float16(*tensors: Tensor) -> bool:
+    """Tell whether float16 takes part in what the tensors are used for."""
+    device = tensors[0].device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or any(each.dtype == torch.float16 for each in tensors)
 
 
 def scaled_sum(scores: Tensor, scale: Tensor) -> Tensor:
@@ -49,7 +26,33 @@ def scaled_sum(scores: Tensor, scale: Tensor) -> Tensor:
     return (scores.float() * scale).sum()
 
 
-def _in_float16(*tensors: Tensor) -> bool:
-    device = tensors[0].device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return autocast or any(each.dtype == torch.float16 for each in tensors)
+def gradients(scores: Tensor, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Return the gradients of the images' scores, times a scale for each image, and that scale, shape (B,).
+
+    The graph is kept.
+
+    The scale is 1, except where float16 takes part: there it is the largest power of two that leaves room for growth.
+
+    Args:
+        scores: shape (B,).
+        inputs: tensors of the graph, each with images in its first dimension.
+    """
+    scale = torch.ones(len(scores), device=scores.device, dtype=torch.float32)
+    if not in_float16(scores, *inputs):
+        found = torch.autograd.grad(scores.sum(), inputs, retain_graph=True, allow_unused=True)
+        return found, scale
+    highest = torch.full_like(scale, _HIGHEST_FLOAT16_SCALE if scores.dtype == torch.float16 else _HIGHEST_SCALE)
+    for _ in range(_ROUNDS):
+        found = torch.autograd.grad(scaled_sum(scores, scale), inputs, retain_graph=True, allow_unused=True)
+        sizes = [each.flatten(1).abs().amax(dim=1).float() for each in found if each is not None]
+        if not sizes:
+            break
+        largest = torch.stack(sizes).amax(dim=0)
+        fits = largest.isfinite()
+        highest = highest.where(fits, scale * _BACKOFF)
+        factor = torch.exp2((_LARGEST / largest).log2().floor().clamp(max=16))
+        following = torch.minimum(scale * factor.where(fits, 1), highest)
+        if torch.equal(following, scale):
+            break
+        scale = following
+    return found, scale

@@ -18,13 +18,13 @@ from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
 from gmarpp.attribution.layer_score import LayerScores
 from gmarpp.attribution.narrow import Forward, LastBlock, RepeatedBlocks, tokens_of
+from gmarpp.attribution.tapped_attention import TappedAttention, attention_of, fused_attention, mask_part, parts
 from gmarpp.attribution.unseen import UnseenAttention
 
 PrefixReader = Callable[..., int]
 """Takes what enters the first block, tokens (B, N, D) first; returns the number of prefix tokens if blocks may run for
 them alone because the head reads no others, and else 0."""
 
-_fused_attention = F.scaled_dot_product_attention
 # The interception replaces an attribute of a module, which all threads share.
 _one_at_a_time = threading.RLock()
 
@@ -80,7 +80,7 @@ class AttentionTap:
         self._passing = False
         self._probing = False
         self._thread = 0
-        self._original = _fused_attention
+        self._original = fused_attention
         self._top_output: Tensor | None = None
         self._attended: GradientEdge | None = None
 
@@ -193,9 +193,9 @@ class AttentionTap:
             if call.inputs is None:
                 raise RuntimeError("the calls were recorded for a backward pass")
             query, key, value, mask = call.inputs
-            for part in _parts(query, key):
+            for part in parts(query, key):
                 layer = AttentionLayer(
-                    _attention(call, query[part], key[part], _mask_part(mask, part)),
+                    attention_of(call, query[part], key[part], mask_part(mask, part)),
                     is_top=call is self.calls[-1],
                     is_pool=call.is_pool,
                     depth=self.depth,
@@ -289,7 +289,7 @@ class AttentionTap:
         else:
             call.inputs = (query.detach(), key.detach(), value.detach(), attn_mask)
             # Where the blocks are not known, any call may be the top one.
-            output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach()
+            output = fused_attention(query, key, value, attn_mask, scale=call.scale).detach()
             output.requires_grad_(call.block is None)
         if self._recording:
             self._top_output = output
@@ -309,7 +309,7 @@ class AttentionTap:
             query = query.detach().requires_grad_()
             if self._recording:
                 self.leaves.append(query)
-        output: Tensor = _TappedAttention.apply(query, key, value, mask, self, call, rows)
+        output: Tensor = TappedAttention.apply(query, key, value, mask, self, call, rows)
         if self._recording and self._own_scores and not self.repeated_blocks.prefix:
             self._attended = get_gradient_edge(output)
         return output
@@ -354,10 +354,10 @@ class AttentionTap:
         """
         self.visited.add(call.index)
         self.finite = self.finite & gradient.flatten(1).isfinite().all(dim=1)
-        for part in _parts(query, key):
+        for part in parts(query, key):
             q, k, v, outer = (tensor[part].float() for tensor in (query, key, value, gradient))
             scale = self.scale[part].view(-1, 1, 1, 1)
-            attention = _attention(call, q, k, _mask_part(mask, part))
+            attention = attention_of(call, q, k, mask_part(mask, part))
             layer = AttentionLayer(
                 attention,
                 is_top=call is self.calls[-1],
@@ -381,72 +381,3 @@ class AttentionTap:
     def _local_gradient(call: AttentionCall, part: slice, value: Tensor) -> Tensor | None:
         """Return the gradient of the layer's own score with respect to the attention's first rows, (B, H, R, N)."""
         return None if call.local is None else torch.matmul(call.local[part], value.float().mT)
-
-
-class _TappedAttention(torch.autograd.Function):
-    """Fused attention whose backward step shows the layer to the tap."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        tap: AttentionTap,
-        call: AttentionCall,
-        rows: int | None,
-    ) -> Tensor:
-        ctx.tap, ctx.call = tap, call
-        # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
-        ctx.save_for_backward(query, key, value, mask)
-        if rows is not None:
-            query = query[:, :, :rows]
-            mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., :rows, :]
-        return _fused_attention(query, key, value, mask, scale=call.scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, mask = ctx.saved_tensors
-        written = tuple(each.new_empty(each.shape) for each in inputs)
-        # Rows that the last block leaves out have no gradient.
-        gradient = F.pad(gradients[0], (0, 0, 0, ctx.call.queries - gradients[0].shape[2]))
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            ctx.tap.visit(ctx.call, *inputs, mask, gradient, written)
-        return (*written, None, None, None, None)
-
-
-def readout_row(gradient: Tensor) -> Tensor:
-    """Return the row above the top layer: equal shares for the tokens that the head reads.
-
-    They are the tokens that influence the score: the class token, all patches under average pooling, both tokens of a
-    distilled network, the queries of an attention-pool head.
-
-    Args:
-        gradient: of the tokens behind the last block, (B, N, D), or of the top attention call's output, (B, H, Q, d).
-
-    Returns:
-        float32, shape (B, N) or (B, Q), rows sum to 1; a row is zero where the score depends on no token.
-    """
-    read = (gradient != 0).any(dim=-1).float()
-    read = read if read.dim() == 2 else read.amax(dim=1)
-    return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
-
-
-def _attention(call: AttentionCall, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    scores = torch.matmul(query.float() * call.scale, key.float().mT)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
-    return scores.softmax(dim=-1)
-
-
-def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
-    return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
-
-
-def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
-    """Split a batch so that a part's attention matrices stay in the cache of a CPU, or small on a GPU."""
-    bytes_per_image = query.shape[1] * query.shape[2] * key.shape[2] * 4
-    budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
-    size = max(1, budget // bytes_per_image)
-    return (slice(start, start + size) for start in range(0, len(query), size))

@@ -11,6 +11,16 @@ from torch.overrides import TorchFunctionMode
 from gmarpp.attribution.call import UnsupportedNetworkError
 
 _SOFTMAX = (torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax)
+_RANDOM = (
+    torch.rand,
+    torch.randn,
+    torch.randperm,
+    torch.rand_like,
+    torch.randn_like,
+    torch.bernoulli,
+    torch.multinomial,
+    torch.normal,
+)
 _REMEDY = (
     "switch it to torch.nn.functional.scaled_dot_product_attention (model.set_attn_implementation('sdpa'), "
     "module.fused_attn = True, need_weights=False), or explain a network without it"
@@ -20,7 +30,8 @@ _REMEDY = (
 class UnseenAttention(TorchFunctionMode):
     """Notes, while a network runs, what looks like attention computed in another way.
 
-    That is a softmax over tokens, and `nn.MultiheadAttention` that returns its weights.
+    That is a softmax over tokens, and `nn.MultiheadAttention` that returns its weights. Random numbers, by which networks
+    shuffle or mask their patches, are refused at once: they leave no telling which token is which patch.
     """
 
     def __init__(self) -> None:
@@ -31,6 +42,12 @@ class UnseenAttention(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
+        if function in _RANDOM:
+            raise UnsupportedNetworkError(
+                f"the network draws random numbers (torch.{function.__name__}) in eval mode, as those do that shuffle or "
+                "mask patches (ViTMAE): no token could be traced to its patch. Explain the network that was made of it "
+                "for classification"
+            )
         result = function(*args, **options)
         if function is F.multi_head_attention_forward and options.get("need_weights", True):
             self._met.append((None, result[0]))
@@ -71,4 +88,13 @@ class UnseenAttention(TorchFunctionMode):
 
 
 def _is_unused(scores: Tensor, result: Tensor) -> bool:
-    return torch.autograd.grad(scores.sum(), result, retain_graph=True, allow_unused=True)[0] is None
+    """Tell whether no path of the graph leads from the scores to a result."""
+    waiting, seen = [scores.grad_fn], {None}
+    while waiting:
+        node = waiting.pop()
+        if node is result.grad_fn:
+            return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+    return True
