@@ -93,7 +93,7 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
     order = [call.block for call in calls if call.block is not None]
     if order != list(range(blocks)):
         raise UnsupportedNetworkError(
-            f"the transformer blocks ran in the order {order}: expected the architecture's blocks from the input upwards"
+            f"the transformer blocks ran in the order {order}: expected that from the input upwards"
         )
     outside = [call for call in calls if call.block is None]
     if outside and not (len(outside) == 1 and outside[0] is calls[-1] and outside[0].is_pool):

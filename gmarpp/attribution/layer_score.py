@@ -43,7 +43,7 @@ class LayerScores:
             again: returns the tokens again, where the block is recomputed and they are not to be kept.
         """
         self._handles[position] = _Score.apply(tokens, self, again), attended
-        tokens.register_hook(lambda _: self._differentiate(position))
+        tokens.register_hook(lambda _: self._differentiate(position))  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """Let go of what belongs to the graph."""
@@ -69,7 +69,8 @@ class LayerScores:
         assert self.score_tokens is not None
         with torch.enable_grad():
             own = tokens.detach().requires_grad_()
-            ((gradient,), self._scale) = gradients(self.score_tokens(own), [own])
+            (gradient,), self._scale = gradients(self.score_tokens(own), [own])
+        assert gradient is not None
         self._scale = self._scale.view(-1, *[1] * 3)
         return gradient
 

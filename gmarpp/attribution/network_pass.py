@@ -1,7 +1,7 @@
 """One forward pass over a batch, and the backward passes that its targets need."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method
 from gmarpp.attribution.narrow import close, goes_token_by_token
 from gmarpp.attribution.recompute import RecomputedBlocks
+from gmarpp.attribution.replaced import contiguous_projections, replacing_forward
 from gmarpp.attribution.scale import gradients, in_float16, scaled_sum
 from gmarpp.attribution.tap import AttentionTap
 from gmarpp.attribution.tapped_attention import readout_row
@@ -24,8 +25,8 @@ from gmarpp.attribution.target import Contrast, Score, Target, check_finite, cla
 _BACKOFF = 2.0**-4
 _ATTEMPTS = 8
 _CUT = (
-    "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with gradients, "
-    "or ask for methods that need none (rollout, attention)"
+    "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
+    "gradients, or ask for methods that need none (rollout, attention)"
 )
 
 
@@ -95,8 +96,8 @@ class NetworkPass:
         with (
             closing(self.tap),
             self.tap.intercepting(),
-            _contiguous_projections(self.model),
-            _replacing_forward(self.blocks, self._runs()),
+            contiguous_projections(self.model),
+            replacing_forward(self.blocks, self._runs()),
         ):
             with self.tap.recording(len(self.images)):
                 output = self.model(self.images)
@@ -211,18 +212,18 @@ class NetworkPass:
     def _readout(self, scores: Tensor, output: Any) -> tuple[Tensor, Tensor]:
         """Return the row above the top layer, and the scale of each image's gradient."""
         boundary = self.tap.boundary
-        found, scale = (
-            gradients(scores, [boundary]) if scores.requires_grad and boundary is not None else ([None], None)
-        )
-        if found[0] is None or scale is None:
+        found: Tensor | None = None
+        if scores.requires_grad and boundary is not None:
+            (found,), scale = gradients(scores, [boundary])
+        if boundary is None or found is None:
             raise UnsupportedNetworkError(
-                f"the score does not depend on the last attention layer by any gradient: explain a score of the "
+                "the score does not depend on the last attention layer by any gradient: explain a score of the "
                 f"network's output; {_CUT}"
             )
         tokens = self.tap.calls[-1].keys
         self.tap.unseen.require_none(scores, {tokens, tokens - self.layout.prefix_tokens} - {0, 1})
-        _require_finite(found[0], "gradients")
-        readout = readout_row(found[0])
+        _require_finite(found, "gradients")
+        readout = readout_row(found)
         without = readout.sum(dim=1) == 0
         if not without.any():
             return readout, scale
@@ -259,7 +260,7 @@ class NetworkPass:
             call.local = None if gradient is None else gradient.float() / scale.view(-1, 1, 1, 1)
 
     def _go_backward(self, scores: Tensor, retain_graph: bool) -> None:
-        """Visit all layers by the backward pass of the scores; in float16 again with smaller scales if one overflows."""
+        """Visit all layers by the backward pass of the scores; in float16 again with a smaller scale on overflow."""
         assert self.tap.boundary is not None
         again = in_float16(scores, self.tap.boundary)
         for _ in range(_ATTEMPTS if again else 1):
@@ -323,7 +324,7 @@ class NetworkPass:
             return 0
         with self.tap.probing():
             for forward in self.forwards if self.needs_local else self.forwards[-1:]:
-                if not goes_token_by_token(lambda few, run=forward: run(few, *others, **options), tokens, prefix):  # type: ignore[misc]
+                if not goes_token_by_token(lambda few, run=forward: run(few, *others, **options), tokens, prefix):
                     return 0
         return prefix
 
@@ -332,45 +333,6 @@ def _require_finite(values: Tensor, what: str) -> None:
     unusable = (~values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if unusable:
         raise ValueError(
-            f"the {what} of images {unusable} are not finite: use a wider precision (bfloat16 or float32), and check the "
-            "weights"
+            f"the {what} of images {unusable} are not finite: use a wider precision (bfloat16 or float32), and check "
+            "the weights"
         )
-
-
-@contextmanager
-def _replacing_forward(blocks: Sequence[nn.Module], runs: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    own = [vars(block).get("forward") for block in blocks]
-    for block, run in zip(blocks, runs, strict=True):
-        block.forward = run
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-@contextmanager
-def _contiguous_projections(model: nn.Module) -> Iterator[None]:
-    """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
-
-    Else its projection, with weights that are frozen, becomes a product per image, each with a copy of the weights:
-    several times the time of the whole network, in the backward pass above all.
-    """
-
-    def relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        query, *others = args
-        if any(each is not query for each in others) or query.dim() != 3:
-            return None
-        relaid = query.transpose(0, 1).contiguous().transpose(0, 1)
-        return (relaid,) * len(args)
-
-    layers = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention) and module.batch_first]
-    handles = [layer.register_forward_pre_hook(relay) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

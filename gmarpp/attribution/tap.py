@@ -4,20 +4,19 @@ The network keeps its fused kernels. Attention is recomputed from queries and ke
 layer, where it serves the methods and the layer's own backward step, and is freed before the next layer.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
 from gmarpp.attribution.layer_score import LayerScores
-from gmarpp.attribution.narrow import Forward, LastBlock, RepeatedBlocks, tokens_of
+from gmarpp.attribution.narrow import LastBlock, RepeatedBlocks, tokens_of
+from gmarpp.attribution.seam import Seam
 from gmarpp.attribution.tapped_attention import TappedAttention, attention_of, fused_attention, mask_part, parts
 from gmarpp.attribution.unseen import UnseenAttention
 
@@ -25,11 +24,8 @@ PrefixReader = Callable[..., int]
 """Takes what enters the first block, tokens (B, N, D) first; returns the number of prefix tokens if blocks may run for
 them alone because the head reads no others, and else 0."""
 
-# The interception replaces an attribute of a module, which all threads share.
-_one_at_a_time = threading.RLock()
 
-
-class AttentionTap:
+class AttentionTap(Seam):
     """Follows a network's attention calls while it runs, and replays them from the top layer down.
 
     Only what the thread that intercepts runs is followed; other threads' calls do what they did before.
@@ -56,6 +52,7 @@ class AttentionTap:
         through_gradients: bool,
         tokens_left: Callable[[int], Tensor] | None,
     ) -> None:
+        super().__init__(self._attend)
         self.consume = consume
         self.through_gradients = through_gradients
         self.calls: list[AttentionCall] = []
@@ -77,10 +74,6 @@ class AttentionTap:
         self._batch = 0
         self._current_block: int | None = None
         self._recording = False
-        self._passing = False
-        self._probing = False
-        self._thread = 0
-        self._original = fused_attention
         self._top_output: Tensor | None = None
         self._attended: GradientEdge | None = None
 
@@ -96,23 +89,6 @@ class AttentionTap:
         Shape (B, N, D) or (B, H, Q, d).
         """
         return self._top_output if self.calls[-1].block is None else self.last_tokens
-
-    @contextmanager
-    def intercepting(self) -> Iterator[None]:
-        """Replace `torch.nn.functional.scaled_dot_product_attention`, and restore it also after an error.
-
-        The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
-        """
-        with _one_at_a_time, torch.compiler.set_stance("force_eager"):
-            fast_path = torch.backends.mha.get_fastpath_enabled()
-            self._original, self._thread = F.scaled_dot_product_attention, threading.get_ident()
-            torch.backends.mha.set_fastpath_enabled(False)
-            F.scaled_dot_product_attention = self._attend
-            try:
-                yield
-            finally:
-                F.scaled_dot_product_attention = self._original
-                torch.backends.mha.set_fastpath_enabled(fast_path)
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:
@@ -135,46 +111,12 @@ class AttentionTap:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Let attention calls do what they did before the interception."""
-        self._passing = True
-        try:
-            yield
-        finally:
-            self._passing = False
-
-    @contextmanager
-    def probing(self) -> Iterator[None]:
-        """Let each query attend to its own token alone, so that tokens meet outside attention or nowhere."""
-        self._probing = True
-        try:
-            yield
-        finally:
-            self._probing = False
-
-    def here(self, own: Forward, other: Forward) -> Forward:
-        """Run `own` where the intercepting thread calls, and `other` where another does."""
-        return lambda *args, **options: (own if threading.get_ident() == self._thread else other)(*args, **options)
-
-    def claimed(self, forward: Forward) -> Forward:
-        """Count a call of `forward` as the intercepting thread's, which waits while autograd's own threads run it."""
-
-        def run(*args: Any, **options: Any) -> Any:
-            waiting, self._thread = self._thread, threading.get_ident()
-            try:
-                return forward(*args, **options)
-            finally:
-                self._thread = waiting
-
-        return run
-
     def close(self) -> None:
         """Let go of the graph, whose nodes hold the tap unseen by Python's garbage collector, and of the tap's owner.
 
         Without a cycle everything is freed at once, and not when the collector runs next, many batches later.
         """
-        del self.consume, self._read_prefix, self._tokens_left
+        del self.consume, self._read_prefix, self._tokens_left, self._replacement
         self.last_tokens = self._top_output = self._attended = None
         self.layer_scores.clear()
         self.unseen.clear()
@@ -207,7 +149,7 @@ class AttentionTap:
 
     def _enter_block(self, position: int) -> Callable[..., None]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != self._thread:
+            if not self.is_here:
                 return
             self._current_block = position
             if not args:
@@ -231,7 +173,7 @@ class AttentionTap:
 
     def _leave_block(self, position: int) -> Callable[[nn.Module, object, Any], Any]:
         def leave(_: nn.Module, __: object, output: Any) -> Any:
-            if threading.get_ident() != self._thread:
+            if not self.is_here:
                 return None
             self._current_block = None
             tokens = tokens_of(output)
@@ -266,7 +208,7 @@ class AttentionTap:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if self._passing or threading.get_ident() != self._thread:
+        if self._passing or not self.is_here:
             return self._original(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )

@@ -30,6 +30,7 @@ def readout_row(gradient: Tensor) -> Tensor:
 
 
 def attention_of(call: AttentionCall, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention (B, H, Q, N), float32, of queries (B, H, Q, d) to keys (B, H, N, d)."""
     scores = torch.matmul(query.float() * call.scale, key.float().mT)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
@@ -37,6 +38,7 @@ def attention_of(call: AttentionCall, query: Tensor, key: Tensor, mask: Tensor |
 
 
 def mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
+    """Return the mask of some images of the batch."""
     return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
 
 
@@ -62,6 +64,7 @@ class TappedAttention(torch.autograd.Function):
         call: AttentionCall,
         rows: int | None,
     ) -> Tensor:
+        """Attend; `rows` is the number of queries wanted, if not all."""
         ctx.tap, ctx.call = tap, call
         # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
         ctx.save_for_backward(query, key, value, mask)
@@ -72,6 +75,7 @@ class TappedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Show the layer to the tap, which writes the gradients of query, key and value."""
         *inputs, mask = ctx.saved_tensors
         written = tuple(each.new_empty(each.shape) for each in inputs)
         # Rows that the last block leaves out have no gradient.

@@ -30,8 +30,8 @@ _REMEDY = (
 class UnseenAttention(TorchFunctionMode):
     """Notes, while a network runs, what looks like attention computed in another way.
 
-    That is a softmax over tokens, and `nn.MultiheadAttention` that returns its weights. Random numbers, by which networks
-    shuffle or mask their patches, are refused at once: they leave no telling which token is which patch.
+    That is a softmax over tokens, and `nn.MultiheadAttention` that returns its weights. Random numbers, by which
+    networks shuffle or mask their patches, are refused at once: they leave no telling which token is which patch.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class UnseenAttention(TorchFunctionMode):
         options = kwargs or {}
         if function in _RANDOM:
             raise UnsupportedNetworkError(
-                f"the network draws random numbers (torch.{function.__name__}) in eval mode, as those do that shuffle or "
-                "mask patches (ViTMAE): no token could be traced to its patch. Explain the network that was made of it "
-                "for classification"
+                f"the network draws random numbers (torch.{function.__name__}) in eval mode, as those do that "
+                "shuffle or mask patches (ViTMAE): no token could be traced to its patch. Explain the network that was "
+                "made of it for classification"
             )
         result = function(*args, **options)
         if function is F.multi_head_attention_forward and options.get("need_weights", True):
@@ -89,7 +89,8 @@ class UnseenAttention(TorchFunctionMode):
 
 def _is_unused(scores: Tensor, result: Tensor) -> bool:
     """Tell whether no path of the graph leads from the scores to a result."""
-    waiting, seen = [scores.grad_fn], {None}
+    waiting = [scores.grad_fn]
+    seen: set[object] = set()
     while waiting:
         node = waiting.pop()
         if node is result.grad_fn:

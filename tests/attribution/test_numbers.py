@@ -222,6 +222,7 @@ def test_a_cut_gradient_is_named_where_it_is_needed(blocks):
         gmarpp.explain(model, batch, "gmarpp_l1", TARGET, architecture=layout)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_quantized_network_is_named():
     model = torch.ao.quantization.quantize_dynamic(vit(), {torch.nn.Linear}, torch.qint8)
     for methods in ("gmarpp_l1", "legrad", "rollout"):
