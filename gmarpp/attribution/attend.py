@@ -121,10 +121,13 @@ def _write_gradients(found: Sequence[Tensor], layer: AttentionLayer) -> None:
     assert layer.outer is not None
     product = layer.product
     scores = product.addcmul_(layer.attention, product.sum(dim=-1, keepdim=True), value=-1)
+    # As in the fused backward step, products are in the inputs' precision; float16 is too slow on a CPU.
+    dtype = torch.bfloat16 if layer.query.dtype == torch.bfloat16 else torch.float32
     factor = layer.scale * layer.gradient_scale
-    found[0].copy_(torch.matmul(scores, layer.key.float() * factor))
-    found[1].copy_(torch.matmul(scores.mT, layer.query.float() * factor))
-    found[2].copy_(torch.matmul(layer.attention.mT, layer.outer.float()))
+    scores, attention = scores.to(dtype), layer.attention.to(dtype)
+    found[0].copy_(torch.matmul(scores, layer.key.to(dtype) * factor))
+    found[1].copy_(torch.matmul(scores.mT, layer.query.to(dtype) * factor))
+    found[2].copy_(torch.matmul(attention.mT, layer.outer.to(dtype)))
 
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
@@ -145,7 +148,7 @@ def repeated(descent: Descent) -> Handler:
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         inputs = Inputs.of(*args, **kwargs)
         query = inputs.query if inputs.query.requires_grad else inputs.query.detach().requires_grad_()
-        call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], is_pool=False)
+        call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], False, True)
         return attended(inputs._replace(query=query), call, descent)
 
     return attend

@@ -1,5 +1,6 @@
 """Attention calls of a forward pass, and what they must look like for attention to be followed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ class AttentionCall:
         queries: number of queries.
         keys: number of keys.
         is_pool: whether the call is that of an attention-pool head, whose queries are no tokens.
+        follows: whether gradients get from the call to the layer below.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
     """
@@ -34,6 +36,7 @@ class AttentionCall:
     queries: int
     keys: int
     is_pool: bool
+    follows: bool
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
 
@@ -46,16 +49,14 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
         blocks: number of the transformer blocks; 0 if they are not known.
 
     Raises:
-        UnsupportedNetworkError: if there are no calls, if they attend to different tokens, if blocks did not make one
-            each, or if there are calls outside of the blocks beside that of an attention-pool head at the top.
+        UnsupportedNetworkError: if there are no calls, if they attend to different tokens, or if blocks did not make
+            one each.
     """
     if not calls:
         raise UnsupportedNetworkError(
             "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-            "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
-            "networks, module.fused_attn = True on the attention modules of timm networks, need_weights=False in "
-            "calls of nn.MultiheadAttention. Networks with windowed attention (Swin) or without attention cannot "
-            "be explained by these methods: use a ViT"
+            f"followed. {_SWITCH}. Networks with windowed attention (Swin), with attention of another kind (XCiT, "
+            "ConViT) or without attention cannot be explained by these methods: use a ViT"
         )
     *below, top = calls
     for call in below:
@@ -66,19 +67,40 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
                 "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
                 "pyramid networks)"
             )
-    if not blocks:
-        return
-    made = [call.block for call in calls if call.block is not None]
-    if made != list(range(blocks)):
+    if blocks:
+        _require_known_blocks(calls, blocks)
+
+
+_SWITCH = (
+    "Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face networks, "
+    "module.fused_attn = True on the attention modules of timm networks, need_weights=False in calls of "
+    "nn.MultiheadAttention"
+)
+
+
+def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
+    made = Counter(call.block for call in calls)
+    for block in range(blocks):
+        if made[block] == 0:
+            raise UnsupportedNetworkError(
+                f"transformer block {block} of {blocks} never calls "
+                "torch.nn.functional.scaled_dot_product_attention, so its attention cannot be followed. "
+                f"{_SWITCH}, or leave out of the architecture's blocks what does not run"
+            )
+        if made[block] > 1:
+            raise UnsupportedNetworkError(
+                f"transformer block {block} of {blocks} calls attention {made[block]} times: differential attention, "
+                "and parallel or shared attention layers, cannot be followed as one layer"
+            )
+    order = [call.block for call in calls if call.block is not None]
+    if order != list(range(blocks)):
         raise UnsupportedNetworkError(
-            f"the {blocks} transformer blocks made attention calls in the order {made}, not one each: "
-            "parallel or shared attention layers cannot be followed one after the other, nor blocks that attend "
-            "without torch.nn.functional.scaled_dot_product_attention (module.fused_attn = True)"
+            f"the transformer blocks ran in the order {order}: expected that from the input upwards"
         )
     outside = [call for call in calls if call.block is None]
-    if any(call is not top for call in outside) or (outside and top.queries == top.keys):
+    if outside and not (len(outside) == 1 and outside[0] is calls[-1] and outside[0].is_pool):
         raise UnsupportedNetworkError(
-            f"the network made {len(outside)} attention calls outside of the {blocks} transformer blocks, which are no "
-            "attention-pool head with fewer queries than tokens: name all its blocks, in their order, in "
-            "gmarpp.Architecture(..., blocks=...)"
+            f"{len(outside)} of {len(calls)} attention calls were made outside the {blocks} known transformer blocks: "
+            "expected at most that of an attention-pool head behind the last block. Explain the part of the network "
+            "that its blocks describe, or list all blocks in gmarpp.Architecture(..., blocks=...)"
         )

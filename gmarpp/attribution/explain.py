@@ -1,13 +1,14 @@
 """`explain`: maps of all methods from one forward and one backward pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from gmarpp.attribution.attend import repeated
 from gmarpp.attribution.block import wrapped
-from gmarpp.attribution.call import UnsupportedNetworkError, require_one_chain
+from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
@@ -65,29 +66,44 @@ def explain(
     _check(model, images)
     layout = architecture or architecture_of(model)
     plan = Plan.of(selected, layout, recompute)
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
         maps, scores = _maps(model, usable, plan, target)
     maps = {method.name: maps[method.name] for method in selected}
     names = () if callable(target) else class_names(model)
-    return Explanation(maps, scores.indices, scores.logits.detach(), displayable(model, images.detach()), names)
+    return Explanation(maps, scores.indices, scores.logits.detach(), displayable(model, usable), names)
+
+
+@contextmanager
+def _explained_errors() -> Iterator[None]:
+    """Say what to do about errors of autograd that the network's or the target's own code leads to."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise UnsupportedNetworkError(
+            "activation checkpointing inside the network could not be switched off: switch it off for the explanation"
+        ) from error
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved for backward" not in str(error):
+            raise
+        raise ValueError(
+            "the network or the target function uses a tensor that was made in torch.inference_mode, which gradients "
+            "cannot pass: make it outside, or pass tensor.clone() made outside"
+        ) from error
 
 
 def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
     """Run the network once, and each score and gradient rule once down through its layers."""
-    descent = Descent()
-    passed = ForwardPass(plan, descent, len(images))
-    with intercepted(model) as unseen:
-        with answered_by(passed.attend), wrapped(plan.layout.blocks, passed):
+    passed = ForwardPass(plan, Descent(), len(images))
+    with intercepted(model):
+        with answered_by(passed.attend), wrapped(plan.layout.blocks, passed), passed.unseen:
             output = model(images)
-        require_one_chain(passed.calls, len(plan.layout.blocks))
+        passed.check_calls()
         grid = _grid(plan, images, passed.calls[-1].keys)
         scores = Scores.of(output, target, model, len(images))
-        # Blocks with checkpointing of their own run again on the way down.
-        with answered_by(repeated(descent)):
-            way = WayDown(passed, output, unseen, images, scores.of_classes)
-            columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
+        way = WayDown(passed, output, images)
+        columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
     first_patch = plan.layout.prefix_tokens
     shape = (*scores.indices.shape, *grid)
     maps = {
@@ -107,7 +123,8 @@ def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
         raise UnsupportedNetworkError(
             f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {prefix} prefix "
             f"tokens make {prefix + height * width}: correct grid and prefix_tokens in gmarpp.Architecture, or the "
-            "size of the images"
+            "size of the images. Networks that mask patches (ViTMAE) or have tokens behind the patch tokens (YOLOS) "
+            "cannot be explained"
         )
     return height, width
 
@@ -134,9 +151,4 @@ def _check(model: nn.Module, images: Tensor) -> None:
         raise ValueError(
             f"the network is on {parameter.device} and the images are on {images.device}: move them with "
             f"images.to({str(parameter.device)!r})"
-        )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
-            "the network was built under torch.inference_mode, so no gradient can pass through it: build it, or "
-            "copy.deepcopy it, outside of that mode"
         )

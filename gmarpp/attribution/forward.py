@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gmarpp.attribution.attend import Inputs, attended
-from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
+from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError, require_one_chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.unseen import UnseenAttention
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ def tokens_of(output: Any) -> Tensor:
     return tokens
 
 
+CUT = (
+    "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
+    "gradients, or ask for methods that need none (rollout, attention)"
+)
+
+
 class ForwardPass:
     """Answers the attention calls of a forward pass, and keeps what the ways down start from.
 
@@ -59,6 +66,7 @@ class ForwardPass:
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         dtype: in which the network attends.
+        unseen: attention that went past the interception.
 
     Args:
         plan: what the call of `explain` is going to do.
@@ -74,22 +82,22 @@ class ForwardPass:
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
         self.dtype = torch.float32
+        self.unseen = UnseenAttention()
         self._batch = batch
         self._block: int | None = None
 
     @property
-    def epsilon(self) -> float:
-        """Relative rounding error of what the network computes."""
-        return torch.finfo(self.dtype).eps
+    def token_counts(self) -> set[int]:
+        """How many tokens an attention of the network may be over."""
+        tokens = self.calls[-1].keys
+        return {tokens, tokens - self.plan.layout.prefix_tokens} - {0, 1}
 
     @property
-    def score_start(self) -> GradientEdge | Tensor:
+    def score_start(self) -> GradientEdge | Tensor | None:
         """Where the graph of the score alone begins: at the last tokens, or at the output of the top call."""
         if self.last_tokens is not None and not self.calls[-1].is_pool:
             return self.last_tokens
-        start = self.outputs[-1]
-        assert start is not None
-        return start
+        return self.outputs[-1]
 
     def enter_block(self, position: int) -> None:
         """Take note of the block that the next attention calls belong to."""
@@ -113,20 +121,24 @@ class ForwardPass:
         call = self._record(inputs)
         if not self.plan.gradients:
             return self._kept(call, inputs)
-        if not torch.is_grad_enabled():
-            raise UnsupportedNetworkError(
-                f"the network runs attention layer {call.index} without gradients (torch.no_grad): only methods that "
-                "need none, such as rollout, can explain it"
-            )
         query = inputs.query
         if not query.requires_grad or not self.leaves:
             query = query.detach().requires_grad_()
             self.leaves.append(query)
         output = attended(inputs._replace(query=query), call, self.descent)
-        self.outputs.append(get_gradient_edge(output))
+        self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)
         if self.plan.local_scores:
             call.prefix = self._prefix(output)
         return output
+
+    def check_calls(self) -> None:
+        """Raise `UnsupportedNetworkError` unless the calls are one chain of layers, down which gradients get."""
+        require_one_chain(self.calls, len(self.plan.layout.blocks))
+        cut = [call.index for call in self.calls[1:] if not call.follows]
+        if self.plan.gradients and cut:
+            raise UnsupportedNetworkError(
+                f"no gradient passes from attention layer {cut[-1]} to the one below, which these methods need: {CUT}"
+            )
 
     def _kept(self, call: AttentionCall, inputs: Inputs) -> Tensor:
         """Answer without a graph from block to block, and keep the inputs for a visit after the forward pass."""
@@ -153,7 +165,11 @@ class ForwardPass:
             )
         self.dtype = query.dtype
         queries, keys = query.shape[-2], key.shape[-2]
-        is_pool = self._block is None if self.plan.layout.blocks else queries != keys
-        call = AttentionCall(len(self.calls), self._block, inputs.scale, queries, keys, is_pool)
+        # Queries that are not computed from the tokens belong to a pool, which may well have as many of them.
+        is_latent = self._block is None and key.requires_grad and not query.requires_grad
+        follows = any(each.requires_grad for each in inputs[:3])
+        call = AttentionCall(
+            len(self.calls), self._block, inputs.scale, queries, keys, queries != keys or is_latent, follows
+        )
         self.calls.append(call)
         return call

@@ -1,23 +1,93 @@
 """What the head reads, and whether it is the one that the architecture describes."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gmarpp.attribution.call import UnsupportedNetworkError
-from gmarpp.attribution.forward import ForwardPass
+from gmarpp.attribution.forward import CUT, ForwardPass
 from gmarpp.attribution.grid import Architecture
 from gmarpp.attribution.seam import answered_by
-from gmarpp.attribution.target import Score, logits_of
+from gmarpp.attribution.target import check_finite
 
-REMEDY = (
-    "describe what the network makes of the tokens of its last block, up to its output, in "
-    "gmarpp.Architecture(..., head=...); for one that wraps a network of a known family: "
-    "architecture=dataclasses.replace(gmarpp.architecture_of(network.vit), head=lambda tokens: "
-    "network.classifier(network.vit.forward_head(network.vit.norm(tokens))))"
+_DESCRIBE_HEAD = (
+    "describe what follows the last block: architecture=dataclasses.replace(gmarpp.architecture_of(net.vit), "
+    "head=lambda tokens: net.fc(net.vit.forward_head(net.vit.norm(tokens))))"
 )
+
+
+def rounding(*results: Tensor) -> float:
+    """Return the relative rounding error of what was computed, which autocast may have made larger than it shows."""
+    device = results[0].device.type
+    dtypes = [each.dtype for each in results if each.is_floating_point()]
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two results of the same computation agree, up to rounding in the precision that it ran in."""
+    tolerance = max(1e-4, 8 * rounding(found, expected))
+    found, expected = found.detach().float(), expected.detach().float()
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in a network's output, its logits alone where it has the attribute."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return [logits]
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    return [each for item in output for each in tensors_of(item)] if isinstance(output, tuple | list) else []
+
+
+def _form(output: Any) -> object:
+    # Logits may come alone where the network gives them a name: scores are handed both in the network's form.
+    if isinstance(output, Tensor) or isinstance(getattr(output, "logits", None), Tensor):
+        return Tensor
+    if isinstance(output, Mapping):
+        return {name: _form(each) for name, each in output.items()}
+    return [_form(each) for each in output] if isinstance(output, tuple | list) else type(output)
+
+
+def agree(head_output: Any, output: Any) -> bool:
+    """Return whether a head's output is the network's: of the same form and, up to rounding, of the same values."""
+    found, expected = tensors_of(head_output), tensors_of(output)
+    if _form(head_output) != _form(output) or not expected or len(found) != len(expected):
+        return False
+    return all(a.shape == b.shape and close(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def distinct_sum(output: Any) -> Tensor:
+    """Return one number that every value of the output influences, each by a factor of its own.
+
+    A plain sum has no gradient where the output is normalised.
+    """
+    total = torch.zeros(())
+    for each in tensors_of(output):
+        factors = torch.linspace(0.5, 1, each[0].numel(), device=each.device, dtype=torch.float32).view_as(each[0])
+        total = total.to(each.device) + (each.float() * factors).sum()
+    return total
+
+
+def _gradient(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | None:
+    if start is None or not total.requires_grad:
+        return None
+    return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
+
+
+def _shares(gradient: Tensor) -> Tensor:
+    """Return equal shares for the tokens with any gradient, (B, N, D) or (B, H, N, d)."""
+    read = (gradient != 0).any(dim=-1)
+    read = (read.any(dim=1) if gradient.dim() == 4 else read).float()
+    return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def head_output(layout: Architecture, tokens: Tensor, output: Any) -> Any:
@@ -28,111 +98,77 @@ def head_output(layout: Architecture, tokens: Tensor, output: Any) -> Any:
     return SimpleNamespace(logits=made) if hasattr(output, "logits") and isinstance(made, Tensor) else made
 
 
-def check_seen(total: Tensor, unseen: dict[str, Tensor]) -> None:
-    """Raise `UnsupportedNetworkError` if the scores (B,) depend on attention that went past the interception."""
-    watched = {name: output for name, output in unseen.items() if output.requires_grad}
-    if not watched or not total.requires_grad:
-        return
-    gradients = torch.autograd.grad(total.sum(), list(watched.values()), retain_graph=True, allow_unused=True)
-    names = [name for name, gradient in zip(watched, gradients, strict=True) if gradient is not None]
-    if names:
+def check_head(output: Any, passed: ForwardPass) -> None:
+    """Raise `UnsupportedNetworkError` unless the architecture's head gives what the network made of the last tokens."""
+    assert passed.last_tokens is not None
+    try:
+        with torch.no_grad():
+            made = head_output(passed.plan.layout, passed.last_tokens.detach(), output)
+            told = agree(made, output)
+    except Exception as error:
         raise UnsupportedNetworkError(
-            f"{', '.join(names)} attended without torch.nn.functional.scaled_dot_product_attention, so the network's "
-            "attention cannot be followed: set module.fused_attn = True on attention modules of timm networks, and "
-            "need_weights=False in calls of nn.MultiheadAttention"
+            f"the architecture's head fails on the last block's tokens ({error}): {_DESCRIBE_HEAD}"
+        ) from error
+    if not told:
+        raise UnsupportedNetworkError(
+            "the architecture's head does not give the network's output from the last block's tokens, so LeGrad, which "
+            f"asks it for each layer's own score, would explain something else: {_DESCRIBE_HEAD}, or leave LeGrad out"
         )
 
 
-def check_head(score: Score, output: Any, passed: ForwardPass) -> None:
-    """Raise `UnsupportedNetworkError` unless the architecture's head gives what the network made of the last tokens."""
-    layout, last_tokens = passed.plan.layout, passed.last_tokens
-    assert last_tokens is not None
-    try:
-        with torch.no_grad():
-            made = head_output(layout, last_tokens.detach(), output)
-            found, expected = _values(made), _values(output)
-            if found is None or expected is None:
-                found, expected = score(made), score(output)
-    except Exception as error:
-        raise UnsupportedNetworkError(
-            f"the architecture's head does not give an output that can be scored as the network's ({error}): {REMEDY}"
-        ) from error
-    if found.shape == expected.shape:
-        found, expected = found.float(), expected.detach().float()
-        if bool((found - expected).abs().amax() <= (1e-3 + 4 * passed.epsilon) * expected.abs().amax()):
-            return
-    raise UnsupportedNetworkError(
-        f"the architecture's head, which LeGrad applies to every layer, does not give the network's output: {REMEDY}"
-    )
+def reads_prefix(passed: ForwardPass, output: Any) -> bool:
+    """Return whether the architecture's head reads prefix tokens and no others."""
+    assert passed.last_tokens is not None
+    layout = passed.plan.layout
+    tokens = passed.last_tokens[:1].detach().requires_grad_()
+    gradient = _gradient(distinct_sum(head_output(layout, tokens, output)), tokens)
+    if gradient is None:
+        return False
+    read = gradient != 0
+    return bool(read[:, : layout.prefix_tokens].any() and not read[:, layout.prefix_tokens :].any())
 
 
-def _values(output: Any) -> Tensor | None:
-    values = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    return values if isinstance(values, Tensor) else None
-
-
-def readout_of(
-    score: Score, total: Tensor, output: Any, passed: ForwardPass, scale: float, may_ask_head: bool
-) -> Tensor:
+def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, needs_gradient: bool) -> Tensor:
     """Return the row above the top layer: equal shares for the tokens that the head reads.
 
     They are the tokens that the score depends on: the class token, all patches under average pooling, both tokens of a
-    distilled network, the queries of an attention-pool head. Where the score has no gradient, as that of a class whose
-    weights are zero, the architecture's head can tell.
+    distilled network, the queries of an attention-pool head. Where a score's gradient is zero, as that of a class whose
+    weights are, they are those that any output depends on.
 
     Args:
-        score: of an output.
-        total: of each image, (B,), with the network's graph.
+        scores: of each image, (B,), with the network's graph.
         output: of the network.
         passed: the forward pass.
         scale: factor of the score.
-        may_ask_head: whether a score without a gradient is none of a method's concern.
+        needs_gradient: whether a method needs a score with a gradient.
 
     Returns:
         float32, (B, Q); rows sum to 1.
 
     Raises:
         UnsupportedNetworkError: if the score depends on nothing that the last layer gives.
+        ValueError: for gradients that are not finite, or zero where they are needed.
     """
-    gradient = None
-    if total.requires_grad:
-        start = passed.score_start
-        gradient = torch.autograd.grad(total.float().sum() * scale, start, retain_graph=True, allow_unused=True)[0]
-    readout = None if gradient is None else _shares(gradient)
-    if readout is not None and bool((readout.sum(dim=1) > 0).all()):
-        return readout
-    top = passed.calls[-1]
-    if may_ask_head and passed.plan.layout.head is not None and passed.last_tokens is not None and not top.is_pool:
-        check_head(score, output, passed)
-        probed = _shares(probe(passed.plan.layout, passed.last_tokens.detach(), output))
-        return probed if readout is None else torch.where(readout.sum(dim=1, keepdim=True) > 0, readout, probed)
-    if readout is None:
+    start = passed.score_start
+    gradient = _gradient(scores.float().sum() * scale, start)
+    if gradient is None:
         raise UnsupportedNetworkError(
-            "the score does not depend on the last attention layer, or not by a gradient: explain a score of the "
-            "network's output, and let its head run with gradients"
+            "the score does not depend on the last attention layer by any gradient: explain a score of the network's "
+            f"output; {CUT}"
         )
-    images = (readout.sum(dim=1) == 0).nonzero().flatten().tolist()
-    raise UnsupportedNetworkError(
-        f"the score of images {images} has no gradient: it does not change with any token, so there is nothing to "
-        "explain. Choose another target, or methods that need no gradient, such as rollout"
-    )
-
-
-def probe(layout: Architecture, tokens: Tensor, output: Any) -> Tensor:
-    """Return the gradient, (B, N, D), of a sum of all that the architecture's head gives, with different factors.
-
-    A plain sum has no gradient where the head ends in a normalisation.
-    """
-    tokens = tokens.requires_grad_()
-    made = head_output(layout, tokens, output)
-    values = (made if isinstance(made, Tensor) else logits_of(made)).float()
-    factors = torch.arange(1, values[0].numel() + 1, device=values.device, dtype=torch.float32).view_as(values[0])
-    gradient: Tensor = torch.autograd.grad((values * factors).sum(), tokens)[0]
-    return gradient
-
-
-def _shares(gradient: Tensor) -> Tensor:
-    """Return equal shares for the tokens with any gradient, (B, N, D) or (B, H, N, d)."""
-    read = (gradient != 0).any(dim=-1)
-    read = (read.any(dim=1) if gradient.dim() == 4 else read).float()
-    return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
+    check_finite(gradient.flatten(1), "gradients")
+    readout = _shares(gradient)
+    without = readout.sum(dim=1) == 0
+    if not without.any():
+        return readout
+    images = without.nonzero().flatten().tolist()
+    if needs_gradient:
+        raise ValueError(
+            f"the score of images {images} has a gradient of exactly zero, of which no method that uses gradients can "
+            "make a map: explain another class or score, or ask for methods without gradients (rollout, attention)"
+        )
+    # What the head reads for the other classes, it reads.
+    general = _gradient(distinct_sum(output), start)
+    if general is None or not _shares(general)[without].any(dim=1).all():
+        raise ValueError(f"no output of the network depends on the tokens of images {images}: there is no readout")
+    return torch.where(without[:, None], _shares(general), readout)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmarpp.attribution.attend import Inputs
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.forward import BlockRun, ForwardPass
-from gmarpp.attribution.head import check_head, head_output, probe
+from gmarpp.attribution.head import check_head, head_output, reads_prefix, rounding
 from gmarpp.attribution.seam import answered_by
 from gmarpp.attribution.target import Score
 
@@ -26,12 +26,17 @@ class OwnScores:
     Args:
         passed: the forward pass, with the runs of its blocks.
         output: of the network.
+
+    Raises:
+        UnsupportedNetworkError: if the architecture's head does not give the network's output.
     """
 
     def __init__(self, passed: ForwardPass, output: Any) -> None:
         self._passed, self._output = passed, output
         self._layers = list(zip(passed.runs, passed.calls, strict=False))
-        self._by_prefix = all(run.is_by_token for run in passed.runs) and self._reads_prefix()
+        check_head(output, passed)
+        by_token = all(run.is_by_token for run in passed.runs)
+        self._by_prefix = passed.plan.tails_again and by_token and reads_prefix(passed, output)
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
@@ -42,16 +47,12 @@ class OwnScores:
 
         Returns:
             by block, (B, H, R, dv), times the factor; R is the number of prefix tokens, or of all.
-
-        Raises:
-            UnsupportedNetworkError: if the architecture's head does not give the network's output.
         """
-        check_head(score, self._output, self._passed)
         if self._by_prefix:
             found = [self._of_prefix(*layer, score, scale) for layer in self._layers]
-            gradients, alike = [layer[0] for layer in found if layer], [layer[1] for layer in found if layer]
-            if len(gradients) == len(found) and bool(torch.stack(alike).all()):
-                return gradients
+            alike = [layer[1] for layer in found if layer is not None]
+            if len(alike) == len(found) and bool(torch.stack(alike).all()):
+                return [layer[0] for layer in found if layer is not None]
             # Tokens mix outside of attention, so the prefix tokens cannot do without the others.
             self._by_prefix = False
         return [self._of_all(*layer, score, scale) for layer in self._layers]
@@ -72,8 +73,7 @@ class OwnScores:
         expected = run.output.detach()[:, : tokens.shape[1]]
         if own.shape != expected.shape:
             return None
-        gradient = self._differentiated(own, attended, score, scale)
-        return gradient, _alike(own.detach(), expected, tokens, self._passed.epsilon)
+        return self._differentiated(own, attended, score, scale), _alike(own.detach(), expected, tokens)
 
     def _of_all(self, run: BlockRun, call: AttentionCall, score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""
@@ -94,17 +94,10 @@ class OwnScores:
         gradient: Tensor = torch.autograd.grad(made.sum() * scale, start, retain_graph=True)[0]
         return gradient
 
-    def _reads_prefix(self) -> bool:
-        """Whether the head reads prefix tokens and no others."""
-        assert self._passed.last_tokens is not None
-        layout = self._passed.plan.layout
-        read = probe(layout, self._passed.last_tokens[:1].detach(), self._output) != 0
-        return bool(read[:, : layout.prefix_tokens].any() and not read[:, layout.prefix_tokens :].any())
 
-
-def _alike(own: Tensor, expected: Tensor, tokens: Tensor, epsilon: float) -> Tensor:
+def _alike(own: Tensor, expected: Tensor, tokens: Tensor) -> Tensor:
     """Return whether a block's output is the expected one, measured by what the block adds to its tokens."""
-    own, expected, tokens = own.float(), expected.float(), tokens.float()
-    allowed = 1e-3 * torch.linalg.vector_norm(expected - tokens) + 4 * epsilon * torch.linalg.vector_norm(expected)
-    alike: Tensor = torch.linalg.vector_norm(own - expected) <= allowed
+    norm = torch.linalg.vector_norm
+    added, size = norm((expected - tokens).float()), norm(expected.float())
+    alike: Tensor = norm((own - expected).float()) <= 1e-3 * added + 4 * rounding(own, expected) * size
     return alike

@@ -3,9 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.grid import Architecture
 from gmarpp.attribution.method import Method
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,7 @@ class Plan:
         layout: the network's tokens, blocks and head.
         gradients: whether gradients pass from block to block. If not, blocks run without a graph.
         local_scores: whether the layers' own scores are wanted.
+        tails_again: whether blocks may run once more for their layers' own scores: nobody's hooks watch them.
         recompute: whether blocks run again in the backward pass instead of keeping their activations.
     """
 
@@ -24,6 +32,7 @@ class Plan:
     layout: Architecture
     gradients: bool
     local_scores: bool
+    tails_again: bool
     recompute: bool
 
     @staticmethod
@@ -38,8 +47,10 @@ class Plan:
         Raises:
             UnsupportedNetworkError: if the methods need blocks or a head that the layout does not tell.
         """
-        gradients = any(method.needs_gradient for method in methods)
         local_scores = any(method.needs_local_gradient for method in methods)
+        tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
+        # Else the layers' own scores are found on the graph of the forward pass.
+        gradients = any(method.needs_gradient for method in methods) or (local_scores and not tails_again)
         recompute = recompute and gradients
         if (local_scores and (not layout.blocks or layout.head is None)) or (recompute and not layout.blocks):
             raise UnsupportedNetworkError(
@@ -53,4 +64,4 @@ class Plan:
             tuple(each for each in methods if (each.gradient_rule if each.needs_gradient else first) == rule)
             for rule in rules
         )
-        return Plan(groups, layout, gradients, local_scores, recompute)
+        return Plan(groups, layout, gradients, local_scores, tails_again, recompute)

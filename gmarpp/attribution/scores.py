@@ -34,36 +34,24 @@ class Scores:
         """
         if callable(target):
             scores = _own_scores(output, target, batch)
-            check_finite(scores[:, None])
+            check_finite(scores[:, None], "scores")
             indices = torch.zeros(batch, dtype=torch.long, device=scores.device)
             return Scores(scores[:, None], indices, (target,), of_classes=False)
         logits = logits_of(output)
         check_finite(logits)
         if isinstance(target, Contrast):
-            indices, other = (_indices(each, logits, model) for each in (target.target, target.other))
+            indices, other = (resolve_target(each, logits, model) for each in (target.target, target.other))
             if indices.dim() != 1 or other.dim() != 1:
                 raise ValueError("a contrast takes one class per image on either side")
             plus, minus = class_score(indices), class_score(other)
             return Scores(logits, indices, (lambda output: plus(output) - minus(output),), of_classes=True)
-        indices = _indices(target, logits, model)
+        indices = resolve_target(target, logits, model)
         columns = indices[:, None] if indices.dim() == 1 else indices
         return Scores(logits, indices, tuple(map(class_score, columns.unbind(dim=1))), of_classes=True)
 
 
-def _indices(target: Any, logits: Tensor, model: nn.Module) -> Tensor:
-    # A copy: autograd cannot save tensors that were made in inference mode.
-    return resolve_target(target, logits, model).clone()
-
-
 def _own_scores(output: Any, target: Score, batch: int) -> Tensor:
-    try:
-        scores = target(output)
-    except RuntimeError as error:
-        if "nference tensor" not in str(error):
-            raise
-        raise ValueError(
-            "the target function uses tensors that were made under torch.inference_mode: clone them outside of it"
-        ) from error
+    scores = target(output)
     if not isinstance(scores, Tensor) or scores.shape != (batch,):
         raise ValueError(
             f"the target function must give one score per image, shape ({batch},), and gave "

@@ -49,59 +49,33 @@ def answered_by(handler: Handler | None) -> Iterator[None]:
 
 
 @contextmanager
-def intercepted(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def intercepted(model: nn.Module) -> Iterator[None]:
     """Replace the function, and restore it also after an error; other threads' calls go to the original one.
 
     The fast path of `nn.MultiheadAttention` and compiled code, which would go past it, are off meanwhile.
-
-    Yields:
-        outputs of modules that attended without the function, by their names; filled while the network runs.
     """
-    unseen: dict[str, Tensor] = {}
     with _one_at_a_time, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         fast_path, original = torch.backends.mha.get_fastpath_enabled(), F.scaled_dot_product_attention
-        for name, module in model.named_modules():
-            if isinstance(module, nn.MultiheadAttention):
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention) and module.batch_first:
                 hooks.callback(module.register_forward_pre_hook(_relay).remove)
-                hooks.callback(module.register_forward_hook(_watch_weights(name, unseen), with_kwargs=True).remove)
-            elif getattr(module, "fused_attn", True) is False:
-                hooks.callback(module.register_forward_hook(_watch(name, unseen)).remove)
         torch.backends.mha.set_fastpath_enabled(False)
         F.scaled_dot_product_attention = _attend
         try:
-            yield unseen
+            yield
         finally:
             F.scaled_dot_product_attention = original
             torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-def _relay(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
 
     Else its projection, with weights that are frozen, becomes a product per image, each with a copy of the weights:
     several times the time of the whole network, in the backward pass above all.
     """
     query = args[0] if args else None
-    if not layer.batch_first or query is None or query.dim() != 3 or any(each is not query for each in args[1:3]):
+    if query is None or query.dim() != 3 or any(each is not query for each in args[1:3]):
         return None
     relaid = query.transpose(0, 1).contiguous().transpose(0, 1)
     return tuple(relaid if each is query else each for each in args)
-
-
-def _watch(name: str, unseen: dict[str, Tensor]) -> Callable[..., None]:
-    def watch(_: nn.Module, __: object, output: Any) -> None:
-        if is_intercepted():
-            unseen[name] = output[0] if isinstance(output, tuple) else output
-
-    return watch
-
-
-def _watch_weights(name: str, unseen: dict[str, Tensor]) -> Callable[..., None]:
-    """Return a hook for `nn.MultiheadAttention`, which attends without the function if asked for its weights."""
-    watch = _watch(name, unseen)
-
-    def watch_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("need_weights", args[4] if len(args) > 4 else True):
-            watch(module, args, output)
-
-    return watch_weights

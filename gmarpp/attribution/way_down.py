@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.call import UnsupportedNetworkError
-from gmarpp.attribution.forward import ForwardPass
-from gmarpp.attribution.head import check_seen, readout_of
+from gmarpp.attribution.forward import CUT, ForwardPass
+from gmarpp.attribution.head import readout_of
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.own_scores import OwnScores
 from gmarpp.attribution.relevance import Relevance
@@ -25,16 +25,11 @@ class WayDown:
     Args:
         passed: the forward pass.
         output: of the network.
-        unseen: outputs of modules whose attention was not intercepted, by their names.
         images: (B, 3, H, W).
-        of_classes: whether the scores are logits of classes.
     """
 
-    def __init__(
-        self, passed: ForwardPass, output: Any, unseen: dict[str, Tensor], images: Tensor, of_classes: bool
-    ) -> None:
-        self._passed, self._output, self._unseen = passed, output, unseen
-        self._images, self._of_classes = images, of_classes
+    def __init__(self, passed: ForwardPass, output: Any, images: Tensor) -> None:
+        self._passed, self._output, self._images = passed, output, images
         self._own_scores = OwnScores(passed, output) if passed.plan.local_scores else None
 
     def rows(self, score: Score, last: bool) -> Rows:
@@ -49,7 +44,7 @@ class WayDown:
         """Go down for methods that share a backward pass; float16 finds the scale of its gradients by itself."""
         is_half = self._passed.dtype == torch.float16
         total = score(self._output)
-        check_seen(total, self._unseen)
+        self._passed.unseen.require_none(total, self._passed.token_counts)
         scale = _largest_scale(total, self._passed.score_start) if is_half else 1.0
         rows = self._descend(methods, score, total, scale, keep=keep or is_half)
         while is_half and scale > 2.0**-24 and not all(bool(row.isfinite().all()) for row in rows.values()):
@@ -60,9 +55,7 @@ class WayDown:
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
         passed = self._passed
         need_gradient = any(method.needs_gradient or method.needs_local_gradient for method in methods)
-        readout = readout_of(
-            score, total, self._output, passed, scale, may_ask_head=self._of_classes and not need_gradient
-        )
+        readout = readout_of(total, self._output, passed, scale, need_gradient)
         local = () if self._own_scores is None else self._own_scores.gradients(score, scale)
         relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
         passed.descent.begin(relevance, local, scale, passed.calls)
@@ -84,26 +77,30 @@ class WayDown:
                     call.inputs = None
 
     def _check_visited(self) -> None:
-        layers, visited = len(self._passed.calls), self._passed.descent.visited
-        if layers - 1 not in visited:
+        missing = {call.index for call in self._passed.calls} - set(self._passed.descent.visited)
+        if missing:
             raise UnsupportedNetworkError(
-                "the score does not depend on the last attention layer: explain a score of the network's output"
-            )
-        if visited != list(reversed(range(layers))):
-            cut = max(set(range(layers)) - set(visited))
-            raise UnsupportedNetworkError(
-                f"the score's gradient does not get to attention layer {cut} from above: the network cuts it off "
-                "(detach, quantized layers). Only methods that need no gradient, such as rollout, can explain it"
+                f"no gradient of the score reaches attention layers {sorted(missing)}, which these methods need: {CUT}"
             )
 
 
 def _largest_scale(total: Tensor, start: Any) -> float:
-    """Return the power of two by which float16 gradients get as large as leaves room for growth on the way down."""
-    scale, limit = 2.0**10, 2.0**15 if total.dtype == torch.float16 else 2.0**60
-    for _ in range(8):
+    """Return the power of two by which float16 gradients get as large as leaves room for growth on the way down.
+
+    Args:
+        total: scores, (B,).
+        start: where the graph of the score alone begins.
+    """
+    scale, highest = 2.0**10, 2.0**15 if total.dtype == torch.float16 else 2.0**60
+    for _ in range(32 if total.requires_grad and start is not None else 0):
         gradient = torch.autograd.grad(total.float().sum() * scale, start, retain_graph=True, allow_unused=True)[0]
         peak = 0.0 if gradient is None else float(gradient.abs().amax())
-        if math.isfinite(peak) and peak > 0:
-            return float(min(limit, scale * 2.0 ** (9 - math.ceil(math.log2(peak)))))
-        scale = min(limit, scale * (2.0**10 if peak == 0 else 2.0**-8))
-    return 1.0
+        if math.isfinite(peak):
+            # 2⁹ is as far from float16's largest number as layers below may still make gradients grow.
+            following = min(highest, scale * 2.0 ** min(16, 9 - math.ceil(math.log2(peak)) if peak else 16))
+        else:
+            following = highest = scale / 4
+        if following == scale:
+            break
+        scale = following
+    return scale

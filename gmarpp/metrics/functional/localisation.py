@@ -145,5 +145,5 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
     scaled = scaled.round(decimals=5)
     values = scaled.new_full((len(scaled),), math.nan)
     for image in masks.any(1).nonzero()[:, 0].tolist():
-        values[image] = binary_average_precision(scaled[image], masks[image].int(), validate_args=False)
+        values[image] = binary_average_precision(scaled[image], masks[image].float(), validate_args=False)
     return reduce_images(values, reduction)
