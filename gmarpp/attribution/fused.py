@@ -97,13 +97,18 @@ def _arguments(
         # IEEE products are no work for the matrix units: larger tiles do not fit into the registers.
         tile = min(tile, 32)
     tensors = {"query": query, "key": key, "value": value, "outer": outer}
-    strides = {f"{name}_strides": (0,) * 3 if each is None else each.stride()[:3] for name, each in tensors.items()}
-    unit = math.gcd(16, *(stride for each in strides.values() for stride in each))
+    strides = {
+        f"{name}_{axis}": 0 if each is None else each.stride(position)
+        for name, each in tensors.items()
+        for position, axis in enumerate(("image", "head", "token"))
+    }
+    unit = math.gcd(16, *strides.values())
+    mask_strides = (0,) * 4 if mask is None else mask.stride()
     return {
         **tensors,
-        **{name: tuple(stride // unit for stride in each) for name, each in strides.items()},
+        **{name: stride // unit for name, stride in strides.items()},
         "mask": mask,
-        "mask_strides": (0,) * 4 if mask is None else mask.stride(),
+        **dict(zip(("mask_image", "mask_head", "mask_query", "mask_key"), mask_strides, strict=True)),
         "heads": heads,
         "group": heads // key.shape[1],
         "queries": queries,

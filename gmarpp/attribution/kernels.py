@@ -24,38 +24,40 @@ ROWS = tl.constexpr(16)  # the fewest rows that a matrix unit multiplies
 
 
 @triton.jit
-def _head(tensor, strides, image_head, heads, group, UNIT: tl.constexpr):
-    """Point to the head of an image, of a tensor (B, H / group, tokens, d) with strides in units of UNIT elements.
+def _head(image_stride, head_stride, image_head, heads, group, UNIT: tl.constexpr):
+    """Offset of the head of an image, in a tensor (B, H / group, tokens, d) with strides in units of UNIT entries.
 
-    A constant factor tells the compiler how far pointers are aligned, and so how much it may load at once.
+    The constant factor tells the compiler how pointers are aligned, and so how much it may load at once.
     """
     image = (image_head // heads).to(tl.int64)
     head = ((image_head % heads) // group).to(tl.int64)
-    return tensor + image * strides[0] * UNIT + head * strides[1] * UNIT
+    return image * image_stride * UNIT + head * head_stride * UNIT
 
 
 @triton.jit
-def _tokens(head, strides, positions, tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+def _tokens(head, stride, positions, tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
     """Load tokens of one head, (positions, BLOCK); BLOCK is SIZE, or the power of two above it, filled with zeros."""
     channels = tl.arange(0, BLOCK)
-    pointers = (head + positions.to(tl.int64) * strides[2] * UNIT)[:, None] + channels[None, :]
+    pointers = (head + positions.to(tl.int64) * stride * UNIT)[:, None] + channels[None, :]
     return tl.load(pointers, mask=(positions[:, None] < tokens) & (channels[None, :] < SIZE), other=0.0)
 
 
 @triton.jit
-def _bias(mask, strides, q, n, queries, keys, CAUSAL: tl.constexpr):
+def _bias(mask, query_stride, key_stride, q, n, queries, keys, CAUSAL: tl.constexpr):
     """What is added to the scores, (QUERIES, KEYS), or (1, KEYS) for all queries: -inf where nothing is attended to."""
     allowed = n[None, :] < keys
     if CAUSAL:
         allowed = allowed & (n[None, :] <= q[:, None])
     bias = tl.where(allowed, 0.0, float("-inf"))
     if mask is not None:
-        pointers = (mask + q.to(tl.int64) * strides[2])[:, None] + (n.to(tl.int64) * strides[3])[None, :]
+        pointers = (mask + q.to(tl.int64) * query_stride)[:, None] + (n.to(tl.int64) * key_stride)[None, :]
         entries = tl.load(pointers, mask=(q[:, None] < queries) & allowed, other=0)
         if mask.dtype.element_ty == tl.uint8:
             bias = tl.where(entries != 0, bias, float("-inf"))
         else:
-            bias = bias + entries.to(tl.float32) * LOG2_E
+            # The lowest finite number stays finite: only -inf forbids.
+            finite = tl.maximum(entries.to(tl.float32), -2e38, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
+            bias += tl.where(entries == float("-inf"), float("-inf"), finite)
     return bias
 
 
@@ -78,14 +80,17 @@ def _relu(tile):
     return tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-# Each value of what is specialized, and each pattern of its divisibility, would cost a compilation.
-_ANY = ["query_strides", "key_strides", "value_strides", "outer_strides", "heads", "queries", "keys"]
+# A kernel is compiled again for each value of what it is specialized on, and each pattern of divisibility.
+_STRIDES = [f"{name}_{axis}" for name in ("query", "key", "value", "outer") for axis in ("image", "head", "token")]
+_SIZES = [*_STRIDES, "mask_image", "mask_head", "mask_query", "heads", "queries", "keys"]
 
 
-@triton.jit(do_not_specialize=_ANY)
+@triton.jit(do_not_specialize=_SIZES)
 def statistics_kernel(
     query, key, value, outer, mask, log_sum_exp, product_rows, norms,
-    query_strides, key_strides, value_strides, outer_strides, mask_strides,
+    query_image, query_head, query_token, key_image, key_head, key_token,
+    value_image, value_head, value_token, outer_image, outer_head, outer_token,
+    mask_image, mask_head, mask_query, mask_key,
     heads, group, queries, keys, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -100,22 +105,23 @@ def statistics_kernel(
     blocks = tl.cdiv(queries, QUERIES)
     image_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     q = block * QUERIES + tl.arange(0, QUERIES)
-    key_head = _head(key, key_strides, image_head, heads, group, UNIT)
-    mask_head = mask if mask is None else _head(mask, mask_strides, image_head, heads, 1, 1)
-    query_head = _head(query, query_strides, image_head, heads, 1, UNIT)
-    query_tile = _tokens(query_head, query_strides, q, queries, SIZE, BLOCK, UNIT)
+    key += _head(key_image, key_head, image_head, heads, group, UNIT)
+    if mask is not None:
+        mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
+    query += _head(query_image, query_head, image_head, heads, 1, UNIT)
+    query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
     highest = tl.full([QUERIES], float("-inf"), tl.float32)
     total, product = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
     if outer is not None:
-        value_head = _head(value, value_strides, image_head, heads, group, UNIT)
-        outer_head = _head(outer, outer_strides, image_head, heads, 1, UNIT)
-        outer_tile = _tokens(outer_head, outer_strides, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
+        value += _head(value_image, value_head, image_head, heads, group, UNIT)
+        outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
+        outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
         l1, positive_l1 = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
         squares, positive_squares = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
     for start in range(0, keys, KEYS):
         n = start + tl.arange(0, KEYS)
-        bias = _bias(mask_head, mask_strides, q, n, queries, keys, CAUSAL)
-        key_tile = _tokens(key_head, key_strides, n, keys, SIZE, BLOCK, UNIT)
+        bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
+        key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
         scores = _scores(query_tile, key_tile, bias, scale, PRECISION)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         # The maximum of a query that has attended to nothing so far is -inf, and -inf - -inf would be NaN.
@@ -123,7 +129,7 @@ def statistics_kernel(
         shrink, powers = tl.exp2(highest - shift), tl.exp2(scores - shift[:, None])
         total, highest = total * shrink + tl.sum(powers, axis=1), higher
         if outer is not None:
-            value_tile = _tokens(value_head, value_strides, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
+            value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
             gradient = _gradient(outer_tile, value_tile, bias, factor, PRECISION)
             positive = _relu(gradient)
             product = product * shrink + tl.sum(positive * powers, axis=1)
@@ -171,10 +177,12 @@ def _store_rows(output, first, count, total, image_head, n, keys, tile):
     tl.store(pointers, tl.trans(tile), mask=(number[:, None] < count) & (n[None, :] < keys))
 
 
-@triton.jit(do_not_specialize=[*_ANY, "attention_count", "product_count", "gradient_count"])
+@triton.jit(do_not_specialize=[*_SIZES, "attention_count", "product_count", "gradient_count"])
 def carry_kernel(
     query, key, value, outer, mask, log_sum_exp, attention_rows, product_rows, gradient_rows, output,
-    query_strides, key_strides, value_strides, outer_strides, mask_strides,
+    query_image, query_head, query_token, key_image, key_head, key_token,
+    value_image, value_head, value_token, outer_image, outer_head, outer_token,
+    mask_image, mask_head, mask_query, mask_key,
     heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,26 +197,27 @@ def carry_kernel(
     blocks = tl.cdiv(keys, KEYS)
     image_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     n = block * KEYS + tl.arange(0, KEYS)
-    mask_head = mask if mask is None else _head(mask, mask_strides, image_head, heads, 1, 1)
+    if mask is not None:
+        mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
     if ATTENDS:
-        query_head = _head(query, query_strides, image_head, heads, 1, UNIT)
-        key_head = _head(key, key_strides, image_head, heads, group, UNIT)
-        key_tile = _tokens(key_head, key_strides, n, keys, SIZE, BLOCK, UNIT)
+        query += _head(query_image, query_head, image_head, heads, 1, UNIT)
+        key += _head(key_image, key_head, image_head, heads, group, UNIT)
+        key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
     if DIFFERENTIATES:
-        outer_head = _head(outer, outer_strides, image_head, heads, 1, UNIT)
-        value_head = _head(value, value_strides, image_head, heads, group, UNIT)
-        value_tile = _tokens(value_head, value_strides, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
+        outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
+        value += _head(value_image, value_head, image_head, heads, group, UNIT)
+        value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
     by_attention = tl.zeros([KEYS, ROWS], tl.float32)
     by_product, by_gradient = tl.zeros([KEYS, ROWS], tl.float32), tl.zeros([KEYS, ROWS], tl.float32)
     for start in range(0, queries, QUERIES):
         q = start + tl.arange(0, QUERIES)
-        bias = tl.trans(_bias(mask_head, mask_strides, q, n, queries, keys, CAUSAL))
+        bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
         if ATTENDS:
-            query_tile = _tokens(query_head, query_strides, q, queries, SIZE, BLOCK, UNIT)
+            query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
             scores = _scores(key_tile, query_tile, bias, scale, PRECISION)
             attention = tl.exp2(scores - _log_sums(log_sum_exp, image_head, q, queries)[None, :])
         if DIFFERENTIATES:
-            outer_tile = _tokens(outer_head, outer_strides, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
+            outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
             positive = _relu(_gradient(value_tile, outer_tile, bias, factor, PRECISION))
         if attention_rows is not None:
             by_attention = _times_rows(attention_rows, attention_count, image_head, q, queries, attention, by_attention)
