@@ -83,49 +83,28 @@ def _arguments(
     keys, value_size = value.shape[2:]
     query, key = _alike(query, key)
     value, outer = (_alike(value)[0], None) if outer is None else _alike(value, outer)
-    if mask is not None:
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else _alike(mask)[0]
-        try:
-            mask = mask.expand(batch, heads, queries, keys)
-        except RuntimeError as error:
-            expected = (batch, heads, queries, keys)
-            raise ValueError(f"mask: expected a shape that expands to {expected}, got {tuple(mask.shape)}") from error
-    block, value_block = (max(16, 1 << (each - 1).bit_length()) for each in (size, value_size))
+    mask = None if mask is None else _expanded(mask, (batch, heads, queries, keys))
+    tensors = {"query": query, "key": key, "value": value, "outer": outer}
+    strides: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        strides |= _strides(tensor, name, "image", "head", "token")
+    unit = math.gcd(16, *strides.values())
+    block, value_block = _power_of_two(size), _power_of_two(value_size)
     precision = "tf32" if _tf32_is_allowed() else "ieee"
     tile = _tile(max(block * query.element_size(), value_block * value.element_size()), query.device)
     if precision == "ieee" and torch.float32 in (query.dtype, value.dtype):
         # IEEE products are no work for the matrix units: larger tiles do not fit into the registers.
         tile = min(tile, 32)
-    tensors = {"query": query, "key": key, "value": value, "outer": outer}
-    strides = {
-        f"{name}_{axis}": 0 if each is None else each.stride(position)
-        for name, each in tensors.items()
-        for position, axis in enumerate(("image", "head", "token"))
-    }
-    unit = math.gcd(16, *strides.values())
-    mask_strides = (0,) * 4 if mask is None else mask.stride()
     return {
         **tensors,
         **{name: stride // unit for name, stride in strides.items()},
         "mask": mask,
-        **dict(zip(("mask_image", "mask_head", "mask_query", "mask_key"), mask_strides, strict=True)),
-        "heads": heads,
-        "group": heads // key.shape[1],
-        "queries": queries,
-        "keys": keys,
-        "scale": float(scale),
-        "factor": 1.0 / gradient_scale,
-        "CAUSAL": is_causal,
-        "SIZE": size,
-        "BLOCK": block,
-        "VALUE_SIZE": value_size,
-        "VALUE_BLOCK": value_block,
-        "QUERIES": min(tile, max(16, 1 << (queries - 1).bit_length())),
-        "KEYS": min(tile, max(16, 1 << (keys - 1).bit_length())),
-        "UNIT": unit,
-        "PRECISION": precision,
-        "num_warps": 4,
-        "num_stages": 2,
+        **_strides(mask, "mask", "image", "head", "query", "key"),
+        **{"heads": heads, "group": heads // key.shape[1], "queries": queries, "keys": keys},
+        **{"scale": float(scale), "factor": 1.0 / gradient_scale, "CAUSAL": is_causal, "PRECISION": precision},
+        **{"SIZE": size, "BLOCK": block, "VALUE_SIZE": value_size, "VALUE_BLOCK": value_block, "UNIT": unit},
+        **{"QUERIES": min(tile, _power_of_two(queries)), "KEYS": min(tile, _power_of_two(keys))},
+        **{"num_warps": 4, "num_stages": 2},
     }
 
 
@@ -163,6 +142,9 @@ def _check_rows(
         raise ValueError(f"{', '.join(given)}: expected the output's gradient, got outer=None")
     if statistics is None and given.keys() != {"gradient_rows"}:
         raise ValueError(f"{', '.join(given)}: expected the layer's statistics, got None")
+    if statistics is not None and statistics.log_sum_exp.shape != query.shape[:3]:
+        found = tuple(statistics.log_sum_exp.shape)
+        raise ValueError(f"statistics: expected those of queries {tuple(query.shape[:3])}, got {found}")
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -173,6 +155,25 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.float32
     tensors = tuple(each.to(dtype) for each in tensors)
     return tuple(each if each.stride(-1) == 1 else each.contiguous() for each in tensors)
+
+
+def _expanded(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a mask, booleans as bytes, in the shape of the scores but not of their size."""
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else _alike(mask)[0]
+    try:
+        return mask.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"mask: expected a shape that expands to {shape}, got {tuple(mask.shape)}") from error
+
+
+def _strides(tensor: Tensor | None, name: str, *axes: str) -> dict[str, int]:
+    """Return the strides of a tensor's first axes as arguments, such as query_image; 0 without a tensor."""
+    return {f"{name}_{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _power_of_two(size: int) -> int:
+    """Return the next power of two, at least 16, which is the least that a matrix unit multiplies."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _tile(bytes_per_token: int, device: torch.device) -> int:
@@ -287,22 +288,22 @@ def carry(
     """
     kinds = {"attention_rows": attention_rows, "product_rows": product_rows, "gradient_rows": gradient_rows}
     _check_rows(kinds, query, outer, statistics)
+    log_sum_exp = None if statistics is None else statistics.log_sum_exp.contiguous()
     layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
     batch, heads, _, _ = query.shape
     keys = key.shape[2]
-    rows = {name: None if each is None else each.float().contiguous() for name, each in kinds.items()}
-    counts = [0 if each is None else each.shape[2] for each in rows.values()]
+    # Float32 rows need registers: with half as many queries in a tile, three programs fit beside each other, not two.
+    layer["QUERIES"] = min(layer["QUERIES"], 32)
+    counts = [0 if each is None else each.shape[2] for each in kinds.values()]
     by_head = query.new_empty((batch, heads, sum(counts), keys), dtype=torch.float32)
+    for (name, each), count in zip(kinds.items(), counts, strict=True):
+        rows = None if each is None else _alike(each.float())[0]
+        kind = name.removesuffix("_rows")
+        layer |= {name: rows, f"{kind}_count": count, **_strides(rows, kind, "image", "head", "row")}
     programs = batch * heads * -(-keys // layer["KEYS"])
     with _launching_on(query.device):
         kernels.carry_kernel[programs, -(-max(counts) // kernels.ROWS.value)](
-            **layer,
-            **rows,
-            log_sum_exp=None if statistics is None else statistics.log_sum_exp,
-            output=by_head,
-            attention_count=counts[0],
-            product_count=counts[1],
-            gradient_count=counts[2],
+            **layer, log_sum_exp=log_sum_exp, output=by_head
         )
     attention, product, gradient = torch.split(by_head.sum(dim=1), counts, dim=1)
     return (

@@ -5,11 +5,11 @@
 Both kernels cut the matrices A and G of one head, (Q, N), into tiles of QUERIES × KEYS entries that never leave the
 registers. Each is a product of two blocks of tokens: scores are ``scale · q kᵀ``, the gradient is ``outer vᵀ``.
 
-An example: a head of a ViT with 197 tokens and d = 64, in tiles of 64 × 64. `statistics_kernel` runs four programs, for
-queries 0 to 63, 64 to 127, 128 to 191 and 192 to 196. Each keeps its q and outer, (64, 64), and goes over the keys in
-four steps: it loads k and v, (64, 64), and adds up what the tiles hold. `carry_kernel` runs four programs of 64 keys.
-Each keeps its k and v, goes over the queries, and multiplies the tiles with the rows that the caller gives, (16, 64):
-up to 16 methods pass through one tile.
+An example: a head of a ViT with 197 tokens and d = 64, in bfloat16 on an H100. `statistics_kernel` runs four programs,
+for queries 0 to 63, 64 to 127, 128 to 191 and 192 to 196. Each keeps its q and outer, (64, 64), and goes over the keys
+in four steps: it loads k and v, (64, 64), and adds up what the tiles hold. `carry_kernel` runs four programs, too, of
+64 keys each: they keep k and v, go over the queries in seven steps of 32, and multiply the tiles with the rows that the
+caller gives, (16, 32). So up to 16 methods pass through one tile.
 
 Shapes in comments are those of tiles; `q` and `n` are the positions of a tile's queries and keys. Positions beyond the
 end load zeros. Offsets are 64 bits wide, for tensors of more than 2³¹ entries. Exponentials are powers of two, which is
@@ -82,6 +82,9 @@ def _relu(tile):
 
 # A kernel is compiled again for each value of what it is specialized on, and each pattern of divisibility.
 _STRIDES = [f"{name}_{axis}" for name in ("query", "key", "value", "outer") for axis in ("image", "head", "token")]
+_ROWS = [
+    f"{name}_{axis}" for name in ("attention", "product", "gradient") for axis in ("image", "head", "row", "count")
+]
 _SIZES = [*_STRIDES, "mask_image", "mask_head", "mask_query", "heads", "queries", "keys"]
 
 
@@ -157,13 +160,13 @@ def _log_sums(log_sum_exp, image_head, q, queries):
 
 
 @triton.jit
-def _times_rows(rows, count, image_head, q, queries, relevance, carried):
-    """Add ``relevanceᵀ rowsᵀ``, (KEYS, ROWS), to what is carried: ROWS of `count` rows, from a tensor (B, H, count, Q).
+def _times_rows(rows, stride, count, q, queries, relevance, carried):
+    """Add ``relevanceᵀ rowsᵀ``, (KEYS, ROWS), to what is carried: ROWS of a head's rows (count, Q).
 
     The relevance comes transposed, (KEYS, QUERIES).
     """
     number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    pointers = rows + (image_head.to(tl.int64) * count + number)[:, None] * queries + q[None, :]
+    pointers = (rows + number.to(tl.int64) * stride)[:, None] + q[None, :]
     tile = tl.load(pointers, mask=(number[:, None] < count) & (q[None, :] < queries), other=0.0)
     # Three tf32 products keep what float32 rows and tiles hold, to about 2⁻²¹, whatever the precision of the scores.
     return tl.dot(relevance, tl.trans(tile), carried, input_precision="tf32x3")
@@ -177,12 +180,13 @@ def _store_rows(output, first, count, total, image_head, n, keys, tile):
     tl.store(pointers, tl.trans(tile), mask=(number[:, None] < count) & (n[None, :] < keys))
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "attention_count", "product_count", "gradient_count"])
+@triton.jit(do_not_specialize=[*_SIZES, *_ROWS])
 def carry_kernel(
     query, key, value, outer, mask, log_sum_exp, attention_rows, product_rows, gradient_rows, output,
     query_image, query_head, query_token, key_image, key_head, key_token,
     value_image, value_head, value_token, outer_image, outer_head, outer_token,
-    mask_image, mask_head, mask_query, mask_key,
+    mask_image, mask_head, mask_query, mask_key, attention_image, attention_head, attention_row,
+    product_image, product_head, product_row, gradient_image, gradient_head, gradient_row,
     heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -207,8 +211,15 @@ def carry_kernel(
         outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
         value += _head(value_image, value_head, image_head, heads, group, UNIT)
         value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
-    by_attention = tl.zeros([KEYS, ROWS], tl.float32)
-    by_product, by_gradient = tl.zeros([KEYS, ROWS], tl.float32), tl.zeros([KEYS, ROWS], tl.float32)
+    if attention_rows is not None:
+        attention_rows += _head(attention_image, attention_head, image_head, heads, 1, 1)
+        by_attention = tl.zeros([KEYS, ROWS], tl.float32)
+    if product_rows is not None:
+        product_rows += _head(product_image, product_head, image_head, heads, 1, 1)
+        by_product = tl.zeros([KEYS, ROWS], tl.float32)
+    if gradient_rows is not None:
+        gradient_rows += _head(gradient_image, gradient_head, image_head, heads, 1, 1)
+        by_gradient = tl.zeros([KEYS, ROWS], tl.float32)
     for start in range(0, queries, QUERIES):
         q = start + tl.arange(0, QUERIES)
         bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
@@ -220,12 +231,14 @@ def carry_kernel(
             outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
             positive = _relu(_gradient(value_tile, outer_tile, bias, factor, PRECISION))
         if attention_rows is not None:
-            by_attention = _times_rows(attention_rows, attention_count, image_head, q, queries, attention, by_attention)
+            by_attention = _times_rows(
+                attention_rows, attention_row, attention_count, q, queries, attention, by_attention
+            )
         if product_rows is not None:
             product = positive * attention
-            by_product = _times_rows(product_rows, product_count, image_head, q, queries, product, by_product)
+            by_product = _times_rows(product_rows, product_row, product_count, q, queries, product, by_product)
         if gradient_rows is not None:
-            by_gradient = _times_rows(gradient_rows, gradient_count, image_head, q, queries, positive, by_gradient)
+            by_gradient = _times_rows(gradient_rows, gradient_row, gradient_count, q, queries, positive, by_gradient)
     products = attention_count + product_count
     rows = products + gradient_count
     if attention_rows is not None:

@@ -197,6 +197,17 @@ def far_apart(path):
     return found.log_sum_exp - fused.statistics(query, key, value, outer, scale=0.25).log_sum_exp
 
 
+def test_strides_of_rows(layers):
+    query, key, value, outer = (each.to(layers.device) for each in layer(batch=2))
+    _, attention, gradient = matrices(query, key, value, outer, scale=0.25)
+    found = layers.statistics(query, key, value, outer, scale=0.25)
+    by_method = torch.rand(2, 3, 2, 20, device=layers.device).transpose(1, 2)
+    strided = torch.rand(2, 2, 20, 3, device=layers.device, dtype=torch.float64).transpose(2, 3)
+    carried = layers.carry(query, key, value, outer, found, attention_rows=by_method, gradient_rows=strided, scale=0.25)
+    assert_near(carried[0], (by_method.double() @ attention).sum(1))
+    assert_near(carried[2], (strided @ gradient.clamp(min=0)).sum(1))
+
+
 def test_offsets_beyond_32_bits(layers, tmp_path):
     if layers.interpreter is None:
         pytest.skip("checked in the interpreter")
@@ -260,6 +271,10 @@ def test_not_a_number_stays_one(layers):
         ({"outer": torch.ones(1, 2, 5, 16)}, r"outer: expected shape \(1, 2, 20, 16\), got \(1, 2, 5, 16\)"),
         ({"mask": torch.ones(3, 20)}, r"mask: expected a shape that expands to \(1, 2, 20, 20\), got \(3, 20\)"),
         ({"outer": None}, "product_rows: expected the output's gradient, got outer=None"),
+        (
+            {"statistics": fused.Statistics(*[torch.ones(1, 2, 5)] * 6)},
+            r"statistics: expected those of queries \(1, 2, 20\), got \(1, 2, 5\)",
+        ),
         ({"statistics": None}, "product_rows: expected the layer's statistics, got None"),
         ({"product_rows": None}, "expected at least one of attention_rows, product_rows, gradient_rows, got none"),
         ({"product_rows": torch.ones(1, 2, 20)}, r"product_rows: expected shape \(1, 2, M, 20\), got \(1, 2, 20\)"),
@@ -268,7 +283,7 @@ def test_not_a_number_stays_one(layers):
 def test_what_does_not_fit_is_an_error(change, message):
     query, key, value, outer = layer()
     arguments = {"query": query, "key": key, "value": value, "outer": outer, "product_rows": torch.ones(1, 2, 1, 20)}
-    given = fused.Statistics(*[torch.ones(1, 2)] * 6)
+    given = fused.Statistics(*[torch.ones(1, 2, 20)] * 6)
     with pytest.raises(ValueError, match=message):
         fused.carry(**{**arguments, "statistics": given, "scale": 1.0, **change})
 
@@ -298,56 +313,6 @@ def test_it_can_be_imported_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "fused_without_triton", alone)
     specification.loader.exec_module(alone)
     assert not alone.available(torch.device("cuda"))
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Give a function that compiles a layer's kernels for a GPU that need not be here, as a call would, in order."""
-    if torch.cuda.is_available():
-        pytest.skip("the kernels run on the GPU themselves")
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Absent:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda _: 0)
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", Absent())
-    monkeypatch.setattr(fused, "_shared_memory", lambda _: 233472)
-    results = []
-    for kernel in (fused.kernels.statistics_kernel, fused.kernels.carry_kernel):
-
-        def compile_only(*args, run=kernel.run, **kwargs):
-            results.append(run(*args, **{**kwargs, "warmup": True}))
-
-        monkeypatch.setattr(kernel, "run", compile_only)
-
-    def compile_layer(*tensors, **options):
-        results.clear()
-        found = fused.statistics(*tensors, scale=0.125, **options)
-        rows = torch.ones(*tensors[0].shape[:2], 2, tensors[0].shape[2])
-        fused.carry(*tensors, found, attention_rows=rows, product_rows=rows, scale=0.125, **options)
-        return tuple(results)
-
-    return compile_layer
-
-
-def test_kernels_compile_once_for_all_sizes(compiled):
-    first = compiled(*layer(queries=197, keys=197, size=64, dtype=torch.bfloat16))
-    assert all(kernel.metadata.shared <= 227 << 10 for kernel in first)
-    assert compiled(*layer(batch=3, heads=4, queries=1370, keys=1370, size=64, dtype=torch.bfloat16)) == first
-
-
-def test_tf32_only_where_torch_allows_it(compiled):
-    tensors = layer(queries=16, keys=16)
-    assert "tf32" not in compiled(*tensors)[0].asm["ptx"]
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert "tf32" in compiled(*tensors)[0].asm["ptx"]
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @needs_cuda
