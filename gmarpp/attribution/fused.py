@@ -1,31 +1,30 @@
-"""Products with the attention and its gradient from q, k, v and the output's gradient, without an N × N matrix.
+"""Products with a layer's attention and its gradient, from q, k, v and the output's gradient, without N × N matrices.
 
-Two launches per layer serve all rollout methods. `statistics` goes over the matrices once, for what methods weigh heads
-and normalize rows with; `carry` goes over them again and takes the rows of all methods through the layer at once. Neither
-stores a matrix: tiles of A and G are computed where they are used (see `gmarpp.attribution.kernels`).
+Two kernels per layer serve all methods. `statistics` goes over the matrices once, for what heads are weighed and rows
+are normalized with; `carry` goes over them again, and takes the rows of all methods through the layer at once. Tiles of
+A and G are computed where they are used, and never stored (see `gmarpp.attribution.kernels`).
 
-An example, rollout and GMAR++ of one layer of ViT-L/16, for 8 images::
+An example: rollout and GMAR++ through a layer of ViT-L/16, for 8 images::
 
-    s = statistics(query, key, value, outer, scale=0.125)       # query … outer (8, 16, 197, 64), s.positive_l1 (8, 16)
-    ...                                                         # each method's row (8, 197), times its heads' weights
-    attention, product, _ = carry(
-        query, key, value, outer, s,
-        attention_rows=rollout_rows,                            # (8, 16, 1, 197)
-        product_rows=gmarpp_rows,                               # (8, 16, 1, 197)
-        scale=0.125,
-    )                                                           # each (8, 1, 197)
+    layer = dict(query=q, key=k, value=v, outer=gradient, scale=0.125)  # each tensor (8, 16, 197, 64)
+    found = statistics(**layer)  # found.positive_l1 (8, 16), found.product_rows (8, 16, 197)
+    ...  # each method's row (8, 197), over its row sums, times its heads' weights: (8, 16, 1, 197)
+    rollout, gmarpp, _ = carry(**layer, statistics=found, attention_rows=..., product_rows=...)  # each (8, 1, 197)
 """
 
 import functools
 import importlib.util
+import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is not None:
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+if _HAS_TRITON:
     from gmarpp.attribution import kernels
 
 _LARGEST_HEAD = 256
@@ -36,8 +35,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Statistics:
     """What methods need to know of a layer before their rows pass through it; all float32.
 
-    ``G = outer vᵀ / gradient_scale`` where a query attends to a key, and 0 elsewhere. A query that attends to no key has
-    no attention. Without `outer` there is no gradient: all but the log-sum-exp are NaN.
+    ``G = outer vᵀ / gradient_scale`` where a query attends to a key, and 0 elsewhere. A query that attends to no key
+    has no attention. Without `outer` there is no gradient: all but the log-sum-exp are NaN.
 
     Attributes:
         log_sum_exp: of ``scale · q kᵀ + mask`` over the keys, (B, H, Q); -inf for a query that attends to nothing.
@@ -62,12 +61,10 @@ def available(device: torch.device) -> bool:
     That is on CUDA with Triton, unless the environment has GMARPP_FUSED=0; and on the CPU, slowly, if it has
     GMARPP_FUSED=1, and had TRITON_INTERPRET=1 when Triton was imported.
     """
-    if importlib.util.find_spec("triton") is None:
-        return False
     wanted = os.environ.get("GMARPP_FUSED")
     if device.type == "cpu":
-        return wanted == "1" and kernels.INTERPRETED
-    return device.type == "cuda" and wanted != "0"
+        return _HAS_TRITON and kernels.INTERPRETED and wanted == "1"
+    return _HAS_TRITON and device.type == "cuda" and wanted != "0"
 
 
 def _arguments(
@@ -86,35 +83,28 @@ def _arguments(
     keys, value_size = value.shape[2:]
     query, key = _alike(query, key)
     value, outer = (_alike(value)[0], None) if outer is None else _alike(value, outer)
-    if mask is not None:
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else _alike(mask)[0]
-        try:
-            mask = mask.expand(batch, heads, queries, keys)
-        except RuntimeError as error:
-            expected = (batch, heads, queries, keys)
-            raise ValueError(f"mask: expected a shape that expands to {expected}, got {tuple(mask.shape)}") from error
-    block, value_block = (max(16, 1 << (each - 1).bit_length()) for each in (size, value_size))
+    mask = None if mask is None else _expanded(mask, (batch, heads, queries, keys))
+    tensors = {"query": query, "key": key, "value": value, "outer": outer}
+    strides: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        strides |= _strides(tensor, name, "image", "head", "token")
+    unit = math.gcd(16, *strides.values())
+    block, value_block = _power_of_two(size), _power_of_two(value_size)
+    precision = "tf32" if _tf32_is_allowed() else "ieee"
     tile = _tile(max(block * query.element_size(), value_block * value.element_size()), query.device)
-    tensors = {"query": query, "key": key, "value": value, "outer": outer, "mask": mask}
+    if precision == "ieee" and torch.float32 in (query.dtype, value.dtype):
+        # IEEE products are no work for the matrix units: larger tiles do not fit into the registers.
+        tile = min(tile, 32)
     return {
         **tensors,
-        **{f"{name}_strides": (0,) if each is None else each.stride() for name, each in tensors.items()},
-        "heads": heads,
-        "group": heads // key.shape[1],
-        "queries": queries,
-        "keys": keys,
-        "scale": float(scale),
-        "gradient_factor": 1.0 / gradient_scale,
-        "CAUSAL": is_causal,
-        "SIZE": size,
-        "BLOCK": block,
-        "VALUE_SIZE": value_size,
-        "VALUE_BLOCK": value_block,
-        "QUERIES": min(tile, max(16, 1 << (queries - 1).bit_length())),
-        "KEYS": min(tile, max(16, 1 << (keys - 1).bit_length())),
-        "PRECISION": "tf32" if _tf32_is_allowed() else "ieee",
-        "num_warps": 4,
-        "num_stages": 2,
+        **{name: stride // unit for name, stride in strides.items()},
+        "mask": mask,
+        **_strides(mask, "mask", "image", "head", "query", "key"),
+        **{"heads": heads, "group": heads // key.shape[1], "queries": queries, "keys": keys},
+        **{"scale": float(scale), "factor": 1.0 / gradient_scale, "CAUSAL": is_causal, "PRECISION": precision},
+        **{"SIZE": size, "BLOCK": block, "VALUE_SIZE": value_size, "VALUE_BLOCK": value_block, "UNIT": unit},
+        **{"QUERIES": min(tile, _power_of_two(queries)), "KEYS": min(tile, _power_of_two(keys))},
+        **{"num_warps": 4, "num_stages": 2},
     }
 
 
@@ -152,6 +142,9 @@ def _check_rows(
         raise ValueError(f"{', '.join(given)}: expected the output's gradient, got outer=None")
     if statistics is None and given.keys() != {"gradient_rows"}:
         raise ValueError(f"{', '.join(given)}: expected the layer's statistics, got None")
+    if statistics is not None and statistics.log_sum_exp.shape != query.shape[:3]:
+        found = tuple(statistics.log_sum_exp.shape)
+        raise ValueError(f"statistics: expected those of queries {tuple(query.shape[:3])}, got {found}")
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -164,24 +157,49 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(each if each.stride(-1) == 1 else each.contiguous() for each in tensors)
 
 
+def _expanded(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a mask, booleans as bytes, in the shape of the scores but not of their size."""
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else _alike(mask)[0]
+    try:
+        return mask.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"mask: expected a shape that expands to {shape}, got {tuple(mask.shape)}") from error
+
+
+def _strides(tensor: Tensor | None, name: str, *axes: str) -> dict[str, int]:
+    """Return the strides of a tensor's first axes as arguments, such as query_image; 0 without a tensor."""
+    return {f"{name}_{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _power_of_two(size: int) -> int:
+    """Return the next power of two, at least 16, which is the least that a matrix unit multiplies."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def _tile(bytes_per_token: int, device: torch.device) -> int:
     """Return how many queries and how many keys a tile has: at most 64, at least 16.
 
-    A program holds q, outer, and two stages of k and v. Two programs should fit into a multiprocessor's shared memory, so
-    that one computes while the other waits.
+    A program holds q, outer, and two stages of k and v. Two programs should fit into a multiprocessor's shared memory,
+    so that one computes while the other waits.
     """
     memory = _shared_memory(device)
     return next((tile for tile in (64, 32) if 2 * 6 * tile * bytes_per_token <= memory), 16)
 
 
 def _shared_memory(device: torch.device) -> int:
-    return 1 << 16 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    """Return a multiprocessor's shared memory in bytes; 0 in the interpreter, which then takes the smallest tiles."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _tf32_is_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     # PyTorch 2.9 has a new setting, and an error for who reads the old one after the new one was set.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
 def statistics(
@@ -220,7 +238,7 @@ def statistics(
     if outer is not None:
         product_rows = torch.empty_like(log_sum_exp)
         parts = log_sum_exp.new_empty((4, batch, heads, blocks))
-    with torch.cuda.device_of(query):
+    with _launching_on(query.device):
         kernels.statistics_kernel[(batch * heads * blocks,)](
             **layer, log_sum_exp=log_sum_exp, product_rows=product_rows, norms=parts
         )
@@ -270,22 +288,26 @@ def carry(
     """
     kinds = {"attention_rows": attention_rows, "product_rows": product_rows, "gradient_rows": gradient_rows}
     _check_rows(kinds, query, outer, statistics)
+    log_sum_exp = None if statistics is None else statistics.log_sum_exp.contiguous()
     layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
     batch, heads, _, _ = query.shape
     keys = key.shape[2]
-    rows = {name: None if each is None else each.float().contiguous() for name, each in kinds.items()}
-    counts = [0 if each is None else each.shape[2] for each in rows.values()]
+    # Float32 rows need registers: with half as many queries in a tile, three programs fit beside each other, not two.
+    layer["QUERIES"] = min(layer["QUERIES"], 32)
+    counts = [0 if each is None else each.shape[2] for each in kinds.values()]
     by_head = query.new_empty((batch, heads, sum(counts), keys), dtype=torch.float32)
+    for (name, each), count in zip(kinds.items(), counts, strict=True):
+        rows = None if each is None else _alike(each.float())[0]
+        kind = name.removesuffix("_rows")
+        layer |= {name: rows, f"{kind}_count": count, **_strides(rows, kind, "image", "head", "row")}
     programs = batch * heads * -(-keys // layer["KEYS"])
-    with torch.cuda.device_of(query):
+    with _launching_on(query.device):
         kernels.carry_kernel[programs, -(-max(counts) // kernels.ROWS.value)](
-            **layer,
-            **rows,
-            log_sum_exp=None if statistics is None else statistics.log_sum_exp,
-            output=by_head,
-            attention_count=counts[0],
-            product_count=counts[1],
-            gradient_count=counts[2],
+            **layer, log_sum_exp=log_sum_exp, output=by_head
         )
-    carried = by_head.sum(dim=1).split(counts, dim=1)
-    return tuple(None if each is None else part for each, part in zip(kinds.values(), carried, strict=True))
+    attention, product, gradient = torch.split(by_head.sum(dim=1), counts, dim=1)
+    return (
+        None if attention_rows is None else attention,
+        None if product_rows is None else product,
+        None if gradient_rows is None else gradient,
+    )
