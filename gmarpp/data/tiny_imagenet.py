@@ -10,9 +10,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from gmarpp.data.archive import download, extract
+from gmarpp.data.archive import download, extract, require_same_archive
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.walk import entries, expand_path, require_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,9 @@ class TinyImageNet(ImageDataModule):
         super().__init__(**options)
         if not 0 <= selection_fraction < 1:
             raise ValueError(f"selection_fraction must be in [0, 1), found {selection_fraction}")
-        self.root = Path(root)
+        self.root = expand_path(root)
         self.download = download
-        self.extract_to = None if extract_to is None else Path(extract_to)
+        self.extract_to = None if extract_to is None else expand_path(extract_to)
         self.selection_fraction = selection_fraction
         self.selection_seed = selection_seed
         self.split = split
@@ -71,7 +72,7 @@ class TinyImageNet(ImageDataModule):
             if not self.folder.is_dir():
                 extract(self.root, self.folder, _locate)
             else:
-                logger.info("%s was extracted before: delete it to extract %s again", self.folder, self.root)
+                require_same_archive(self.root, self.folder)
             return
         try:
             self.folder  # noqa: B018
@@ -198,7 +199,10 @@ def _read_test(folder: Path) -> _Table:
 
 
 def _images(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.JPEG")}
+    found = {entry.name for entry in entries(folder) if entry.name.endswith(".JPEG")} if folder.is_dir() else set()
+    for name in found:
+        require_regular_file(folder / name)
+    return found
 
 
 def _read_boxes(file: Path, images: str, folder: Path, fields: int) -> list[tuple[str, str, list[int]]]:
