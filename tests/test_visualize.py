@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from gmarpp.attribution import METHODS
+from gmarpp.curve_figure import curves_figure
 from gmarpp.summary import MeanCurve
 from gmarpp.visualize import (
     COLORMAPS,
@@ -16,7 +17,6 @@ from gmarpp.visualize import (
     backdrop,
     colormap_table,
     comparison_figure,
-    curves_figure,
     encode_jpeg,
     encode_png,
     figure_bytes,

@@ -1,7 +1,8 @@
 """Agreement of maps with boxes or masks of the object.
 
-Maps are upsampled to the masks' size (bilinear) and scaled to [0, 1] each; a constant map becomes 0 everywhere. An
-image whose mask is empty - it has no box, or an empty one - has no value: NaN, left out of means.
+Maps are scaled to [0, 1] each on their own grid, a constant map becomes 0 everywhere, and upsampled to the masks' size
+(bilinear), in float64. An image whose mask is empty - it has no box, or an empty one - has no value: NaN, left out of
+means.
 """
 
 import math
@@ -33,31 +34,43 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (B, 4), got {tuple(boxes.shape)}")
     x0, y0, x1, y1 = boxes.float().T[..., None]
-    rows, columns = (torch.arange(n, device=boxes.device) + 0.5 for n in size)
+    rows, columns = (torch.arange(n, device=boxes.device, dtype=torch.float32) + 0.5 for n in size)
     inside_rows, inside_columns = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
     masks: Tensor = inside_rows[:, :, None] & inside_columns[:, None, :]
     return masks
 
 
-def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(maps: Tensor, masks: Tensor) -> Tensor:
     check_finite_maps(maps)
     if masks.ndim != 3 or len(masks) != len(maps):
         raise ValueError(f"masks must have shape ({len(maps)}, H, W) for {len(maps)} maps, got {tuple(masks.shape)}")
-    masks = masks.to(maps.device, torch.bool)
-    upsampled = F.interpolate(maps[:, None].float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
-    return minmax(upsampled[:, 0]).flatten(1), masks.flatten(1)
+    return masks.to(maps.device, torch.bool)
+
+
+def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    masks = _checked(maps, masks)
+    scaled = minmax(maps.double())[:, None]
+    upsampled = F.interpolate(scaled, size=masks.shape[1:], mode="bilinear", align_corners=False)
+    return upsampled.flatten(1), masks.flatten(1)
 
 
 def _where_masked(values: Tensor, masks: Tensor, reduction: Reduction) -> Tensor:
-    return reduce_images(torch.where(masks.any(1), values, math.nan), reduction)
+    return reduce_images(torch.where(masks.any(1), values.float(), math.nan), reduction)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Make equal again what is equal in exact arithmetic: interpolation leaves pixels an ulp apart."""
+    return values.round(decimals=10)
 
 
 def _highlighted(maps: Tensor, threshold: float | None) -> Tensor:
-    return maps > (maps.mean(1, keepdim=True) if threshold is None else threshold)
+    return _rounded(maps) > (_rounded(maps.mean(1, keepdim=True)) if threshold is None else threshold)
 
 
 def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Share of images whose most relevant pixel (the first one on ties) lies on the object (Zhang et al. 2018).
+    """Share of images whose most relevant patch (the first one on ties) points at the object (Zhang et al. 2018).
+
+    A patch points at the pixel in its middle.
 
     Args:
         maps: (B, h, w), raw.
@@ -68,8 +81,16 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
         >>> pointing_game(torch.eye(2)[None], torch.tensor([[[1, 1], [0, 0]]]))
         tensor(1.)
     """
-    scaled, masks = _aligned(maps, masks)
-    return _where_masked(masks.gather(1, scaled.argmax(1, keepdim=True))[:, 0].float(), masks, reduction)
+    masks = _checked(maps, masks)
+    patch = maps.flatten(1).argmax(1)
+    rows, columns = (
+        (2 * place + 1) * side // (2 * cells)
+        for place, cells, side in zip(
+            (patch // maps.shape[2], patch % maps.shape[2]), maps.shape[1:], masks.shape[1:], strict=True
+        )
+    )
+    hits = masks[torch.arange(len(masks), device=masks.device), rows, columns]
+    return _where_masked(hits, masks.flatten(1), reduction)
 
 
 def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -86,7 +107,7 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
     """
     scaled, masks = _aligned(maps, masks)
     total = scaled.sum(1)
-    inside = torch.where(total > 0, (scaled * masks).sum(1) / total, 0.0)
+    inside = (scaled * masks).sum(1) / torch.where(total > 0, total, 1.0)
     return _where_masked(inside, masks, reduction)
 
 
@@ -105,7 +126,7 @@ def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: 
     """
     scaled, masks = _aligned(maps, masks)
     highlighted = _highlighted(scaled, threshold)
-    return _where_masked((highlighted & masks).sum(1) / (highlighted | masks).sum(1), masks, reduction)
+    return _where_masked((highlighted & masks).sum(1).double() / (highlighted | masks).sum(1), masks, reduction)
 
 
 def pixel_accuracy(
@@ -141,9 +162,8 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
         tensor(0.8333)
     """
     scaled, masks = _aligned(maps, masks)
-    # Pixels that are equal in exact arithmetic leave the interpolation an ulp apart, which would order ties by chance.
-    scaled = scaled.round(decimals=5)
-    values = scaled.new_full((len(scaled),), math.nan)
+    scaled = _rounded(scaled)
+    values = torch.full((len(scaled),), math.nan, dtype=torch.float32, device=scaled.device)
     for image in masks.any(1).nonzero()[:, 0].tolist():
         values[image] = binary_average_precision(scaled[image], masks[image].int(), validate_args=False)
     return reduce_images(values, reduction)
