@@ -76,7 +76,7 @@ def normalise_map(attribution: Tensor | Array) -> Array:
         >>> normalise_map(np.array([[1.0, 3.0], [2.0, 5.0]])).tolist()
         [[0.0, 0.5], [0.25, 1.0]]
     """
-    values = np.asarray(attribution, dtype=np.float32)
+    values = np.asarray(attribution, dtype=np.float64)  # no range of float32 overflows
     finite = np.isfinite(values)
     low = np.where(finite, values, np.inf).min(axis=(-2, -1), keepdims=True)
     span = np.where(finite, values, -np.inf).max(axis=(-2, -1), keepdims=True) - low

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_accuracy, binary_average_precision
+from torchmetrics.functional.classification import binary_accuracy
 
 from gmarpp.metrics.functional.reduction import Reduction, check_finite_maps, reduce_images
 from gmarpp.perturbation.masks import minmax
@@ -162,8 +162,11 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
         tensor(0.8333)
     """
     scaled, masks = _aligned(maps, masks)
-    scaled = _rounded(scaled)
-    values = torch.full((len(scaled),), math.nan, dtype=torch.float32, device=scaled.device)
-    for image in masks.any(1).nonzero()[:, 0].tolist():
-        values[image] = binary_average_precision(scaled[image], masks[image].int(), validate_args=False)
-    return reduce_images(values, reduction)
+    ordered, order = _rounded(scaled).sort(dim=1, descending=True)
+    inside = masks.gather(1, order).double()
+    place = torch.arange(inside.shape[1], device=inside.device).expand_as(order)
+    # Equal pixels enter together: each counts with the precision at the last of them.
+    ends = F.pad(ordered[:, 1:] != ordered[:, :-1], (0, 1), value=True)
+    last = torch.where(ends, place, inside.shape[1]).flip(1).cummin(1).values.flip(1)
+    precision = (inside.cumsum(1) / (place + 1)).gather(1, last)
+    return _where_masked((inside * precision).sum(1) / inside.sum(1), masks, reduction)
