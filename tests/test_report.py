@@ -47,7 +47,7 @@ addEventListener("load", () => {
     return box.x >= left && box.y >= top && box.x + box.width <= right && box.y + box.height <= bottom;
   };
   seen.cut = marks.flat().filter(text => !within(text, 0, 0, 460, 250)).length;
-  seen.outside = all(".chart path").filter(path => !within(path, 0, 7.9, 460, 220.1)).length;
+  seen.outside = all(".chart path").filter(path => !within(path, 0, 13.9, 460, 220.1)).length;
   seen.note = find("#summary .note").textContent.slice(0, 4);
   seen.sections = all("nav a").map(link => link.textContent);
   const pixel = canvas => canvas.getContext("2d").getImageData(64, 64, 1, 1).data;
