@@ -81,17 +81,12 @@ def naive_upsampling(values: Array, size: tuple[int, int]) -> Array:
 
 def naive_localisation(values: Array, mask: Array) -> dict[str, float]:
     """Compute all localisation metrics of one map and mask."""
-    row, column = np.unravel_index(int(values.argmax()), values.shape)
-    middle = [
-        math.floor((place + 0.5) * side / cells)
-        for place, side, cells in zip((row, column), mask.shape, values.shape, strict=True)
-    ]
     scaled = naive_upsampling(naive_minmax(values), mask.shape)
     lit = scaled > scaled.mean() + 1e-10
     if not mask.any():
         return dict.fromkeys(("pointing_game", "energy_inside", "iou", "pixel_accuracy", "average_precision"), math.nan)
     return {
-        "pointing_game": float(mask[tuple(middle)]),
+        "pointing_game": float(mask.ravel()[np.flatnonzero(scaled >= scaled.max() - 1e-10)[0]]),
         "energy_inside": scaled[mask].sum() / scaled.sum() if scaled.any() else 0.0,
         "iou": jaccard_score(mask.ravel(), lit.ravel(), zero_division=0.0),
         "pixel_accuracy": (lit == mask).mean(),

@@ -95,13 +95,16 @@ def test_the_largest_and_the_smallest_ranges_are_scaled_alike():
         assert energy_inside(scale * (MAP - 4), mask).item() == pytest.approx(1 / 2)
 
 
-def test_the_pointing_game_takes_the_middle_of_the_first_of_equal_patches():
-    maps = torch.tensor([[[0.0, 0.9, 0.9], [0.3, 0.9, 0.1]]])
-    for size in ((2, 3), (10, 15), (11, 13)):
-        mask = torch.zeros(1, *size, dtype=torch.bool)
-        mask[:, size[0] // 4, size[1] // 2] = True
-        assert pointing_game(maps, mask).item() == 1, size
-        assert pointing_game(maps, ~mask).item() == 0, size
+@pytest.mark.parametrize("side", [7, 14, 37])
+def test_the_pointing_game_takes_the_first_of_equal_pixels(side):
+    # Two peaks inside the map, equal before interpolation and apart from each other by an ulp after it.
+    maps = torch.zeros(1, side, side)
+    maps[0, 2, 4] = maps[0, 4, 1] = 0.150035
+    for scale in (3, 5, 11):
+        mask = torch.zeros(1, scale * side, scale * side, dtype=torch.bool)
+        mask[:, 2 * scale + scale // 2, 4 * scale + scale // 2] = True
+        assert pointing_game(maps, mask).item() == 1
+        assert pointing_game(maps, ~mask).item() == 0
 
 
 def test_pixels_that_equal_the_mean_are_not_highlighted():

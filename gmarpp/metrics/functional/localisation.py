@@ -40,15 +40,11 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return masks
 
 
-def _checked(maps: Tensor, masks: Tensor) -> Tensor:
+def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     check_finite_maps(maps)
     if masks.ndim != 3 or len(masks) != len(maps):
         raise ValueError(f"masks must have shape ({len(maps)}, H, W) for {len(maps)} maps, got {tuple(masks.shape)}")
-    return masks.to(maps.device, torch.bool)
-
-
-def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    masks = _checked(maps, masks)
+    masks = masks.to(maps.device, torch.bool)
     scaled = minmax(maps.double())[:, None]
     upsampled = F.interpolate(scaled, size=masks.shape[1:], mode="bilinear", align_corners=False)
     return upsampled.flatten(1), masks.flatten(1)
@@ -68,9 +64,7 @@ def _highlighted(maps: Tensor, threshold: float | None) -> Tensor:
 
 
 def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Share of images whose most relevant patch (the first one on ties) points at the object (Zhang et al. 2018).
-
-    A patch points at the pixel in its middle.
+    """Share of images whose most relevant pixel (the first one on ties) lies on the object (Zhang et al. 2018).
 
     Args:
         maps: (B, h, w), raw.
@@ -81,16 +75,9 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
         >>> pointing_game(torch.eye(2)[None], torch.tensor([[[1, 1], [0, 0]]]))
         tensor(1.)
     """
-    masks = _checked(maps, masks)
-    patch = maps.flatten(1).argmax(1)
-    rows, columns = (
-        (2 * place + 1) * side // (2 * cells)
-        for place, cells, side in zip(
-            (patch // maps.shape[2], patch % maps.shape[2]), maps.shape[1:], masks.shape[1:], strict=True
-        )
-    )
-    hits = masks[torch.arange(len(masks), device=masks.device), rows, columns]
-    return _where_masked(hits, masks.flatten(1), reduction)
+    scaled, masks = _aligned(maps, masks)
+    hits = masks.gather(1, _rounded(scaled).argmax(1, keepdim=True))[:, 0]
+    return _where_masked(hits, masks, reduction)
 
 
 def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
