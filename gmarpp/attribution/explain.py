@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gmarpp.attribution.call import UnsupportedNetworkError, require_one_chain
 from gmarpp.attribution.explanation import Explanation
+from gmarpp.attribution.extent import fit_to_extent, grid_extent
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.methods import Method, select_methods
@@ -18,6 +19,7 @@ from gmarpp.attribution.preserve import evaluation_mode
 from gmarpp.attribution.recompute import RecomputedBlocks
 from gmarpp.attribution.tap import AttentionTap
 from gmarpp.attribution.target import (
+    NO_CLASS,
     Contrast,
     Score,
     Target,
@@ -76,9 +78,12 @@ def explain(
         # Blocks described by hand may mix tokens elsewhere too, and a function may ask for more than the logits.
         plain_blocks = architecture is None
         narrowing = plain_blocks and not callable(target)
-        maps, indices, logits = _Pass(model, usable, selected, layout, recompute, plain_blocks, narrowing).run(target)
+        maps, indices, logits, scores = _Pass(model, usable, selected, layout, recompute, plain_blocks, narrowing).run(
+            target
+        )
     names = () if callable(target) else class_names(model)
-    return Explanation(maps, indices, logits, displayable(model, images.detach()), names)
+    seen = fit_to_extent(images.detach(), grid_extent(layout, images.shape[-2], images.shape[-1]))
+    return Explanation(maps, indices, logits, scores, displayable(model, seen), names)
 
 
 class _Pass:
@@ -124,8 +129,8 @@ class _Pass:
         )
         self.rows: dict[str, Tensor] = {}
 
-    def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Give maps by method, targets and logits."""
+    def run(self, target: Target) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """Give maps by method, targets, logits and scores."""
         narrowed = _replacing_forward(self.blocks[-1:], self.tap.last_block.narrowed)
         detached = _replacing_forward(self.blocks, self.tap.detached_blocks.repeated)
         recomputed = _replacing_forward(self.blocks[:-1] if self.recompute else (), self.recomputed_blocks.recomputed)
@@ -156,7 +161,8 @@ class _Pass:
             else maps[0][method.name]
             for method in self.methods
         }
-        return stacked, indices, logits.detach()
+        values = torch.stack([score(output).detach().float() for score in scores], dim=1)
+        return stacked, indices, logits.detach(), values if indices.dim() == 2 else values[:, 0]
 
     def _scores(self, output: Any, target: Target) -> tuple[Tensor, Tensor, list[Score]]:
         if callable(target):
@@ -168,7 +174,7 @@ class _Pass:
                 )
             logits = score[:, None]
             check_finite(logits)
-            return logits, torch.zeros(len(score), dtype=torch.long, device=score.device), [target]
+            return logits, torch.full((len(score),), NO_CLASS, device=score.device), [target]
         logits = logits_of(output)
         check_finite(logits)
         if isinstance(target, Contrast):
