@@ -160,7 +160,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(line.strip() for line in _lines(folder / "wnids.txt"))
+    classes = sorted(line.strip() for line in _lines(folder / "wnids.txt"))
+    if not classes or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"{folder / 'wnids.txt'} lists {'a class twice' if classes else 'no class'}: get the data again"
+        )
+    return classes
 
 
 def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
@@ -177,7 +182,7 @@ def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
         paths += [path for path, _, _ in rows]
         labels += [label] * len(rows)
         boxes += [box for _, _, box in rows]
-    return _Table(paths, np.array(labels), np.array(boxes, dtype=np.int16))
+    return _Table(paths, np.array(labels, dtype=np.int64), np.array(boxes, dtype=np.int16).reshape(-1, 4))
 
 
 def _read_val(folder: Path, classes: Sequence[str]) -> _Table:
