@@ -93,8 +93,8 @@ def _killed_process_named() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a process that draws pictures was killed, by hand or because the machine ran out of memory: continue the run "
-            "with resume"
+            "a process that draws pictures was killed, by hand or because the machine ran out of memory: continue the "
+            "run with resume"
         ) from error
 
 

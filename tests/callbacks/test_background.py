@@ -120,7 +120,7 @@ def test_a_killed_process_raises(tmp_path):
         tasks.submit(wait_for, tmp_path / "never")
         tasks.submit(wait_for, tmp_path / "never")
         os.kill(int((tmp_path / "process").read_text()), signal.SIGKILL)
-        with pytest.raises(ChildProcessError, match="process that draws pictures was killed.*out of memory"):
+        with pytest.raises(ChildProcessError, match=r"process that draws pictures was killed.*out of memory"):
             tasks.wait()
         with pytest.raises(ChildProcessError, match="was killed"):
             tasks.submit(write_process, tmp_path / "later")
