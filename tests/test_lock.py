@@ -35,7 +35,9 @@ def test_a_folder_in_use_names_its_holder(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once_though_its_children_live(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock.__file__, tmp_path], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, lock.__file__, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     child = int(holder.stdout.readline())
     try:
         with pytest.raises(BlockingIOError, match=f"process {holder.pid} on"):
