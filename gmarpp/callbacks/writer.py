@@ -99,7 +99,6 @@ class ExplanationWriter(BasePredictionWriter):
         self.shard_size = shard_size
         self._run: dict[str, Any] = {}
         self._resumed = self._opened = False
-        self._images = 0
         self._batches: list[list[int]] = []
         self._restore_data: Callable[[], None] = _nothing
         self._pictures: BackgroundTasks | None = None
@@ -148,7 +147,6 @@ class ExplanationWriter(BasePredictionWriter):
         if isinstance(trainer.limit_predict_batches, int):
             images = min(images, trainer.limit_predict_batches * batch_size * trainer.world_size)
         self._batches = pending_batches(images, batch_size, finished, trainer.world_size)
-        self._images = sum(map(len, self._batches))
         if finished:
             done = sum(index < images for index in finished)
             logger.info("%d of %d images are already explained", done, images)
@@ -178,7 +176,6 @@ class ExplanationWriter(BasePredictionWriter):
         """Make ready to draw pictures beside the network."""
         if not self._run:
             loaders: Any = trainer.predict_dataloaders
-            self._images = len(loaders.dataset)
             self._prepare(trainer, pl_module, loaders.dataset)
         # On a CPU, the network's threads wait for the slowest of them: pictures are to take of all cores alike.
         processes = min(_DRAWING_PROCESSES, usable_cores(trainer.num_devices))
@@ -220,7 +217,7 @@ class ExplanationWriter(BasePredictionWriter):
             )
         shard = stored_batch(prediction)
         if not self._opened:
-            _on_rank_zero(trainer, lambda: self._require_space(shard, prediction))
+            _on_rank_zero(trainer, lambda: self._require_space(trainer, shard, prediction))
             self._open(trainer, pl_module)
         assert self._pictures is not None
         self._draw(self._pictures, [row["file"] for row in shard.rows], prediction)
@@ -231,10 +228,12 @@ class ExplanationWriter(BasePredictionWriter):
             self._flush(trainer, self._pictures)
         self._show_rate(trainer)
 
-    def _require_space(self, shard: Shard, explained: ExplainedBatch) -> None:
+    def _require_space(self, trainer: L.Trainer, shard: Shard, explained: ExplainedBatch) -> None:
+        """Estimate from the first image what all of them take."""
         maps = {method: maps[0].numpy() for method, maps in explained.maps.items()} if self.overlays else {}
         image = pixels(explained.images[:1])[0]
-        self.output.require_space(self._images * bytes_per_image(shard, image, maps, self.colormap, self.opacity))
+        images = int(sum(trainer.num_predict_batches)) * trainer.world_size * len(shard.rows)
+        self.output.require_space(images * bytes_per_image(shard, image, maps, self.colormap, self.opacity))
 
     def _draw(self, pictures: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
         """Have the processes that draw share a batch."""

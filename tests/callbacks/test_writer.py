@@ -326,7 +326,7 @@ def test_nothing_is_written_or_deleted_beyond_a_link(tmp_path):
         (folder / name).symlink_to(elsewhere)
         before = contents(elsewhere)
         for option in ("resume", "overwrite") if name == "parts" else ("resume",):
-            with pytest.raises((OSError, ValueError), match=r"link.*run/"):
+            with pytest.raises((OSError, ValueError), match=r"(?s)link.*run/|run/.*link"):
                 predict(folder, **{option: True})
         assert contents(elsewhere) == before
         (folder / name).unlink()
