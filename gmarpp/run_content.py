@@ -42,7 +42,7 @@ _OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {
 
 def damaged_file(path: Path, fault: str, remedy: str = "delete it and run again with resume") -> ValueError:
     """Return the error for a file of a run that does not hold what it should."""
-    return ValueError(f"{path} is damaged ({fault}): {remedy}")
+    return ValueError(f"{path} is damaged ({fault:.300}): {remedy}")
 
 
 def require_file(path: Path, folder: Path) -> Path:
@@ -225,6 +225,10 @@ def check_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         index is not None and index.dtype == torch.long and index.tolist() == [row["index"] for row in about["rows"]],
         "index: expected those of its rows",
     )
+    _require(
+        all(tensor.dtype == torch.float32 for key, tensor in tensors.items() if key != "index"),
+        "expected tensors of float32",
+    )
     expected: dict[str, tuple[int, ...]] = {}
     grid = tuple(tensors[methods[0]].shape[1:]) if methods[0] in tensors else ()
     _require(len(grid) == 2 and min(grid) > 0, f"expected maps of {methods[0]} of shape ({images}, h, w)")
@@ -239,10 +243,6 @@ def check_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
             expected |= {f"{method}/{curve}": (images, *points) for curve in ("insertion", "deletion")}
     given = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in ("index", "fractions")}
     _require(given == expected, f"expected tensors {expected!r:.200}, got {given!r:.200}")
-    _require(
-        all(tensor.dtype == torch.float32 for key, tensor in tensors.items() if key != "index"),
-        "expected tensors of float32",
-    )
 
 
 def is_plain_name(name: Any) -> bool:

@@ -114,10 +114,10 @@ def read_shard(path: Path) -> Shard:
         about = parse_json((file.metadata() or {}).get(_HEADER, "null"))
         check_header(about)
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        check_tensors(about, tensors)
         digest = about.pop("sha256", None)
         if digest is not None and digest != tensor_digest(_header_text(about), tensors):
             raise ValueError("its content is not what was written: the digest differs")
-        check_tensors(about, tensors)
     del tensors["index"]
     fractions = tensors.pop("fractions", None)
     return Shard(tuple(about["methods"]), tuple(about["metrics"]), about["rows"], tensors, fractions)

@@ -6,15 +6,18 @@ import random
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from stored_run import run_description, shard, stored_run
 
 from gmarpp.callbacks.description import require_same_run
 from gmarpp.callbacks.output_folder import OutputFolder
 from gmarpp.reader import load_explanations
 from gmarpp.results import write_results
-from gmarpp.shards import Shard, finished_indices, merge_parts
+from gmarpp.shards import finished_indices, merge_parts
 from gmarpp.storage import write_run
 
 PATHS = [f"photos/{number}.jpg" for number in range(5)]
@@ -234,7 +237,7 @@ def test_no_bit_of_maps_may_flip(runs, tmp_path, byte):
 def test_a_part_of_somebody_else_names_no_file_outside(runs, tmp_path, file):
     run = copy(runs, "interrupted", tmp_path / "case")
     part = shard([2], [PATHS[2]])
-    forged = Shard(part.methods, part.metrics, [{**part.rows[0], "file": file}], part.tensors, part.fractions)
+    forged = replace(part, rows=[{**part.rows[0], "file": file}])
     forged.write(run / "parts" / "000000009-0.safetensors")
     with pytest.raises(ValueError, match=r"000000009-0\.safetensors is damaged \(rows\[0\]\.file: expected"):
         OutputFolder(run, resume=True, overwrite=False).resumed()
@@ -244,6 +247,18 @@ def test_parts_of_another_run_are_named(runs, tmp_path):
     run = copy(runs, "interrupted", tmp_path / "case")
     shard([2], [PATHS[2]], grid=(2, 2)).write(run / "parts" / "000000009-0.safetensors")
     with pytest.raises(ValueError, match=r"000000009-0\.safetensors.*not those of the run's other files"):
+        OutputFolder(run, resume=True, overwrite=False).resumed()
+
+
+def test_tensors_of_another_type_are_named(runs, tmp_path):
+    run = copy(runs, "interrupted", tmp_path / "case")
+    part = shard([2], [PATHS[2]])
+    tensors = {**part.tensors, "fractions": part.fractions, "index": torch.tensor([2])}
+    tensors["rollout"] = tensors["rollout"].bfloat16()
+    about = {"methods": part.methods, "metrics": part.metrics, "rows": part.rows, "sha256": "00"}
+    path = run / "parts" / "000000009-0.safetensors"
+    save_file(tensors, path, metadata={"explanations": json.dumps(about)})
+    with pytest.raises(ValueError, match=r"000000009-0\.safetensors is damaged \(expected tensors of float32"):
         OutputFolder(run, resume=True, overwrite=False).resumed()
 
 

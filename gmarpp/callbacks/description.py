@@ -53,10 +53,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
         "status": "running",
         "created": now(),
         "versions": versions(),
-        "checkpoint": {
-            "path": getattr(module, "checkpoint_path", None),
-            "sha256": getattr(module, "checkpoint_sha256", None),
-        },
+        "checkpoint": {name: getattr(module, f"checkpoint_{name}", None) for name in ("path", "sha256")},
         "model": {
             "name": type(module.model).__name__,
             "architecture": configuration.get("architecture"),

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ class ExplanationWriter(BasePredictionWriter):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Before the first batch, make sure that the metrics have the objects that they measure against."""
-        if self._opened or batch.get("box") is not None or batch.get("mask") is not None:
+        if self._opened or not isinstance(batch, Mapping) or any(batch.get(key) is not None for key in ("box", "mask")):
             return
         explainer: Any = pl_module.explainer
         unusable = [metric for metric in explainer.metrics if "masks" in metric_inputs(metric)]
