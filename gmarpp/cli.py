@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import gmarpp.data
+from gmarpp.attribution.target import class_index
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.writer import ExplanationWriter
 from gmarpp.checkpoint_io import AtomicCheckpointIO
@@ -194,11 +195,16 @@ class ExplainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what to explain and where to write it."""
         parser.add_class_arguments(Explainer, "explain")
-        parser.add_class_arguments(ExplanationWriter, "write", skip={"output", "resume"}, instantiate=False)
+        parser.add_class_arguments(
+            ExplanationWriter, "write", skip={"output", "resume", "overwrite"}, instantiate=False
+        )
         parser.add_argument(
             "--output", type=str | None, default=None, help="Folder of the results (default: results/<checkpoint>)."
         )
         parser.add_argument("--resume", action="store_true", help="Continue an interrupted run in the same folder.")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace the run in the same folder, once the new one can start."
+        )
 
     def _parse_ckpt_path(self) -> None:
         if not self.config.predict.ckpt_path:
@@ -212,13 +218,18 @@ class ExplainCLI(LightningCLI):
         options = self.parser.instantiate_classes(self.config)
         self.config_init = options
         self.datamodule = options.predict.data
+        output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
+        writer = ExplanationWriter(
+            output, resume=options.predict.resume, overwrite=options.predict.overwrite, **options.predict.write
+        )
+        writer.output.check()
         self.model = load_classifier(options.predict.ckpt_path)
         explainer = options.predict.explain
         if getattr(self.datamodule, "masks", None) is not None and explainer.metrics == FAITHFULNESS_METRICS:
             explainer = replace(explainer, metrics=(*FAITHFULNESS_METRICS, *MASK_METRICS))
+        if isinstance(explainer.target, str) and explainer.target not in ("predicted", "label"):
+            class_index(explainer.target, self.model.model)
         self.model.explainer = explainer
-        output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
-        writer: Callback = ExplanationWriter(output, resume=options.predict.resume, **options.predict.write)
         self.trainer = self.instantiate_trainer(callbacks=[*(options.predict.trainer.callbacks or []), writer])
 
     def predict(self, model: ViTClassifier, datamodule: L.LightningDataModule, **_: Any) -> None:

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.reader import Explanations
-from gmarpp.storage import IMAGES, atomic_file, write_atomically
+from gmarpp.run_content import require_file
+from gmarpp.storage import REPORT_MAPS, atomic_file, make_folder, write_atomically
 from gmarpp.summary import FEWEST_IMAGES, MeanCurve, higher_is_better, leaders, metric_label
 from gmarpp.visualize import COLORMAPS, colormap_table, method_color, method_dashes, method_label, normalise_map
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MAPS_FOLDER = "report_maps"
 
 _CHUNK_BYTES = 750_000
 _EMBEDDED_MAPS = 8_000_000
@@ -51,16 +50,16 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
     chunks = math.ceil(len(explanations) / chunk)
     embed_maps = len(explanations) * map_bytes <= _EMBEDDED_MAPS
     if not embed_maps:
-        path.with_name(MAPS_FOLDER).mkdir(exist_ok=True)
-    pictures = [explanations.folder / IMAGES / f"{row['file']}.jpg" for row in explanations.rows]
+        make_folder(path.with_name(REPORT_MAPS))
+    pictures = [require_file(explanations.image_path(index), explanations.folder) for index in explanations.indices]
     embed_pictures = sum(picture.stat().st_size for picture in pictures) <= _EMBEDDED_IMAGES
     data = _summary_data(explanations) | {
         "name": explanations.folder.resolve().name,
         "title": _title(explanations.run),
         "grid": list(grid),
-        "size": _picture_size(pictures[0]),
+        "size": list(explanations.picture(explanations.indices[0]).shape[:2]),
         "chunk": chunk,
-        "mapFiles": None if embed_maps else [f"{MAPS_FOLDER}/{number:05d}.js" for number in range(chunks)],
+        "mapFiles": None if embed_maps else [f"{REPORT_MAPS}/{number:05d}.js" for number in range(chunks)],
         "colormaps": {name: base64.b64encode(colormap_table(name).tobytes()).decode() for name in COLORMAPS},
         "colormap": colormap,
         "opacity": opacity,
@@ -75,7 +74,7 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
                 file.write(_script(f"maps-{number}", encoded))
             else:
                 script = f'receiveMaps({number},"{encoded}")\n'.encode()
-                write_atomically(path.with_name(MAPS_FOLDER) / f"{number:05d}.js", script, durable=False)
+                write_atomically(path.with_name(REPORT_MAPS) / f"{number:05d}.js", script, durable=False)
         file.write(tail.encode())
 
 
@@ -87,12 +86,6 @@ def _title(run: Mapping[str, Any]) -> str:
     folder = PurePath(root).name if isinstance(root, str) else ""
     names = [name for name in (data["name"] or "data loader", folder) if name]
     return f"{network} on {', '.join(names)}"
-
-
-def _picture_size(path: Path) -> list[int]:
-    """Height and width of all pictures: a network sees images of one size."""
-    with Image.open(path) as picture:
-        return [picture.height, picture.width]
 
 
 def _script(identifier: str, data: Any) -> bytes:

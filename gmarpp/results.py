@@ -92,10 +92,7 @@ def _cell(value: Any) -> str:
 def _comparison(explanations: Explanations, count: int, colormap: str, opacity: float) -> Any:
     spread = np.unique(np.linspace(0, len(explanations) - 1, min(count, len(explanations))).round().astype(int))
     rows = [explanations.rows[position] for position in spread]
-    images = []
-    for row in rows:
-        with explanations.image(row["index"]) as image:
-            images.append(np.asarray(image))
+    images = [explanations.picture(row["index"]) for row in rows]
     maps = {method: [explanations.map(row["index"], method).numpy() for row in rows] for method in explanations.methods}
     names = [explanations.class_name(row["target"]) for row in rows]
     boxes = [row.get("box") for row in rows]

@@ -16,6 +16,7 @@ from squares import Squares
 from gmarpp import cli
 from gmarpp.checkpoint import load_model, save_weights
 from gmarpp.cli import explain_main, train_main
+from gmarpp.reader import load_explanations
 
 ROOT = Path(__file__).parents[1]
 MODEL = [
@@ -205,6 +206,26 @@ def test_explain_writes_with_the_checkpoints_network_alone(checkpoint, folder):
     assert run.model.classes == ("class0", "class1", "class2")
     assert (folder / "results" / "last").is_dir()
     assert run.model.explainer.methods == ("rollout",)
+
+
+def test_a_wrong_option_leaves_no_folder_and_the_corrected_command_runs(checkpoint, folder, monkeypatch, capsys):
+    predict = [
+        "predict", "--ckpt_path", str(checkpoint), "--data=Squares", *QUIET, "--explain.methods=[rollout]",
+        "--explain.metrics=[]", "--trainer.limit_predict_batches=1", "--output=$HERE/out",
+    ]  # fmt: skip
+    monkeypatch.setenv("HERE", str(folder))
+    for option, message in (
+        ("--explain.target=clas1", "unknown class 'clas1': did you mean class1"),
+        ("--explain.target=7", "targets range from 7 to 7, but the network has 3 classes"),
+        ("--explain.metrics=[iou]", "explain.metrics: iou compare maps with an object"),
+        ("--output=$UNKNOWN_NAME/out", "$UNKNOWN_NAME, which is not set"),
+    ):
+        assert message in failure(explain_main, [*predict, option], capsys)
+        assert not (folder / "out").exists()
+    explain_main(predict)
+    assert "replace it with overwrite" in failure(explain_main, predict, capsys)
+    explain_main([*predict, "--overwrite", "--explain.target=class1"])
+    assert load_explanations(folder / "out").rows[0]["target"] == 1
 
 
 def test_masks_add_their_metrics_and_a_run_remembers_its_data(checkpoint, folder, capsys):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import torch
@@ -85,7 +86,7 @@ def class_index(name: str, model: nn.Module) -> int:
         return int(name)
     if not known:
         raise ValueError(f"class {name!r} cannot be found: the network carries no class names; pass the class's index")
-    close = ", ".join([each for each in known if name.lower() in each.lower()][:5])
+    close = ", ".join([each for each in known if name.lower() in each.lower()][:5] or get_close_matches(name, known))
     raise ValueError(f"unknown class {name!r}: " + (f"did you mean {close}?" if close else "no class is named like it"))
 
 
