@@ -144,6 +144,12 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
     # Pixels that are equal in exact arithmetic leave the interpolation an ulp apart, which would order ties by chance.
     scaled = scaled.round(decimals=5)
     values = scaled.new_full((len(scaled),), math.nan)
-    for image in masks.any(1).nonzero()[:, 0].tolist():
-        values[image] = binary_average_precision(scaled[image], masks[image].float(), validate_args=False)
+    default = torch.get_default_dtype()
+    # torchmetrics divides numbers of pixels in the default dtype, which may be bfloat16.
+    torch.set_default_dtype(torch.float32)
+    try:
+        for image in masks.any(1).nonzero()[:, 0].tolist():
+            values[image] = binary_average_precision(scaled[image], masks[image].int(), validate_args=False)
+    finally:
+        torch.set_default_dtype(default)
     return reduce_images(values, reduction)
