@@ -224,7 +224,7 @@ class Explainer:
     def _value(metric: str, given: Mapping[str, Tensor]) -> Tensor:
         arguments = metric_inputs(metric)
         if "masks" in arguments and "masks" not in given:
-            return torch.full((len(given["maps"]),), torch.nan)
+            return torch.full((len(given["maps"]),), torch.nan, dtype=torch.float32)
         twin = getattr(functional, metric)
         value: Tensor = twin(**{name: given[name] for name in arguments}, reduction="none")
         return value.float()

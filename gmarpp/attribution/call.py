@@ -1,5 +1,6 @@
 """Attention calls of a forward pass, and what they must look like for attention to be followed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,11 @@ class AttentionCall:
         block: position of the transformer block that made the call, if the blocks are known.
         scale: factor of the query-key products.
         queries, keys: number of each.
-        output: what the call returned, for the prefix tokens alone if blocks echo; kept where the layers are replayed.
-        inputs: query, key, value and mask; kept likewise.
+        is_pool: whether the queries are no tokens, as in an attention-pool head.
+        output: what the call returned, for the prefix tokens, as a leaf of the graph of the layer's own score.
+        inputs: query, key, value and mask; kept where the layers are replayed.
+        local: gradient of the layer's own score with respect to the first rows of the output, float32.
+        follows: whether gradients reach the layer below.
     """
 
     index: int
@@ -28,8 +32,11 @@ class AttentionCall:
     scale: float
     queries: int
     keys: int
+    is_pool: bool
     output: Tensor | None = None
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    local: Tensor | None = None
+    follows: bool = True
 
 
 def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
@@ -46,10 +53,8 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
     if not calls:
         raise UnsupportedNetworkError(
             "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-            "followed. Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face "
-            "networks, module.fused_attn = True on the attention modules of timm networks, need_weights=False in "
-            "calls of nn.MultiheadAttention. Networks with windowed attention (Swin) or without attention cannot "
-            "be explained by these methods: use a ViT"
+            f"followed. {_SWITCH}. Networks with windowed attention (Swin), with attention of another kind (XCiT, "
+            "ConViT) or without attention cannot be explained by these methods: use a ViT"
         )
     *below, top = calls
     for call in below:
@@ -60,9 +65,40 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
                 "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
                 "pyramid networks)"
             )
-    made = [call.block for call in calls if call.block is not None]
-    if blocks and made != list(range(blocks)):
+    if blocks:
+        _require_known_blocks(calls, blocks)
+
+
+_SWITCH = (
+    "Switch it to fused attention: model.set_attn_implementation('sdpa') for Hugging Face networks, "
+    "module.fused_attn = True on the attention modules of timm networks, need_weights=False in calls of "
+    "nn.MultiheadAttention"
+)
+
+
+def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
+    made = Counter(call.block for call in calls)
+    for block in range(blocks):
+        if made[block] == 0:
+            raise UnsupportedNetworkError(
+                f"transformer block {block} of {blocks} never calls "
+                "torch.nn.functional.scaled_dot_product_attention, so its attention cannot be followed. "
+                f"{_SWITCH}, or leave out of the architecture's blocks what does not run"
+            )
+        if made[block] > 1:
+            raise UnsupportedNetworkError(
+                f"transformer block {block} of {blocks} calls attention {made[block]} times: differential attention, "
+                "and parallel or shared attention layers, cannot be followed as one layer"
+            )
+    order = [call.block for call in calls if call.block is not None]
+    if order != list(range(blocks)):
         raise UnsupportedNetworkError(
-            f"the {blocks} transformer blocks made attention calls in the order {made}, not one each: "
-            "parallel or shared attention layers cannot be followed one after the other"
+            f"the transformer blocks ran in the order {order}: expected that from the input upwards"
+        )
+    outside = [call for call in calls if call.block is None]
+    if outside and not (len(outside) == 1 and outside[0] is calls[-1] and outside[0].is_pool):
+        raise UnsupportedNetworkError(
+            f"{len(outside)} of {len(calls)} attention calls were made outside the {blocks} known transformer blocks: "
+            "expected at most that of an attention-pool head behind the last block. Explain the part of the network "
+            "that its blocks describe, or list all blocks in gmarpp.Architecture(..., blocks=...)"
         )

@@ -44,8 +44,8 @@ def architecture_of(model: nn.Module) -> Architecture:
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=..., head=...), or "
         "architecture=gmarpp.architecture_of(network.vit) when it wraps one of a known family (timm, torchvision, "
-        "Hugging Face, open_clip). Networks with windowed or pyramid attention (Swin, PVT, MaxViT) and convolutional "
-        "ones cannot be explained by these methods: use a ViT"
+        "Hugging Face, open_clip). Networks with windowed or pyramid attention (Swin, PVT, MaxViT), with attention "
+        "between channels (XCiT) and convolutional ones cannot be explained by these methods: use a ViT"
     )
 
 
@@ -58,7 +58,8 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _is_timm(model: nn.Module) -> bool:
-    return all(hasattr(model, name) for name in ("patch_embed", "blocks", "norm", "forward_head", "num_prefix_tokens"))
+    parts = ("patch_embed", "blocks", "norm", "forward_head", "num_prefix_tokens")
+    return all(hasattr(model, name) for name in parts) and hasattr(model.patch_embed, "dynamic_feat_size")
 
 
 def _timm(model: Any) -> Architecture:

@@ -21,6 +21,7 @@ class AttentionLayer:
         given_gradient: ``G = dS/dA``, shape (B, H, Q, N); ``None`` when no requested method needs it.
         local_gradient: gradient of the layer's own score (see `LeGrad`), shape (B, H, R, N), where the rows that are
             left out are zero; ``None`` when no requested method needs it, and in an attention-pool head.
+        is_pool: whether the layer is an attention-pool head, whose queries are no tokens.
     """
 
     attention: Tensor
@@ -28,11 +29,7 @@ class AttentionLayer:
     depth: int
     given_gradient: Tensor | None = None
     local_gradient: Tensor | None = None
-
-    @property
-    def is_pool(self) -> bool:
-        """Whether the layer is an attention-pool head, which has fewer queries than keys."""
-        return self.attention.shape[-2] != self.attention.shape[-1]
+    is_pool: bool = False
 
     @property
     def gradient(self) -> Tensor:

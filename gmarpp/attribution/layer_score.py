@@ -5,66 +5,90 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from gmarpp.attribution.echo import Echo
+from gmarpp.attribution.scale import gradients
+
+ScoreTokens = Callable[[Tensor], Tensor]
+"""Takes tokens that left a block, (B, N, D) or the prefix tokens alone; returns their scores, (B,)."""
 
 
 class LayerScores:
-    """What stands for the layers' own scores in the sum that is differentiated.
+    """Gradients of the layers' own scores with respect to their attention's output, for heads that read any tokens.
+
+    The gradient is asked for just before the backward pass of the network's score goes through the block: from what
+    left the block to its attention and no further, so that no layer keeps what its score is computed from.
 
     Attributes:
-        terms: one per layer: zero, with the gradient that the layer's own score has.
-        score_tokens: gives the scores of tokens that left a block; needed when the backward pass runs.
+        score_tokens: set before the backward pass runs.
 
     Args:
-        blocks: number of the transformer blocks.
-        tokens_left: gives again what left a block, by its position, if all but the last are recomputed.
+        take: takes the position of a block and the gradient, float32.
     """
 
-    def __init__(self, blocks: int, tokens_left: Callable[[int], Tensor] | None) -> None:
-        self.terms: list[Tensor] = []
-        self.score_tokens: Callable[[Tensor], Tensor] | None = None
-        self._blocks = blocks
-        self._tokens_left = tokens_left
+    def __init__(self, take: Callable[[int, Tensor], None]) -> None:
+        self.score_tokens: ScoreTokens | None = None
+        self._take = take
+        self._handles: dict[int, tuple[Tensor, GradientEdge]] = {}
+        self._scale: Tensor | None = None
+        self._running = False
 
-    def add(self, echo: Echo, echoes: Tensor, position: int) -> None:
-        """Add the term of a layer, by the echoes that left its block."""
-        tokens_left, again = self._tokens_left, None
-        # The last block, and its input, are never recomputed.
-        if tokens_left is not None and position < self._blocks - 2:
+    def watch(self, position: int, tokens: Tensor, attended: GradientEdge, again: Callable[[], Tensor] | None) -> None:
+        """Ask for the gradient of a layer's own score when the gradient of its tokens is there.
 
-            def again() -> Tensor:
-                return echo.split(tokens_left(position))[1]
-
-        self.terms.append(_LayerScore.apply(echoes, self, again))
+        Args:
+            position: of the block.
+            tokens: what left it, (B, N, D).
+            attended: of its attention's output.
+            again: returns the tokens again, where the block is recomputed and they are not to be kept.
+        """
+        self._handles[position] = _Score.apply(tokens, self, again), attended
+        tokens.register_hook(lambda _: self._differentiate(position))  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """Let go of what belongs to the graph."""
-        self.terms.clear()
+        self._handles.clear()
         self.score_tokens = None
+        del self._take
 
-    def gradient(self, echoes: Tensor, factor: Tensor) -> Tensor:
-        """Give the gradient of a layer's own score, times a factor, with respect to the echoes that left the layer."""
+    def _differentiate(self, position: int) -> None:
+        # The tokens' hook is also called on the way from the handle to the attention.
+        if self._running or self.score_tokens is None:
+            return
+        handle, attended = self._handles[position]
+        self._running = True
+        try:
+            (local,) = torch.autograd.grad(handle, (attended,), retain_graph=True)
+        finally:
+            self._running = False
+        assert self._scale is not None
+        self._take(position, local.float() / self._scale)
+
+    def gradient(self, tokens: Tensor) -> Tensor:
+        """Return the gradient of the layer's own score with respect to the tokens, scaled to their dtype."""
         assert self.score_tokens is not None
         with torch.enable_grad():
-            own = echoes.detach().requires_grad_()
-            return torch.autograd.grad(self.score_tokens(own).sum() * factor, own)[0]
+            own = tokens.detach().requires_grad_()
+            (gradient,), self._scale = gradients(self.score_tokens(own), [own])
+        assert gradient is not None
+        self._scale = self._scale.view(-1, *[1] * 3)
+        return gradient
 
 
-class _LayerScore(torch.autograd.Function):
-    """Zero, with the gradient of a layer's own score: no layer keeps what its score is computed from."""
+class _Score(torch.autograd.Function):
+    """Zero, with the gradient of a layer's own score."""
 
     @staticmethod
-    def forward(ctx: Any, echoes: Tensor, scores: LayerScores, again: Callable[[], Tensor] | None) -> Tensor:
-        device = echoes.device.type
+    def forward(ctx: Any, tokens: Tensor, scores: LayerScores, again: Callable[[], Tensor] | None) -> Tensor:
+        device = tokens.device.type
         ctx.scores, ctx.again = scores, again
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         if again is None:
-            ctx.save_for_backward(echoes)
-        return torch.zeros((), device=echoes.device)
+            ctx.save_for_backward(tokens)
+        return torch.zeros((), device=tokens.device)
 
     @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        echoes = ctx.saved_tensors[0] if ctx.again is None else ctx.again()
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        tokens = ctx.saved_tensors[0] if ctx.again is None else ctx.again()
         with torch.autocast(*ctx.autocast):
-            return ctx.scores.gradient(echoes, factors[0]), None, None
+            return ctx.scores.gradient(tokens), None, None

@@ -89,7 +89,7 @@ class Rollout(Method):
             return mixed.masked_fill(mixed.sum(dim=-1, keepdim=True) == 0, 1 / mixed.shape[-1])
         total = row_sums + self.alpha
         # A row without relevance and residual is handed on as it is.
-        residual = torch.where(total > 0, self.alpha, 1.0)
+        residual = torch.full_like(total, self.alpha).where(total > 0, 1.0)
         row = row / total.where(total > 0, 1)
         return self._mix(row, weights, self.relevance(layer)) + residual * row
 
@@ -246,7 +246,7 @@ class RandomMap(Method):
         rows = []
         for image in images.detach().float().cpu():
             generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), self.seed))
-            rows.append(torch.rand(tokens, generator=generator))
+            rows.append(torch.rand(tokens, generator=generator, dtype=torch.float32))
         return torch.stack(rows).to(readout)
 
     @override

@@ -1,33 +1,101 @@
 """A network in eval mode with frozen parameters and plain blocks for a while, and then exactly as it was."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+_checkpoint = torch.utils.checkpoint.checkpoint
+_CHECKPOINT_OPTIONS = (
+    "use_reentrant",
+    "preserve_rng_state",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "early_stop",
+    "respect_saved_tensors_hooks",
+)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, freeze every parameter, and switch off timm's and open_clip's checkpointing.
+    """Put every module in eval mode, freeze every parameter, and switch off activation checkpointing.
 
     Each one's state is restored, also after an error. Checkpointed blocks would run a second time in the backward pass,
-    without the hooks of the first.
+    without the hooks of the first. Parameters and buffers that were made in inference mode, which autograd cannot save,
+    are replaced by copies for the time.
     """
     training = [module for module in model.modules() if module.training]
     checkpointing: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for module in checkpointing:
-        module.grad_checkpointing = False
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    with ExitStack() as restored:
+        for module in training:
+            restored.callback(setattr, module, "training", True)
+        model.eval()
+        for module in checkpointing:
+            restored.callback(setattr, module, "grad_checkpointing", True)
+            module.grad_checkpointing = False
+        restored.enter_context(_usable_by_autograd(model))
+        for parameter in [parameter for parameter in model.parameters() if parameter.requires_grad]:
+            restored.callback(parameter.requires_grad_, True)
+            parameter.requires_grad_(False)
+        restored.enter_context(_without_checkpoints(model))
+        yield
+
+
+@contextmanager
+def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
+    """Replace what was made in inference mode by copies made outside, if the caller is outside."""
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules() if not torch.is_inference_mode_enabled() else ():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        kept += [
+            (store, name, each)
+            for store in stores
+            for name, each in store.items()
+            if each is not None and each.is_inference()
+        ]
+    for store, name, each in kept:
+        copy = each.detach().clone()
+        store[name] = nn.Parameter(copy, requires_grad=False) if isinstance(each, nn.Parameter) else copy
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-        for module in checkpointing:
-            module.grad_checkpointing = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for store, name, each in kept:
+            store[name] = each
+
+
+@contextmanager
+def _without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Let this thread's calls of `torch.utils.checkpoint.checkpoint` by the network run what they are given.
+
+    The function is replaced wherever the network may have it from: its own module, the modules that define the
+    network's classes, and the attributes of the network's modules (`apply_activation_checkpointing`).
+    """
+    owner = threading.get_ident()
+
+    def plain(function: Callable[..., Any] | None = None, *args: Any, **options: Any) -> Any:
+        if function is None or threading.get_ident() != owner:
+            return _checkpoint(function, *args, **options)
+        return function(*args, **{name: each for name, each in options.items() if name not in _CHECKPOINT_OPTIONS})
+
+    classes = {each for module in model.modules() for each in type(module).__mro__}
+    files = {name: sys.modules[name] for name in {each.__module__ for each in classes} if name in sys.modules}
+    places = [vars(each) for each in (torch.utils.checkpoint, *files.values(), *model.modules())]
+    kept = [(place, name, each) for place in places for name, each in list(place.items()) if _checkpoints(each)]
+    for place, name, _ in kept:
+        place[name] = plain
+    try:
+        yield
+    finally:
+        for place, name, each in kept:
+            place[name] = each
+
+
+def _checkpoints(value: object) -> bool:
+    return value is _checkpoint or (isinstance(value, functools.partial) and value.func is _checkpoint)

@@ -4,103 +4,95 @@ The network keeps its fused kernels. Attention is recomputed from queries and ke
 layer, where it serves the methods and the layer's own backward step, and is freed before the next layer.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
-from gmarpp.attribution.echo import Echo
 from gmarpp.attribution.layer import AttentionLayer, LayerConsumer
 from gmarpp.attribution.layer_score import LayerScores
-from gmarpp.attribution.narrow import DetachedBlocks, LastBlock
+from gmarpp.attribution.narrow import LastBlock, RepeatedBlocks, tokens_of
+from gmarpp.attribution.seam import Seam
+from gmarpp.attribution.tapped_attention import TappedAttention, attention_of, fused_attention, mask_part, parts
+from gmarpp.attribution.unseen import UnseenAttention
 
-PrefixReader = Callable[[Tensor], int]
-"""Takes tokens (B, N, D); gives the number of prefix tokens if the network's head reads no others, and else 0."""
-
-_fused_attention = F.scaled_dot_product_attention
-# The interception replaces an attribute of a module, which all threads share.
-_one_at_a_time = threading.RLock()
+PrefixReader = Callable[..., int]
+"""Takes what enters the first block, tokens (B, N, D) first; returns the number of prefix tokens if blocks may run for
+them alone because the head reads no others, and else 0."""
 
 
-class AttentionTap:
+class AttentionTap(Seam):
     """Follows a network's attention calls while it runs, and replays them from the top layer down.
+
+    Only what the thread that intercepts runs is followed; other threads' calls do what they did before.
 
     Args:
         blocks: the transformer blocks if they are known; they tell which block makes which call.
         consume: takes each layer of each part of the batch, from the top down.
-        read_prefix: tells which tokens the head reads; needed to echo or to narrow.
-        echoing: whether blocks carry echoes, because a method needs the layers' own scores.
-        narrowing: whether the last block may run for the prefix tokens alone, if the head reads no others.
+        read_prefix: tells whether blocks may run for the prefix tokens alone.
+        own_scores: whether a method needs the layers' own scores.
+        narrowing: whether the last block may run for the prefix tokens alone.
         through_gradients: whether the layers are visited by the backward pass, with gradients. If not, calls keep
-            their inputs and `replay` visits them; unless blocks echo and the head reads more than the prefix tokens.
-        tokens_left: gives again what left a block, by its position, if all but the last are recomputed.
+            their inputs and `replay` visits them; unless layers' own scores are needed and the head reads more than
+            the prefix tokens.
+        tokens_left: returns again what left a block, by its position, if all but the last are recomputed.
     """
 
     def __init__(
         self,
         blocks: list[nn.Module],
         consume: LayerConsumer,
-        read_prefix: PrefixReader | None = None,
-        echoing: bool = False,
-        narrowing: bool = False,
-        through_gradients: bool = True,
-        tokens_left: Callable[[int], Tensor] | None = None,
+        read_prefix: PrefixReader,
+        own_scores: bool,
+        narrowing: bool,
+        through_gradients: bool,
+        tokens_left: Callable[[int], Tensor] | None,
     ) -> None:
+        super().__init__(self._attend)
         self.consume = consume
         self.through_gradients = through_gradients
         self.calls: list[AttentionCall] = []
         self.leaves: list[Tensor] = []
-        self.echoes: list[Tensor] = []
-        self.layer_scores = LayerScores(len(blocks), tokens_left)
         self.readout: Tensor | None = None
-        self.gradient_scale = 1.0
+        self.scale = torch.ones(0)
+        self.finite = torch.ones(0, dtype=torch.bool)
+        self.visited: set[int] = set()
         self.last_block = LastBlock()
-        self.detached_blocks = DetachedBlocks(self.echoes.append)
+        self.repeated_blocks = RepeatedBlocks()
+        self.layer_scores = LayerScores(self._take_local)
+        self.unseen = UnseenAttention()
+        self.last_tokens: Tensor | None = None
         self._read_prefix = read_prefix
-        self._echoing = echoing
+        self._own_scores = own_scores
         self._narrowing = narrowing
         self._blocks = blocks
+        self._tokens_left = tokens_left
         self._batch = 0
         self._current_block: int | None = None
         self._recording = False
-        self._echo: Echo | None = None
-        # What left the last block that ran, without its echoes and with them.
-        self._left: tuple[Tensor | None, Tensor | None] = None, None
-        self._passing = False
-        self._read_tokens: Tensor | None = None
+        self._top_output: Tensor | None = None
+        self._attended: GradientEdge | None = None
 
     @property
     def depth(self) -> int:
         """Number of self-attention calls, an attention-pool head not counted."""
-        return sum(call.queries == call.keys for call in self.calls)
+        return sum(not call.is_pool for call in self.calls)
 
-    @contextmanager
-    def intercepting(self) -> Iterator[None]:
-        """Replace `torch.nn.functional.scaled_dot_product_attention`, and restore it also after an error.
+    @property
+    def boundary(self) -> Tensor | None:
+        """What the network's output is computed from: tokens behind the last block, or a higher or only call's output.
 
-        The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
+        Shape (B, N, D) or (B, H, Q, d).
         """
-        with _one_at_a_time, torch.compiler.set_stance("force_eager"):
-            fast_path = torch.backends.mha.get_fastpath_enabled()
-            original = F.scaled_dot_product_attention
-            torch.backends.mha.set_fastpath_enabled(False)
-            F.scaled_dot_product_attention = self._attend
-            try:
-                yield
-            finally:
-                F.scaled_dot_product_attention = original
-                torch.backends.mha.set_fastpath_enabled(fast_path)
+        return self._top_output if self.calls[-1].block is None else self.last_tokens
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:
-        """Number the attention calls made inside, and collect what stands for each layer's own score.
-
-        That is `layer_scores` where blocks carry echoes, and `echoes` where they run without gradients.
+        """Number the attention calls made inside, and note attention that is none of them.
 
         Args:
             batch: number of images that the network is given.
@@ -112,123 +104,98 @@ class AttentionTap:
             handles.append(block.register_forward_hook(self._leave_block(position)))
         self._recording = True
         try:
-            yield
+            with self.unseen:
+                yield
         finally:
             self._recording = False
-            self._left = None, None
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Let attention calls do what they did before the interception."""
-        self._passing = True
-        try:
-            yield
-        finally:
-            self._passing = False
 
     def close(self) -> None:
         """Let go of the graph, whose nodes hold the tap unseen by Python's garbage collector, and of the tap's owner.
 
         Without a cycle everything is freed at once, and not when the collector runs next, many batches later.
         """
-        del self.consume, self._read_prefix
+        del self.consume, self._read_prefix, self._tokens_left, self._replacement
+        self.last_tokens = self._top_output = self._attended = None
         self.layer_scores.clear()
-        for tensors in (self.echoes, self.leaves):
+        self.unseen.clear()
+        for tensors in (self.repeated_blocks.left, self.leaves):
             tensors.clear()
         for call in self.calls:
-            call.output = call.inputs = None
+            call.output = call.inputs = call.local = None
 
-    def gradients_of_outputs(self, total: Tensor, retain_graph: bool) -> tuple[Tensor, ...] | None:
-        """Set `readout` for a replay; give gradients of the calls' outputs for the prefix tokens if blocks echo."""
-        if not self.detached_blocks.prefix:
-            top = self.calls[-1].output
-            assert top is not None
-            self.find_readout(torch.autograd.grad(total, top, retain_graph=retain_graph)[0])
-            return None
-        outputs = [call.output for call in self.calls if call.output is not None]
-        *local, read = torch.autograd.grad(total, [*outputs, self.echoes[-1]], retain_graph=retain_graph)
-        row = readout_row(read[:, None])
-        self.readout = F.pad(row, (0, self.calls[-1].keys - row.shape[1]))
-        return tuple(local)
-
-    def replay(self, local: Sequence[Tensor] | None, keep: bool) -> None:
+    def replay(self, keep: bool) -> None:
         """Visit the layers from the top down without the score's gradient; `readout` must be set.
 
         Args:
-            local: gradients of the layers' own scores with respect to the calls' outputs for the prefix tokens, times
-                `gradient_scale`, from the input upwards.
             keep: keep what another replay needs.
         """
         for call in reversed(self.calls):
             if call.inputs is None:
                 raise RuntimeError("the calls were recorded for a backward pass")
             query, key, value, mask = call.inputs
-            for part in _parts(query, key):
+            for part in parts(query, key):
                 layer = AttentionLayer(
-                    _attention(call, query[part], key[part], _mask_part(mask, part)),
+                    attention_of(call, query[part], key[part], mask_part(mask, part)),
                     is_top=call is self.calls[-1],
+                    is_pool=call.is_pool,
                     depth=self.depth,
-                    local_gradient=None if local is None else self._gradient(local[call.index][part], value[part]),
+                    local_gradient=self._local_gradient(call, part, value[part]),
                 )
                 self.consume(part, layer)
             if not keep:
                 call.inputs = None
 
-    def _enter_block(self, position: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_block(self, position: int) -> Callable[..., None]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.is_here:
+                return
             self._current_block = position
             if not args:
                 raise UnsupportedNetworkError(
                     f"block {position} takes its tokens by keyword ({', '.join(kwargs)}): pass them by position"
                 )
-            tokens, *others = args
-            if position == 0 and self._read_prefix is not None:
-                # Tensors beside the tokens, such as rotary embeddings, have an entry for each of them.
-                plain = all(
-                    each is None or isinstance(each, bool | int | float) for each in (*others, *kwargs.values())
-                )
-                prefix = self._read_prefix(tokens) if plain else 0
-                if self._echoing and not self.through_gradients:
-                    self.detached_blocks.prefix, self.through_gradients = prefix, not prefix
-                if self._echoing and self.through_gradients:
-                    self._echo = Echo(dim=1, size=prefix) if prefix else Echo(dim=0, size=len(tokens))
-                if self._narrowing and prefix:
-                    self.last_block.prefix, self.last_block.echoes = prefix, prefix if self._echoing else 0
-            if self._echo is None:
-                return None
-            left, following = self._left
-            return (following if tokens is left else self._echo.append(tokens), *others), kwargs
+            if position == 0:
+                self._choose_rows(args, kwargs)
 
         return enter
 
+    def _choose_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decide, before the first block runs, which blocks run for the prefix tokens alone."""
+        prefix = self._read_prefix(*args, **kwargs) if self._own_scores or self._narrowing else 0
+        if self._narrowing:
+            self.last_block.prefix = prefix
+        if self._own_scores:
+            self.repeated_blocks.prefix = prefix
+            self.repeated_blocks.detached = not self.through_gradients
+            self.through_gradients = self.through_gradients or not prefix
+
     def _leave_block(self, position: int) -> Callable[[nn.Module, object, Any], Any]:
         def leave(_: nn.Module, __: object, output: Any) -> Any:
+            if not self.is_here:
+                return None
             self._current_block = None
-            tokens, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-            if self._echo is not None:
-                tokens, echoes, following = self._echo.relay(tokens)
-                self.layer_scores.add(self._echo, echoes, position)
-                self._left = tokens, following
-            if position == len(self._blocks) - 1 and tokens.requires_grad:
-                tokens.register_hook(self._remember_read_tokens)
-            return tokens if others is None else (tokens, *others)
+            tokens = tokens_of(output)
+            if self._own_scores and not self.repeated_blocks.prefix and tokens.requires_grad and self._attended:
+                # The last block, and its input, are never recomputed.
+                recomputed = self._tokens_left is not None and position < len(self._blocks) - 2
+                again = (lambda: self._tokens_left(position)) if recomputed else None  # type: ignore[misc]
+                self.layer_scores.watch(position, tokens, self._attended, again)
+            if position < len(self._blocks) - 1:
+                return None
+            if tokens.requires_grad:
+                self.last_tokens = tokens
+                return None
+            self.last_tokens = tokens.detach().requires_grad_()
+            # The network may change in place what it is given.
+            handed = self.last_tokens.clone()
+            return (handed, *output[1:]) if isinstance(output, tuple) else handed
 
         return leave
 
-    def _remember_read_tokens(self, gradient: Tensor) -> None:
-        self._read_tokens = readout_row(gradient[:, None])
-
-    def find_readout(self, gradient: Tensor) -> None:
-        """Set `readout` from the gradient (B, H, Q, d) of the top call's output.
-
-        Where the blocks are known, the gradient of what leaves the last one tells more: it is not zero even if the top
-        layer's attention does not influence the score.
-        """
-        self_attends = self.calls[-1].queries == self.calls[-1].keys
-        known = self._read_tokens if self_attends else None
-        self.readout = readout_row(gradient) if known is None else known
+    def _take_local(self, position: int, gradient: Tensor) -> None:
+        self.calls[position].local = gradient
 
     def _attend(
         self,
@@ -241,48 +208,53 @@ class AttentionTap:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if self._passing:
-            return _fused_attention(
+        if self._passing or not self.is_here:
+            return self._original(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if self.detached_blocks.repeating:
-            return self._attend_again()
-        (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), narrowed = (
-            self.last_block.attention_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        )
+        if self.repeated_blocks.repeating:
+            assert self.calls[-1].output is not None
+            return self.calls[-1].output
         if enable_gqa:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        # Only blocks are run again, and outside of their hooks.
-        echo = self._echo if self._current_block is not None or not self._recording else None
-        own_query, own_key = (each if echo is None else echo.split_heads(each)[0] for each in (query, key))
+        if self._probing:
+            return value
+        (query, key, value, attn_mask, dropout_p, is_causal, scale), rows = self.last_block.attention_call(
+            query, key, value, attn_mask, dropout_p, is_causal, scale
+        )
         if is_causal:
-            attn_mask = torch.ones(own_query.shape[-2], own_key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        call = self._record(own_query, own_key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
-        if not self.through_gradients:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        call = self._record(query, key, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale)
+        if self.through_gradients:
+            output = self._attend_with_gradient(query, key, value, attn_mask, call, rows)
+        else:
             call.inputs = (query.detach(), key.detach(), value.detach(), attn_mask)
-            # Only the top call's gradient is asked for: nothing below it is kept.
-            may_be_top = self._current_block in (None, len(self._blocks) - 1)
-            call.output = _fused_attention(query, key, value, attn_mask, scale=call.scale).detach()
-            return call.output.requires_grad_(may_be_top)
-        if not query.requires_grad:
+            # Where the blocks are not known, any call may be the top one.
+            output = fused_attention(query, key, value, attn_mask, scale=call.scale).detach()
+            output.requires_grad_(call.block is None)
+        if self._recording:
+            self._top_output = output
+            prefix = self.repeated_blocks.prefix
+            if prefix and call.block is not None:
+                call.output = output.detach()[:, :, :prefix].clone().requires_grad_()
+        return output
+
+    def _attend_with_gradient(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: AttentionCall, rows: int | None
+    ) -> Tensor:
+        if self._recording and call.index == 0:
             # The graph starts here: nothing below the first layer is needed, nor its activations.
+            query, key, value = query.detach(), key.detach(), value.detach()
+        if not any(each.requires_grad for each in (query, key, value)):
+            call.follows = False
             query = query.detach().requires_grad_()
             if self._recording:
                 self.leaves.append(query)
-        narrow = self.last_block if narrowed else None
-        output: Tensor = _TappedAttention.apply(query, key, value, attn_mask, self, call, echo, narrow)
+        output: Tensor = TappedAttention.apply(query, key, value, mask, self, call, rows)
+        if self._recording and self._own_scores and not self.repeated_blocks.prefix:
+            self._attended = get_gradient_edge(output)
         return output
-
-    def _attend_again(self) -> Tensor:
-        """Answer the last call once more, for the prefix tokens; gradients end here."""
-        call, prefix = self.calls[-1], self.detached_blocks.prefix
-        assert call.inputs is not None
-        query, key, value, mask = call.inputs
-        if mask is not None and mask.shape[-2] > 1:
-            mask = mask[..., :prefix, :]
-        call.output = _fused_attention(query[:, :, :prefix], key, value, mask, scale=call.scale).requires_grad_()
-        return call.output
 
     def _record(self, query: Tensor, key: Tensor, dropout: float, scale: float) -> AttentionCall:
         if query.dim() != 4 or len(query) != self._batch:
@@ -293,7 +265,10 @@ class AttentionTap:
             )
         if dropout > 0:
             raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
-        call = AttentionCall(len(self.calls), self._current_block, scale, query.shape[-2], key.shape[-2])
+        queries, keys, block = query.shape[-2], key.shape[-2], self._current_block
+        # Queries that are not computed from the tokens belong to a pool, which may well have as many of them.
+        is_latent = block is None and key.requires_grad and not query.requires_grad
+        call = AttentionCall(len(self.calls), block, scale, queries, keys, is_pool=queries != keys or is_latent)
         if self._recording:
             self.calls.append(call)
         return call
@@ -306,7 +281,6 @@ class AttentionTap:
         value: Tensor,
         mask: Tensor | None,
         gradient: Tensor,
-        local: Tensor | None,
         gradients: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """Hand one layer to the methods, and write the gradients of its query, key and value.
@@ -317,110 +291,35 @@ class AttentionTap:
             key: shape (B, H, N, d).
             value: shape (B, H, N, d).
             mask: as `scaled_dot_product_attention` takes it.
-            gradient: gradient of the call's output, (B, H, Q, d), times `gradient_scale`.
-            local: gradient of the layer's own score with respect to the first rows of the output, likewise.
-            gradients: filled with those of query, key and value, times `gradient_scale`.
+            gradient: gradient of the call's output, (B, H, Q, d), times `scale` of each image.
+            gradients: filled with those of query, key and value, likewise.
         """
-        is_top = call is self.calls[-1]
-        if is_top:
-            self.find_readout(gradient)
-        for part in _parts(query, key):
+        self.visited.add(call.index)
+        self.finite = self.finite & gradient.flatten(1).isfinite().all(dim=1)
+        for part in parts(query, key):
             q, k, v, outer = (tensor[part].float() for tensor in (query, key, value, gradient))
-            attention = _attention(call, q, k, _mask_part(mask, part))
+            scale = self.scale[part].view(-1, 1, 1, 1)
+            attention = attention_of(call, q, k, mask_part(mask, part))
             layer = AttentionLayer(
                 attention,
-                is_top=is_top,
+                is_top=call is self.calls[-1],
+                is_pool=call.is_pool,
                 depth=self.depth,
-                given_gradient=self._gradient(outer, v),
-                local_gradient=None if local is None else self._gradient(local[part], v),
+                given_gradient=torch.matmul(outer / scale, v.mT),
+                local_gradient=self._local_gradient(call, part, v),
             )
             self.consume(part, layer)
             # The softmax's own backward: dS = A ⊙ (G - rowsum(A ⊙ G)).
             product = layer.product
             scores = product.addcmul_(attention, product.sum(dim=-1, keepdim=True), value=-1)
-            factor = call.scale * self.gradient_scale
+            factor = call.scale * scale
             gradients[0][part] = torch.matmul(scores, k * factor)
             gradients[1][part] = torch.matmul(scores.mT, q * factor)
             gradients[2][part] = torch.matmul(attention.mT, outer)
-
-    def _gradient(self, outer: Tensor, value: Tensor) -> Tensor:
-        """Give the gradient of the attention (B, H, R, N) from that of the call's output, or of its first rows."""
-        return torch.matmul(outer.float() / self.gradient_scale, value.float().mT)
-
-
-class _TappedAttention(torch.autograd.Function):
-    """Fused attention whose backward step shows the layer to the tap."""
+        if not self.repeated_blocks.prefix:
+            call.local = None
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        tap: AttentionTap,
-        call: AttentionCall,
-        echo: Echo | None,
-        narrow: LastBlock | None,
-    ) -> Tensor:
-        ctx.tap, ctx.call, ctx.echo = tap, call, echo
-        own_mask = mask if echo is None else echo.own_mask(mask, call.keys)
-        # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
-        ctx.save_for_backward(query, key, value, own_mask)
-        if echo is not None:
-            key, value, mask = echo.attended(key), echo.attended(value), echo.extended_mask(own_mask)
-        if narrow is not None:
-            query, mask = narrow.rows(query, dim=2), narrow.mask_rows(mask)
-        return _fused_attention(query, key, value, mask, scale=call.scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, mask = ctx.saved_tensors
-        gradient, local, written = gradients[0], None, tuple(each.new_empty(each.shape) for each in inputs)
-        own = written
-        if ctx.echo is not None:
-            gradient, local = ctx.echo.split_heads(gradient)
-            inputs = [ctx.echo.split_heads(each)[0] for each in inputs]
-            for each in written:
-                ctx.echo.split_heads(each)[1].zero_()
-            own = tuple(ctx.echo.split_heads(each)[0] for each in written)
-        # Rows that the last block leaves out have no gradient.
-        gradient = F.pad(gradient, (0, 0, 0, ctx.call.queries - gradient.shape[2]))
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            ctx.tap.visit(ctx.call, *inputs, mask, gradient, local, own)
-        return (*written, None, None, None, None, None)
-
-
-def readout_row(gradient: Tensor) -> Tensor:
-    """Give the row above the top layer: equal shares for the tokens that the head reads.
-
-    They are the tokens whose attention output influences the score: the class token, all patches under average
-    pooling, both tokens of a distilled network, the queries of an attention-pool head.
-
-    Args:
-        gradient: gradient of the top layer's attention output, shape (B, H, Q, d).
-
-    Returns:
-        float32, shape (B, Q), rows sum to 1; a row is zero where the score depends on no token.
-    """
-    read = (gradient != 0).any(dim=-1).any(dim=1).float()
-    return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
-
-
-def _attention(call: AttentionCall, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    scores = torch.matmul(query.float() * call.scale, key.float().mT)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
-    return scores.softmax(dim=-1)
-
-
-def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
-    return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
-
-
-def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
-    """Split a batch so that a part's attention matrices stay in the cache of a CPU, or small on a GPU."""
-    bytes_per_image = query.shape[1] * query.shape[2] * key.shape[2] * 4
-    budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
-    size = max(1, budget // bytes_per_image)
-    return (slice(start, start + size) for start in range(0, len(query), size))
+    def _local_gradient(call: AttentionCall, part: slice, value: Tensor) -> Tensor | None:
+        """Return the gradient of the layer's own score with respect to the attention's first rows, (B, H, R, N)."""
+        return None if call.local is None else torch.matmul(call.local[part], value.float().mT)

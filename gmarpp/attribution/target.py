@@ -47,12 +47,12 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def check_finite(logits: Tensor) -> None:
+def check_finite(logits: Tensor, what: str = "logits") -> None:
     """Raise `ValueError`, naming the images, unless all logits (B, C) are finite."""
     unusable = (~logits.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if unusable:
         raise ValueError(
-            f"the logits of images {unusable} are not finite: check the input's normalisation and the weights, or use "
+            f"the {what} of images {unusable} are not finite: check the input's normalisation and the weights, or use "
             "a wider precision (bfloat16 or float32)"
         )
 
@@ -123,7 +123,8 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
             f"targets range from {indices.min().item()} to {indices.max().item()}, but the network has {classes} "
             f"classes, 0 to {classes - 1}"
         )
-    return indices.long()
+    # A copy, for autograd cannot save indices that were made in inference mode.
+    return indices.long().clone()
 
 
 def class_indices(target: Any, model: nn.Module) -> Any:

@@ -312,7 +312,7 @@ class NewTensorSizes(TorchDispatchMode):
 
 def test_no_gradient_of_a_parameter_is_ever_allocated():
     model, batch = vit(mlp_ratio=64), images(1)
-    largest_activation = 18 * 48 * 64  # a class token, its echo for LeGrad and 16 patches
+    largest_activation = 17 * 48 * 64  # a class token and 16 patches
     assert model.blocks[0].mlp.fc1.weight.numel() > 2 * largest_activation
     with NewTensorSizes(model) as allocated:
         gmarpp.explain(model, batch, gmarpp.METHODS)
@@ -320,39 +320,6 @@ def test_no_gradient_of_a_parameter_is_ever_allocated():
     with NewTensorSizes(model) as allocated:
         model(batch).sum().backward()
     assert max(allocated.sizes) > 2 * largest_activation
-
-
-@pytest.mark.parametrize(("pool", "rows"), [("token", 1), ("avg", 17)])
-@pytest.mark.parametrize(("methods", "echoes"), [("gmarpp_l1", 0), (["gmarpp_l1", "legrad"], 1)])
-def test_the_last_block_runs_for_the_tokens_that_the_head_reads(pool, rows, methods, echoes):
-    model, batch = vit(global_pool=pool), images()
-    ran = []
-    model.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape[:2].numel()))
-    found = gmarpp.explain(model, batch, methods)
-    assert ran == [3 * rows * (1 + echoes)]
-    torch.testing.assert_close(found.logits, model(batch))
-
-    # A function may ask for more than the logits, and blocks described by hand may mix tokens elsewhere too.
-    for whole in ({"target": lambda logits: logits[:, 0]}, {"architecture": gmarpp.architecture_of(model)}):
-        ran.clear()
-        gmarpp.explain(model, batch, "gmarpp_l1", **whole)
-        assert ran == [3 * 17]
-
-
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"architecture": True}])
-def test_legrad_alone_sends_no_gradient_from_block_to_block(options):
-    model, batch = vit(), images()
-    if "architecture" in options:
-        options = {"architecture": gmarpp.architecture_of(model)}
-    ran = []
-    model.blocks[1].norm1.register_forward_hook(lambda _, args, out: ran.append((out.shape[1], out.requires_grad)))
-    gmarpp.explain(model, batch, ["legrad", "rollout"])
-    assert ran == [(17, False), (1, False)]
-    ran.clear()
-    expected = gmarpp.explain(model, batch, ["legrad", "gmarpp_l1"]).maps["legrad"]
-    assert ran == [(18, True)]
-    found = gmarpp.explain(model, batch, "legrad", **options).maps["legrad"]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -158,3 +158,16 @@ class TestBoxes:
     def test_shape(self):
         with pytest.raises(ValueError, match=r"boxes must have shape \(B, 4\)"):
             boxes_to_masks(torch.rand(4), (2, 2))
+
+
+def test_average_precision_does_not_depend_on_the_default_dtype():
+    generator = torch.Generator().manual_seed(0)
+    maps, masks = torch.rand(4, 8, 8, generator=generator), torch.rand(4, 32, 32, generator=generator) > 0.6
+    expected = average_precision(maps, masks, reduction="none")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = average_precision(maps, masks, reduction="none")
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
