@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
+from gmarpp.cli import run_command
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.module import load_classifier
@@ -195,6 +196,11 @@ def write_sanity_check(
             logger.warning("%s %s", METHOD_LABELS[name], text)
 
 
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; a user's mistake ends with one line on stderr and a status other than 0."""
+    run_command(lambda args: auto_cli(write_sanity_check, args=args, as_positional=False), args)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli(write_sanity_check, as_positional=False)
+    main()
