@@ -91,7 +91,8 @@ def _read_vit(folder: Path, config: dict[str, Any]) -> Weights:
         return expect_integer(name, config.get(name), 1, 1 << 20)
 
     def choice(name: str, known: Mapping[Any, Any], value: Any) -> Any:
-        if not isinstance(value, (str, int)) or value not in known:
+        # True would be found as 1
+        if type(value) not in map(type, known) or value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, known))}")
         return known[value]
 
@@ -100,7 +101,7 @@ def _read_vit(folder: Path, config: dict[str, Any]) -> Weights:
         raise ValueError(f"layer_norm_eps: expected a number in (0, 1), got {epsilon!r}")
     state = _rename(_read_state(folder), depth, folder)
     num_classes = len(state["head.bias"]) if "head.bias" in state else 0
-    labels = expect_mapping("id2label", config.get("id2label") or {})
+    labels = {} if config.get("id2label") is None else expect_mapping("id2label", config["id2label"])
     names = tuple(labels.get(str(index), f"LABEL_{index}") for index in range(num_classes))
     size = expect_pair("image_size", config.get("image_size"))
     return Weights(

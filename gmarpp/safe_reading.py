@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # Descriptions of networks, with the names of 21,000 classes, take less than 2 MB.
 MAX_JSON_BYTES = 16 << 20
@@ -133,10 +136,8 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(source, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except OSError:
-        raise
     except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
-        raise damaged(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -157,6 +158,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
         _check_records(source, path)
     elif not start.startswith(b"\x80"):
         raise damaged(path, "it does not begin as PyTorch's files do")
+    else:
+        logger.warning("%s is in a format without checksums, of PyTorch before 1.6: damage may go unnoticed", path)
     try:
         # timm's training script stores its options as a Namespace: plain values by name
         with torch.serialization.safe_globals([Namespace]):
@@ -169,9 +172,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             ) from error
         raise damaged(path, error) from error
     except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise damaged(path, error) from error
+        raise _unreadable(path, error) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     _check_values(content, source)
@@ -182,18 +183,34 @@ def _check_records(source: Path, path: Path) -> None:
     """Compare the checksums of a zip archive's records, which torch.load does not do."""
     try:
         with zipfile.ZipFile(source) as archive:
-            records = archive.infolist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise damaged(path, "its records are compressed, and torch.save compresses none")
-            if sum(record.file_size for record in records) > source.stat().st_size:
-                raise damaged(path, "its records are larger than the file")
-            if len({record.filename for record in records}) < len(records):
-                raise damaged(path, "a record appears twice")
-            # torch.serialization.set_crc32_options(False) leaves all of them out
-            if any(record.CRC for record in records) and (wrong := archive.testzip()):
-                raise damaged(path, f"the checksum of {wrong} is wrong")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise damaged(path, error) from error
+            wrong = _wrong_record(archive, source.stat().st_size)
+    except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
+        raise _unreadable(path, error) from error
+    if wrong is not None:
+        raise damaged(path, wrong)
+
+
+def _wrong_record(archive: zipfile.ZipFile, size: int) -> str | None:
+    records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        return "its records are compressed, and torch.save compresses none"
+    if sum(record.file_size for record in records) > size:
+        return "its records are larger than the file"
+    if len({record.filename for record in records}) < len(records):
+        return "a record appears twice"
+    if not any(record.CRC for record in records):
+        # torch.serialization.set_crc32_options(False) leaves all of them out.
+        logger.warning("%s has no checksums: damage may go unnoticed", archive.filename)
+        return None
+    wrong = archive.testzip()
+    return None if wrong is None else f"the checksum of {wrong} is wrong"
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    """Return what to raise for what a reader made of a file: damage, unless it is the disk that fails."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error
+    return damaged(path, error)
 
 
 def _check_values(content: dict[str, Any], path: Path) -> None:

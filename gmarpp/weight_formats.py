@@ -11,9 +11,11 @@ from gmarpp.hugging_face import CONFIG, read_folder
 from gmarpp.safe_reading import damaged, find_file, find_path, load_safetensors, load_tensors, parse_json
 from gmarpp.weights import (
     DIGEST,
+    MAX_CLASSES,
     PREPROCESSING,
     Weights,
     content_digest,
+    expect_integer,
     expect_mapping,
     expect_names,
     expect_pair,
@@ -88,7 +90,7 @@ def _read_lightning(path: Path) -> Weights:
         state={key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)},
         architecture=options["architecture"],
         image_size=expect_pair("image_size", options["image_size"]),
-        num_classes=options["num_classes"],
+        num_classes=expect_integer("num_classes", options["num_classes"], 0, MAX_CLASSES),
         model_args=options["model_args"],
         classes=expect_names("classes", content.get("classes", ())),
         class_names=expect_names("class_names", content.get("class_names", ())),
@@ -99,9 +101,7 @@ def _read_lightning(path: Path) -> Weights:
 def _read_safetensors(path: Path) -> Weights:
     state, metadata = load_safetensors(path)
     if DIGEST in metadata and metadata[DIGEST] != content_digest(state, metadata):
-        raise damaged(
-            path, f"its content does not have the {DIGEST} in its metadata, which who changes it on purpose removes"
-        )
+        raise damaged(path, f"its content has changed; after a change on purpose remove {DIGEST} from its metadata")
 
     def parsed(key: str, absent: Any = None) -> Any:
         return parse_json(metadata[key], key) if key in metadata else absent

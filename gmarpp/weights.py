@@ -17,7 +17,7 @@ CROP_MODES = ("center", "squash", "border")
 MAX_CLASSES = 1_000_000
 MAX_PIXELS_PER_SIDE = 16_384
 # No option of a network is larger; a number of layers that the weights do not have is found while building.
-MAX_OPTION = 1 << 20
+MAX_OPTION = 1 << 16
 # What wrappers and training scripts put before every name of a network's weights.
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.")
 
@@ -45,8 +45,6 @@ class Weights:
     def __post_init__(self) -> None:
         other = next((key for key, value in self.state.items() if not isinstance(value, Tensor)), None)
         _expect(other is None, f"state dict's {other}", "a tensor", self.state.get(other or ""))
-        names = all(isinstance(key, str) for key in self.state)
-        _expect(names, "names of the state dict", "strings", [key for key in self.state if not isinstance(key, str)])
         named = self.architecture is None or (isinstance(self.architecture, str) and len(self.architecture) < 200)
         _expect(named, "architecture", "timm's name of a network", self.architecture)
         if self.num_classes is not None:
@@ -148,7 +146,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 
 def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict without what wrappers put before all its names, such as `module.` and `_orig_mod.`."""
-    bare = dict(state)
+    bare = {str(key): value for key, value in state.items()}
     while bare and (found := next((each for each in PREFIXES if all(key.startswith(each) for key in bare)), None)):
         bare = {key.removeprefix(found): value for key, value in bare.items()}
     return bare
