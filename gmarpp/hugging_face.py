@@ -71,12 +71,14 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Weights:
     options = expect_mapping("model_args", config.get("model_args") or {})
     if pool := config.get("global_pool"):
         options.setdefault("global_pool", pool)
+    own_size = options.pop("img_size", None if size is None else size[1:])
+    own_classes = options.pop("num_classes", None)
     described = expect_mapping("label_descriptions", config.get("label_descriptions") or {})
     return Weights(
         state=without_prefix(_read_state(folder)),
         architecture=config["architecture"],
-        image_size=None if size is None else expect_pair("input_size", size[1:]),
-        num_classes=config.get("num_classes", about.get("num_classes")),
+        image_size=None if own_size is None else expect_pair("input_size", own_size),
+        num_classes=config.get("num_classes", about.get("num_classes", own_classes)),
         model_args=options,
         classes=labels,
         class_names=tuple(described.get(label, label) for label in labels),

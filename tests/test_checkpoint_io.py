@@ -7,6 +7,7 @@ import torch
 from full_disk import no_file_larger_than
 
 from gmarpp.checkpoint_io import AtomicCheckpointIO
+from gmarpp.storage import atomic_file
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):
@@ -25,6 +26,20 @@ def test_the_file_is_made_where_it_belongs(tmp_path, monkeypatch):
     AtomicCheckpointIO().save_checkpoint({"step": 7}, str(tmp_path / "last.ckpt"))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"step": 7}
     assert (tmp_path / "last.ckpt").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_the_next_run_removes_what_killed_ones_left(tmp_path):
+    old, new = (tmp_path / "logs" / f"version_{index}" / "checkpoints" for index in range(2))
+    old.mkdir(parents=True)
+    (old / ".0123abcd.tmp").write_bytes(b"half")
+    (old / ".notours!.tmp").touch()
+    (old / "last.ckpt").touch()
+    with atomic_file(old / "best.ckpt") as live:
+        live.write(b"of a process that is at it")
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, new / "last.ckpt")
+        assert len(list(old.glob(".*.tmp"))) == 2
+    assert sorted(file.name for file in old.iterdir()) == [".notours!.tmp", "best.ckpt", "last.ckpt"]
+    assert sorted(file.name for file in new.iterdir()) == ["last.ckpt"]
 
 
 def _umask():
