@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -25,6 +26,7 @@ from gmarpp.callbacks.writer import ExplanationWriter
 from gmarpp.checkpoint_io import AtomicCheckpointIO
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.module import ViTClassifier, classifier_options, load_classifier
+from gmarpp.safe_reading import find_path
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
 RESUME_KEYWORDS = ("best", "last", "hpc")
@@ -37,9 +39,10 @@ MASK_METRICS = ("pixel_accuracy", "iou", "average_precision")
 
 
 class Trainer(L.Trainer):
-    """A Trainer that writes checkpoints atomically, and for which `--trainer.limit_train_batches 1` means one batch.
+    """A Trainer that reads checkpoints without running code and writes them atomically.
 
-    Lightning's own annotation makes the parser read 1 as 1.0, all batches; so for the other three limits.
+    For it `--trainer.limit_train_batches 1` means one batch: Lightning's own annotation makes the parser read 1 as 1.0,
+    all batches; so for the other three limits.
     """
 
     def __init__(
@@ -59,8 +62,11 @@ class Trainer(L.Trainer):
             limit_predict_batches=limit_predict_batches,
             **kwargs,
         )
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+        plugin: Any = self.strategy.checkpoint_io
+        if type(plugin) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) is TorchCheckpointIO:
+            plugin._checkpoint_io = AtomicCheckpointIO()
 
 
 class LatestCheckpoint(ModelCheckpoint):
@@ -291,13 +297,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _require_resumable(path: str, trainer: Any) -> None:
-    if Path(path).exists() and Path(path).suffix != ".ckpt":
-        raise ValueError(
-            f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
-        )
     if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
         # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
         raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
+    if find_path(path).suffix != ".ckpt":
+        raise ValueError(
+            f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
+        )
 
 
 def _data_modules() -> list[str]:

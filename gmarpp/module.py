@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from typing_extensions import Self, override
 
 from gmarpp.checkpoint import (
-    PREPROCESSING,
-    Weights,
     build_model,
     describe_weights,
     fill_model,
@@ -30,13 +29,15 @@ from gmarpp.checkpoint import (
     get_preprocessing,
     load_pretrained,
     load_weights,
-    read_lightning_checkpoint,
-    read_weights,
     set_preprocessing,
-    sha256,
 )
 from gmarpp.data.transforms import Preprocessing
 from gmarpp.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.safe_reading import find_path, first_line, sha256
+from gmarpp.weight_formats import read_lightning_checkpoint, read_weights
+from gmarpp.weights import PREPROCESSING, Weights
+
+DEFAULT_ARCHITECTURE = "vit_large_patch16_224.augreg_in21k_ft_in1k"
 
 
 class ViTClassifier(L.LightningModule):
@@ -47,7 +48,8 @@ class ViTClassifier(L.LightningModule):
     and frozen into the checkpoint.
 
     Args:
-        architecture: timm's name of the network; its pretrained tag also decides the preprocessing.
+        architecture: timm's name of the network; its pretrained tag also decides the preprocessing. The weights file's
+            when not given, and without one vit_large_patch16_224.augreg_in21k_ft_in1k.
         num_classes: classes of the data, at least 2.
         image_size: side, or [height, width], of the input in pixels; the weights file's or the architecture's own when
             not given. The position embedding is resampled to it.
@@ -80,7 +82,7 @@ class ViTClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: str = "vit_large_patch16_224.augreg_in21k_ft_in1k",
+        architecture: str | None = None,
         num_classes: int = 200,
         image_size: int | list[int] | None = None,
         pretrained: bool = True,
@@ -114,6 +116,9 @@ class ViTClassifier(L.LightningModule):
 
         frozen = image_size is not None and model_args is not None and set(preprocessing or {}) >= set(PREPROCESSING)
         source = Weights({}) if weights is None or frozen else read_weights(weights)
+        if architecture is None and weights is not None and source.architecture is None:
+            raise ValueError(f"{weights} does not name its architecture: set --model.architecture to timm's name of it")
+        architecture = architecture or source.architecture or DEFAULT_ARCHITECTURE
         if source.architecture is not None and source.architecture != architecture.partition(".")[0]:
             raise ValueError(
                 f"{weights} holds a {source.architecture}, not a {architecture}: "
@@ -128,6 +133,7 @@ class ViTClassifier(L.LightningModule):
         )
         set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
         self.hparams.update(
+            architecture=architecture,
             image_size=list(get_image_size(self.model)),
             model_args=self._network.model_args,
             preprocessing=get_preprocessing(self.model),
@@ -338,8 +344,41 @@ class ViTClassifier(L.LightningModule):
         weights = describe_weights(path)
         fill_model(self.model, weights, path)
         self.classes, self.class_names = weights.classes, weights.class_names
-        self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(path)
+        self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(find_path(path))
         self._weights_pending = False
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """Builds the module from a `.ckpt` as Lightning does, but never runs code from the file.
+
+        Args:
+            checkpoint_path: a local file.
+            map_location: device of the module; the CPU when not given.
+            hparams_file: not supported, since it would replace what describes the network: give options instead.
+            strict: require all weights to be there, and no others.
+            weights_only: True or not given.
+            **options: in place of those in the checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, unsafe or does not fit, or an argument asks for more than is supported.
+        """
+        _require(weights_only is not False, "weights_only=False would run code from the checkpoint: leave it out")
+        _require(hparams_file is None, "hparams_file is not supported: give the options that differ by name")
+        content = read_lightning_checkpoint(checkpoint_path)
+        module = _build(cls, {**classifier_options(checkpoint_path), **options}, checkpoint_path)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
+        return module.to(map_location or "cpu")
 
     def _ckpt_path(self) -> Any:
         return self._trainer.ckpt_path if self._trainer is not None else None
@@ -435,12 +474,21 @@ def load_classifier(path: str | Path) -> ViTClassifier:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
     """
-    try:
-        module = ViTClassifier(**classifier_options(path))
-    except TypeError as error:
-        raise ValueError(f"{path} was written by another version of gmarpp: {error}") from error
+    module = _build(ViTClassifier, classifier_options(path), path)
     module.restore(path)
     return module.eval()
+
+
+Classifier = TypeVar("Classifier", bound=ViTClassifier)
+
+
+def _build(kind: type[Classifier], options: Mapping[str, Any], path: str | Path) -> Classifier:
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has options that this version of gmarpp does not know or accept: {first_line(error)}"
+        ) from error
 
 
 def classifier_options(path: str | Path) -> dict[str, Any]:
@@ -450,10 +498,10 @@ def classifier_options(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown kind, or does not name its architecture.
     """
-    if Path(path).suffix == ".ckpt":
+    weights = describe_weights(path)
+    if str(path).endswith(".ckpt"):
         saved = read_lightning_checkpoint(path)["hyper_parameters"]
         return {key: value for key, value in saved.items() if not key.startswith("_")}
-    weights = describe_weights(path)
     return {
         "architecture": weights.architecture,
         "num_classes": weights.num_classes,

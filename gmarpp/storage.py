@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from gmarpp.run_content import check_run, damaged_file, read_json, require_file, signed_json
+
+if sys.platform != "win32":
+    import fcntl
 
 RUN_FILE = "run.json"
 MAPS, PARTS, IMAGES, OVERLAYS = "maps", "parts", "images", "overlays"
@@ -77,6 +81,32 @@ def sync_disk() -> None:
         os.sync()
 
 
+def _open_temporary(folder: Path) -> tuple[Path, int]:
+    """Create a temporary file that is locked for as long as it is open, so that others can tell it from a leftover."""
+    while True:
+        temporary = folder / f".{secrets.token_hex(4)}.tmp"
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        _lock(handle)
+        # Between the two calls another process may have taken it for a leftover.
+        if temporary.exists():
+            return temporary, handle
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file unless another process has; on Windows an open file can't be deleted and needs no lock."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: there nobody can tell, and what is found is left alone.
+        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def atomic_file(path: Path, scratch: Path | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file to write whose final name never shows a part of its content.
@@ -90,9 +120,8 @@ def atomic_file(path: Path, scratch: Path | None = None, durable: bool = True) -
     Raises:
         OSError: naming the file, when it can't be written; nothing is left behind. Other errors of the block pass.
     """
-    temporary = (scratch or path.parent) / f".{secrets.token_hex(4)}.tmp"
     with _write_errors(path):
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        temporary, handle = _open_temporary(scratch or path.parent)
     try:
         with io.BufferedWriter(_Output(handle, path)) as file:
             yield file
@@ -115,10 +144,24 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None, durab
         file.write(data)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder and in those below it."""
-    for leftover in folder.rglob(".????????.tmp"):
-        leftover.unlink()
+def remove_leftovers(folder: Path, pattern: str = "**/.????????.tmp") -> None:
+    """Delete the temporary files that killed processes left in a folder, never those that a process still writes.
+
+    Args:
+        folder: where to look.
+        pattern: of the files, for `Path.glob`; by default those of `atomic_file` in the folder and in those below it.
+    """
+    for leftover in folder.glob(pattern):
+        try:
+            handle = os.open(leftover, os.O_RDONLY)
+        except (FileNotFoundError, PermissionError):
+            # Another process was faster, or it is another user's.
+            continue
+        try:
+            if _lock(handle):
+                leftover.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
 
 def make_folder(path: Path) -> None:

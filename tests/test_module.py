@@ -165,6 +165,13 @@ def test_evaluating_start_weights_needs_their_head(tmp_path, start_file):
         trainer(tmp_path).validate(classifier(num_classes=4, weights=str(start_file)), Squares(num_classes=4))
 
 
+def test_start_weights_name_the_architecture(start_file, tmp_path):
+    assert ViTClassifier(num_classes=3, weights=str(start_file)).hparams["architecture"] == "test_vit"
+    torch.save(load_model(start_file).state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match=r"plain\.pth does not name its architecture: set --model\.architecture"):
+        ViTClassifier(num_classes=3, weights=str(tmp_path / "plain.pth"))
+
+
 def test_start_weights_of_another_architecture(start_file):
     with pytest.raises(ValueError, match=r"holds a test_vit, .*--model\.architecture test_vit"):
         classifier(architecture="vit_tiny_patch16_224", weights=str(start_file))

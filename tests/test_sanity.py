@@ -69,3 +69,26 @@ def test_command_writes_table_and_figure_and_names_what_does_not_change(tmp_path
     assert rows[2] == ["random", *["1.0000"] * 6]
     assert (tmp_path / "out" / "sanity.png").stat().st_size > 10_000
     assert "Random does not change when all parameters are random" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt_path=gone.ckpt"], "there is no checkpoint gone.ckpt"),
+        (["--images=0"], "--images: expected at least 1, got 0"),
+        (["--methods=[gradcamm]"], "unknown method 'gradcamm'"),
+        (["--methods=[]"], "no method was asked for"),
+        (["--output=taken"], "taken"),
+        (["--data=squares.Squares"], "--data Squares cannot be used"),
+        (["--imagez=3"], "imagez"),
+    ],
+)
+def test_mistakes_end_with_a_line_and_a_status(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    save_weights(ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 1}).model, "vit.safetensors")
+    (tmp_path / "taken").touch()
+    data = [] if "squares" in arguments[0] else ["--data=Digits", "--data.root=data", "--data.train_images=2"]
+    with pytest.raises(SystemExit) as ended:
+        sanity.main(["--ckpt_path=vit.safetensors", *data, "--images=2", *arguments])
+    assert ended.value.code in (1, 2)
+    assert message in capsys.readouterr().err

@@ -1,6 +1,9 @@
 import errno
+import multiprocessing
 import os
 import stat
+import sys
+import time
 
 import pytest
 import torch
@@ -110,6 +113,31 @@ def test_leftovers_of_killed_processes_go_and_nothing_else(tmp_path):
     remove_leftovers(tmp_path)
     assert names_in(tmp_path) == [".mine.tmp", "maps", "x.tmp"]
     assert names_in(tmp_path / "maps") == [".keep"]
+
+
+def write_slowly(path, written):
+    with atomic_file(path) as file:
+        file.write(b"half")
+        file.flush()
+        written.set()
+        time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="open files cannot be deleted there, and nothing is forked")
+def test_leftovers_of_living_processes_stay(tmp_path):
+    """Another process writes; when it is killed, what it wrote is a leftover."""
+    context = multiprocessing.get_context("fork")
+    written = context.Event()
+    writer = context.Process(target=write_slowly, args=(tmp_path / "last.ckpt", written))
+    writer.start()
+    assert written.wait(30)
+    remove_leftovers(tmp_path)
+    (half,) = tmp_path.iterdir()
+    assert half.read_bytes() == b"half"
+    writer.kill()
+    writer.join()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_folder_names_the_file(tmp_path):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from noise import write_noise
 
-from gmarpp.checkpoint import load_model, sha256
+from gmarpp.checkpoint import load_model
 from gmarpp.cli import train_main
+from gmarpp.safe_reading import sha256
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "checkpoints" / "vit_small_patch14_112.tiny_imagenet.safetensors"
