@@ -1,31 +1,26 @@
 """The command lines: `train.py fit|validate|test` and `explain.py predict`."""
 
-import logging
-import os
-import sys
-import warnings
-from argparse import ArgumentError
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import gmarpp.data
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
+from gmarpp.callbacks.termination import Termination
 from gmarpp.callbacks.writer import ExplanationWriter
 from gmarpp.checkpoint_io import AtomicCheckpointIO
+from gmarpp.command import run_command
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.module import ViTClassifier, classifier_options, load_classifier
+from gmarpp.ranks import RankLauncher
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
 RESUME_KEYWORDS = ("best", "last", "hpc")
 # what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
 RESOLVED = ("image_size", "model_args", "preprocessing")
@@ -36,9 +31,10 @@ MASK_METRICS = ("pixel_accuracy", "iou", "average_precision")
 
 
 class Trainer(L.Trainer):
-    """A Trainer that writes checkpoints atomically, and for which `--trainer.limit_train_batches 1` means one batch.
+    """A Trainer that writes checkpoints atomically, and that ends with the ranks that it starts.
 
-    Lightning's own annotation makes the parser read 1 as 1.0, all batches; so for the other three limits.
+    For it `--trainer.limit_train_batches 1` means one batch: Lightning's own annotation makes the parser read 1 as 1.0,
+    all batches; so for the other three limits.
     """
 
     def __init__(
@@ -60,21 +56,42 @@ class Trainer(L.Trainer):
         )
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
+        launcher = self.strategy.launcher
+        if type(launcher) is _SubprocessScriptLauncher:
+            self.strategy._launcher = RankLauncher(
+                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+            )
 
 
 class LatestCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that saves the end of a run too, and on an error only where no rank has to wait for others."""
 
+    _in_training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that there is something to save."""
+        super().on_train_start(trainer, pl_module)
+        self._in_training = True
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what was learned since the last checkpoint, when they are made every so many steps."""
+        """Save what was learned since the last checkpoint, when they are made every so many steps."""
         super().on_train_end(trainer, pl_module)
+        self._in_training = False
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name(trainer.callback_metrics))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves if all ranks got here, as they do when they are terminated."""
-        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
-            super().on_exception(trainer, pl_module, exception)
+        """Save if all ranks got here, as they do when they are stopped by a signal."""
+        stopped = isinstance(exception, SIGTERMException)
+        if not self._in_training or not (stopped or trainer.world_size == 1):
+            return
+        if stopped:
+            # A checkpoint of this step may be older than the validation that was interrupted.
+            self._last_global_step_saved = -1
+        if self._should_save_on_exception(trainer):
+            path = self.format_checkpoint_name(self._monitor_candidates(trainer))
+            self._save_checkpoint(trainer, path)
+            rank_zero_info(f"Saved step {trainer.global_step}: continue with --ckpt_path {path}")
 
 
 class TrainCLI(LightningCLI):
@@ -87,6 +104,7 @@ class TrainCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             trainer_defaults={
+                "callbacks": [Termination()],
                 "default_root_dir": "logs",
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -172,7 +190,12 @@ class ExplainCLI(LightningCLI):
             datamodule_class=L.LightningDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            trainer_defaults={"logger": False, "enable_checkpointing": False, "enable_model_summary": False},
+            trainer_defaults={
+                "callbacks": [Termination()],
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             save_config_callback=None,
             parser_kwargs=_parser_options("predict"),
@@ -188,7 +211,8 @@ class ExplainCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the trainer and the data, but no model: its options are the checkpoint's."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
+        parser.set_defaults(defaults)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -226,9 +250,6 @@ class ExplainCLI(LightningCLI):
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
 
 
-T = TypeVar("T")
-
-
 def train_main(args: list[str] | None = None) -> TrainCLI:
     """Runs `train.py`; a user's mistake ends with one line on stderr and a status other than 0.
 
@@ -247,38 +268,6 @@ def explain_main(args: list[str] | None = None) -> ExplainCLI:
     return run_command(ExplainCLI, args)
 
 
-def run_command(command: Callable[[list[str] | None], T], args: list[str] | None) -> T:
-    """Runs a command line; a user's mistake ends with one line on stderr and a status other than 0.
-
-    Args:
-        command: takes the command line without the program's name.
-        args: that command line; `sys.argv`'s when `None`.
-    """
-    # these come from inside Lightning, and nothing that a user does makes them go away
-    warnings.filterwarnings("ignore", r"(?is).*(deprecated in v4|JsonargparseDeprecation)", module="lightning")
-    warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
-    warnings.filterwarnings("ignore", ".*not supported by the model summary")
-    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    messages.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-    try:
-        return command(args)
-    except (*USER_ERRORS, ArgumentError) as error:
-        if os.environ.get("GMARPP_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {_one_line(error)} (GMARPP_TRACEBACK=1 shows where)\n")
-        raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
-
-
-def _one_line(error: Exception) -> str:
-    message = str(error).strip() or type(error).__name__
-    if "Original Traceback" in message:
-        # an error in a data loader's worker arrives with its whole traceback as the message
-        message = message.splitlines()[-1].partition(": ")[2]
-    if message.startswith('Parser key "data"'):
-        message += f"; this project's data modules are {', '.join(_data_modules())}"
-    return " ".join(message.split())
-
-
 def _require_resumable(path: str, trainer: Any) -> None:
     if Path(path).exists() and Path(path).suffix != ".ckpt":
         raise ValueError(
@@ -287,14 +276,6 @@ def _require_resumable(path: str, trainer: Any) -> None:
     if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
         # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
         raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
-
-
-def _data_modules() -> list[str]:
-    return [
-        name
-        for name, value in vars(gmarpp.data).items()
-        if isinstance(value, type) and issubclass(value, L.LightningDataModule)
-    ]
 
 
 def _parser_options(*subcommands: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jsonargparse import auto_cli
 from torch import nn
 
 from gmarpp.checkpoint import describe_model, get_image_size, load_model, save_weights
-from gmarpp.cli import run_command
+from gmarpp.command import run_command
 from gmarpp.storage import atomic_file
 
 logger = logging.getLogger(__name__)

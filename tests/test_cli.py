@@ -13,7 +13,7 @@ from noise import write_noise
 from PIL import Image
 from squares import Squares
 
-from gmarpp import cli
+from gmarpp import cli, command
 from gmarpp.checkpoint import load_model, save_weights
 from gmarpp.cli import explain_main, train_main
 
@@ -300,7 +300,7 @@ def test_an_error_in_a_loaders_worker_is_one_line():
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "x.py", line 1, in f\nValueError: photo.jpg is truncated: replace it\n'
     )
-    assert cli._one_line(error) == "photo.jpg is truncated: replace it"
+    assert command.one_line(error) == "photo.jpg is truncated: replace it"
 
 
 @pytest.mark.parametrize(
