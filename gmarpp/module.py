@@ -37,6 +37,23 @@ from gmarpp.checkpoint import (
 )
 from gmarpp.data.transforms import Preprocessing
 from gmarpp.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.options import Range, require_ranges
+
+RANGES = {
+    "num_classes": Range(2),
+    "image_size": Range(1),
+    "drop_path": Range(0, 1, high_open=True),
+    "label_smoothing": Range(0, 1, high_open=True),
+    "mixup": Range(0),
+    "cutmix": Range(0),
+    "lr": Range(0, low_open=True),
+    "lr_batch_size": Range(1),
+    "betas": Range(0, 1, high_open=True),
+    "weight_decay": Range(0),
+    "layer_decay": Range(0, 1, low_open=True),
+    "warmup": Range(0, 1, high_open=True),
+    "min_lr_ratio": Range(0, 1),
+}
 
 
 class ViTClassifier(L.LightningModule):
@@ -58,17 +75,18 @@ class ViTClassifier(L.LightningModule):
         preprocessing: overrides of mean, std, interpolation (bilinear, bicubic, ...) and crop_pct (0 to 1).
         drop_path: largest probability of stochastic depth, in [0, 1).
         label_smoothing: share of the target spread over all classes, in [0, 1).
-        mixup: alpha of mixup's Beta distribution; 0 for none (Zhang et al. 2018).
-        cutmix: alpha of CutMix's Beta distribution; 0 for none (Yun et al. 2019). With both, each batch draws one.
+        mixup: alpha of mixup's Beta distribution, 0 (none) or more (Zhang et al. 2018).
+        cutmix: alpha of CutMix's Beta distribution, 0 (none) or more (Yun et al. 2019). With both, each batch draws
+            one.
         head_only: train the classification head and freeze everything else.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         compile: compile the network with torch.compile for training.
         channels_last: keep images in channels-last memory order.
         lr: peak learning rate of the head, > 0.
-        lr_batch_size: the effective batch size that `lr` is meant for; the rate in use grows in proportion to the
-            run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
-        betas: AdamW's moment decays.
-        weight_decay: AdamW's decoupled weight decay; biases, norms and embeddings are excluded.
+        lr_batch_size: the effective batch size that `lr` is meant for, at least 1; the rate in use grows in proportion
+            to the run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
+        betas: AdamW's moment decays, both in [0, 1).
+        weight_decay: AdamW's decoupled weight decay, >= 0; biases, norms and embeddings are excluded.
         layer_decay: learning-rate factor per layer away from the head, in (0, 1].
         warmup: share of all steps in which the rate rises linearly, in [0, 1); a half cosine follows.
         min_lr_ratio: last learning rate as a share of the peak, in [0, 1].
@@ -105,12 +123,11 @@ class ViTClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _require(lr > 0, f"lr is {lr}: a network does not learn at a rate of 0 or less; set --model.lr above 0")
-        _require(num_classes >= 2, f"num_classes is {num_classes}: a classifier needs at least 2")
-        _require(0 < layer_decay <= 1, f"layer_decay is {layer_decay}, not in (0, 1]")
-        _require(0 <= warmup < 1, f"warmup is {warmup}: it is the share of all steps, in [0, 1)")
-        _require(0 <= drop_path < 1, f"drop_path is {drop_path}, not in [0, 1)")
-        _require(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}, not in [0, 1)")
+        require_ranges(self.hparams, RANGES, "--model.")
+        _require(
+            not isinstance(image_size, list) or len(image_size) == 2,
+            f"--model.image_size: expected a side or [height, width], got {image_size}",
+        )
 
         frozen = image_size is not None and model_args is not None and set(preprocessing or {}) >= set(PREPROCESSING)
         source = Weights({}) if weights is None or frozen else read_weights(weights)
@@ -119,14 +136,19 @@ class ViTClassifier(L.LightningModule):
                 f"{weights} holds a {source.architecture}, not a {architecture}: "
                 f"set --model.architecture {source.architecture}"
             )
-        self.model = build_model(
-            architecture,
-            num_classes,
+        size, arguments = (
             source.image_size if image_size is None else image_size,
-            {**source.model_args, **(model_args or {})},
-            drop_path,
+            source.model_args | (model_args or {}),
         )
+        try:
+            self.model = build_model(architecture, num_classes, size, arguments, drop_path)
+        except (RuntimeError, AssertionError, ArithmeticError) as error:
+            raise ValueError(
+                f"{architecture} cannot be built with --model.image_size {size} and --model.model_args {arguments}: "
+                f"{error}"
+            ) from error
         set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
+        self._require_preprocessing(preprocessing)
         self.hparams.update(
             image_size=list(get_image_size(self.model)),
             model_args=self._network.model_args,
@@ -340,6 +362,18 @@ class ViTClassifier(L.LightningModule):
         self.classes, self.class_names = weights.classes, weights.class_names
         self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(path)
         self._weights_pending = False
+
+    def _require_preprocessing(self, options: dict[str, Any] | None) -> None:
+        try:
+            found = self.preprocessing
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--model.preprocessing {options}: {error}") from error
+        for name in ("mean", "std"):
+            values = getattr(found, name)
+            _require(
+                len(values) == 3 and all(value in Range() for value in values),
+                f"--model.preprocessing {options}: expected three finite numbers for {name}, got {values}",
+            )
 
     def _ckpt_path(self) -> Any:
         return self._trainer.ckpt_path if self._trainer is not None else None
