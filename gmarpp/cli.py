@@ -1,10 +1,12 @@
 """The command lines: `train.py fit|validate|test` and `explain.py predict`."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -13,15 +15,29 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
+from gmarpp.callbacks.progress import ProgressLines
 from gmarpp.callbacks.termination import Termination
 from gmarpp.callbacks.writer import ExplanationWriter
 from gmarpp.checkpoint_io import AtomicCheckpointIO
 from gmarpp.command import run_command
+from gmarpp.configuration import limit_yaml, require_readable_configurations
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.module import ViTClassifier, classifier_options, load_classifier
+from gmarpp.monitored import require_monitored_metrics
+from gmarpp.options import Range, require_ranges
 from gmarpp.ranks import RankLauncher
+from gmarpp.resume import find_checkpoint
 
-RESUME_KEYWORDS = ("best", "last", "hpc")
+# the trainer's numbers that Lightning takes unchecked, or refuses without naming them
+TRAINER_RANGES = {
+    "gradient_clip_val": Range(0),
+    "accumulate_grad_batches": Range(1),
+    "check_val_every_n_epoch": Range(1),
+    "log_every_n_steps": Range(0),
+    "num_sanity_val_steps": Range(-1),
+    "min_epochs": Range(0),
+    "min_steps": Range(0),
+}
 # what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
 RESOLVED = ("image_size", "model_args", "preprocessing")
 # options of the machine, not of the network: a run may be resumed on another one
@@ -46,14 +62,23 @@ class Trainer(L.Trainer):
         limit_predict_batches: int | float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            *args,
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches,
-            **kwargs,
-        )
+        require_ranges(kwargs, TRAINER_RANGES, "--trainer.")
+        if kwargs.get("val_check_interval") == 0:
+            raise ValueError("--trainer.val_check_interval: expected batches, a share of an epoch or a time, got 0")
+        if kwargs.get("enable_progress_bar") is None and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
+        try:
+            super().__init__(
+                *args,
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                **kwargs,
+            )
+        except TypeError as error:
+            devices, time = kwargs.get("devices"), kwargs.get("max_time")
+            raise ValueError(f"--trainer.devices {devices}, --trainer.max_time {time}: {error}") from error
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
         launcher = self.strategy.launcher
@@ -94,7 +119,27 @@ class LatestCheckpoint(ModelCheckpoint):
             rank_zero_info(f"Saved step {trainer.global_step}: continue with --ckpt_path {path}")
 
 
-class TrainCLI(LightningCLI):
+class CommandLine(LightningCLI):
+    """A LightningCLI that checks the files and the sections of its command line before it builds anything."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line.
+
+        Raises:
+            ValueError: naming the file or the option that is wrong.
+        """
+        limit_yaml()
+        require_readable_configurations(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        for section in ("trainer", "model"):
+            if section in options and not isinstance(options[section], Namespace):
+                raise ValueError(f"--{section}: expected its options, got {options[section]}")
+        if not isinstance(options.seed_everything, bool):
+            require_ranges(options, {"seed_everything": Range(0, 2**32 - 1)}, "--")
+
+
+class TrainCLI(CommandLine):
     """Fine-tunes and evaluates; a run logs to TensorBoard and keeps its best checkpoint, with a card, and its last."""
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -104,7 +149,7 @@ class TrainCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             trainer_defaults={
-                "callbacks": [Termination()],
+                "callbacks": [ProgressLines(), Termination()],
                 "default_root_dir": "logs",
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -154,6 +199,10 @@ class TrainCLI(LightningCLI):
         if self.subcommand != "fit" and path is not None:
             self.model.restore(path)
 
+    def before_fit(self) -> None:
+        """Refuse to train for metrics that nobody logs."""
+        require_monitored_metrics(self.trainer, self.model)
+
     def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
         """Validates without letting Lightning load the checkpoint a second time."""
         self.trainer.validate(model, **options)
@@ -166,10 +215,13 @@ class TrainCLI(LightningCLI):
         """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
         command = self.config.subcommand
         options = self.config[command]
+        if options.get("ckpt_path") in ("last", "best"):
+            keyword, options["ckpt_path"] = options.ckpt_path, find_checkpoint(options.ckpt_path, options)
+            rank_zero_info(f"--ckpt_path {keyword}: {options.ckpt_path}")
         path = options.get("ckpt_path")
         if path is None and command != "fit" and not (options.model.pretrained or options.model.weights):
             raise ValueError(f"--ckpt_path is missing: {command} would evaluate a network of random weights")
-        if path is None or (command == "fit" and path in RESUME_KEYWORDS):
+        if path is None or (command == "fit" and path == "hpc"):
             return
         if command == "fit":
             _require_resumable(path, options.trainer)
@@ -182,7 +234,7 @@ class TrainCLI(LightningCLI):
                 rank_zero_warn(f"--model.{key} {asked[key]} is not used: the checkpoint was trained with {taken[key]}")
 
 
-class ExplainCLI(LightningCLI):
+class ExplainCLI(CommandLine):
     """Explains images with a trained network, which comes from the checkpoint alone."""
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -191,7 +243,7 @@ class ExplainCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             trainer_defaults={
-                "callbacks": [Termination()],
+                "callbacks": [ProgressLines(), Termination()],
                 "logger": False,
                 "enable_checkpointing": False,
                 "enable_model_summary": False,

@@ -15,14 +15,17 @@ from typing import TypeVar
 
 import lightning as L
 import torch.distributed as dist
+from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import gmarpp.data
 from gmarpp.callbacks.termination import SIGNALS
+from gmarpp.configuration import limit_yaml
 from gmarpp.ranks import launched_by_rank_zero, lost_rank, watch_rank_zero
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
+_LONGEST_LINE = 1000
 _LOST_CONNECTION = r"(?i)connection (closed|reset|refused)|broken pipe|connectFullMesh|(recv|send).* timed out|socket"
 
 T = TypeVar("T")
@@ -63,6 +66,17 @@ def run_command(command: Callable[[list[str] | None], T], args: list[str] | None
         raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
 
 
+def run_function(function: Callable[..., None], args: list[str] | None) -> None:
+    """Run a function as a command line whose options are its arguments, as `run_command` does.
+
+    Args:
+        function: its docstring is the help.
+        args: the command line without the program's name; `sys.argv`'s when `None`.
+    """
+    limit_yaml()
+    run_command(lambda args: auto_cli(function, args=args, as_positional=False, exit_on_error=False), args)
+
+
 def one_line(error: Exception) -> str | None:
     """Return what to tell the user; None for what is no user's error, "" where another rank tells it."""
     message = str(error).strip() or type(error).__name__
@@ -73,13 +87,16 @@ def one_line(error: Exception) -> str | None:
         return _from_outside(error, message)
     if message.startswith('Parser key "data"'):
         message += f"; this project's data modules are {', '.join(_data_modules())}"
-    return " ".join(message.split())
+    message = re.sub(r"<class '(.*?)'>", r"\1", " ".join(message.split()))
+    return message if len(message) <= _LONGEST_LINE else f"{message[:-200][:_LONGEST_LINE]} … {message[-200:]}"
 
 
 def _from_outside(error: RuntimeError, message: str) -> str | None:
     if message.startswith("DataLoader worker"):
         how = " ".join(message.split())
         return f"{how}: where the system ran out of memory, lower --data.num_workers or --data.batch_size"
+    if message.startswith("Early stopping conditioned on metric"):
+        return message
     if isinstance(error, dist.DistError) or (dist.is_initialized() and re.search(_LOST_CONNECTION, message)):
         lost = lost_rank()
         if lost is None and launched_by_rank_zero():

@@ -368,6 +368,8 @@ class ViTClassifier(L.LightningModule):
             found = self.preprocessing
         except (TypeError, ValueError) as error:
             raise ValueError(f"--model.preprocessing {options}: {error}") from error
+        share = (options or {}).get("crop_pct", 1)
+        _require(share in Range(0, 1, low_open=True), f"--model.preprocessing {options}: crop_pct is not in (0, 1]")
         for name in ("mean", "std"):
             values = getattr(found, name)
             _require(

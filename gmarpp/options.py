@@ -27,8 +27,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"a number in {'[('[self.low_open]}{self.low:g}, {self.high:g}{'])'[self.high_open]}"
-        return f"a number {'above' if self.low_open else 'of at least'} {self.low:g}"
+            return f"a number in {'[('[self.low_open]}{self.low:.12g}, {self.high:.12g}{'])'[self.high_open]}"
+        return f"a number {'above' if self.low_open else 'of at least'} {self.low:.12g}"
 
 
 def require_ranges(options: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
+from gmarpp.command import run_function
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.module import load_classifier
@@ -195,6 +195,11 @@ def write_sanity_check(
             logger.warning("%s %s", METHOD_LABELS[name], text)
 
 
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one line on stderr and a status other than 0."""
+    run_function(write_sanity_check, args)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli(write_sanity_check, as_positional=False)
+    main()

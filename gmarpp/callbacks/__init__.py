@@ -4,6 +4,7 @@ from gmarpp.callbacks.averaging import AveragedWeights
 from gmarpp.callbacks.learning_rate import PeakLearningRateFinder
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.monitor import AttributionMonitor
+from gmarpp.callbacks.progress import ProgressLines
 from gmarpp.callbacks.termination import Termination
 from gmarpp.callbacks.writer import ExplanationWriter
 
@@ -13,5 +14,6 @@ __all__ = [
     "ExplanationWriter",
     "ModelCardCheckpoint",
     "PeakLearningRateFinder",
+    "ProgressLines",
     "Termination",
 ]
