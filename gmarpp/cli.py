@@ -295,7 +295,8 @@ class ExplainCLI(CommandLine):
         self.model.explainer = explainer
         output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
         writer: Callback = ExplanationWriter(output, resume=options.predict.resume, **options.predict.write)
-        self.trainer = self.instantiate_trainer(callbacks=[*(options.predict.trainer.callbacks or []), writer])
+        own = options.predict.trainer.callbacks or []
+        self.trainer = self.instantiate_trainer(callbacks=[*(own if isinstance(own, list) else [own]), writer])
 
     def predict(self, model: ViTClassifier, datamodule: L.LightningDataModule, **_: Any) -> None:
         """Runs the predict loop without letting Lightning load the checkpoint a second time."""

@@ -11,7 +11,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import lightning as L
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import gmarpp.data
 from gmarpp.callbacks.termination import SIGNALS
 from gmarpp.configuration import limit_yaml
-from gmarpp.ranks import launched_by_rank_zero, lost_rank, watch_rank_zero
+from gmarpp.ranks import launched_by_rank_zero, leave_lost_run, lost_rank, watch_rank_zero
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
 _LONGEST_LINE = 1000
@@ -58,11 +58,12 @@ def run_command(command: Callable[[list[str] | None], T], args: list[str] | None
     except (*USER_ERRORS, ArgumentError, RuntimeError) as error:
         if os.environ.get("GMARPP_TRACEBACK"):
             raise
+        if _lost_connection(error):
+            _leave_lost_run(error)
         line = one_line(error)
         if line is None:
             raise
-        if line:
-            sys.stderr.write(f"error: {line} (GMARPP_TRACEBACK=1 shows where)\n")
+        sys.stderr.write(f"error: {line} (GMARPP_TRACEBACK=1 shows where)\n")
         raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
 
 
@@ -78,31 +79,38 @@ def run_function(function: Callable[..., None], args: list[str] | None) -> None:
 
 
 def one_line(error: Exception) -> str | None:
-    """Return what to tell the user; None for what is no user's error, "" where another rank tells it."""
+    """Return what to tell the user; None for what is no user's error."""
     message = str(error).strip() or type(error).__name__
     if "Original Traceback" in message:
         # An error in a data loader's worker arrives with its whole traceback as the message.
         message = message.splitlines()[-1].partition(": ")[2]
     elif isinstance(error, RuntimeError) and not isinstance(error, USER_ERRORS):
-        return _from_outside(error, message)
+        return _from_outside(message)
     if message.startswith('Parser key "data"'):
         message += f"; this project's data modules are {', '.join(_data_modules())}"
     message = re.sub(r"<class '(.*?)'>", r"\1", " ".join(message.split()))
     return message if len(message) <= _LONGEST_LINE else f"{message[:-200][:_LONGEST_LINE]} … {message[-200:]}"
 
 
-def _from_outside(error: RuntimeError, message: str) -> str | None:
+def _from_outside(message: str) -> str | None:
     if message.startswith("DataLoader worker"):
         how = " ".join(message.split())
         return f"{how}: where the system ran out of memory, lower --data.num_workers or --data.batch_size"
-    if message.startswith("Early stopping conditioned on metric"):
-        return message
-    if isinstance(error, dist.DistError) or (dist.is_initialized() and re.search(_LOST_CONNECTION, message)):
-        lost = lost_rank()
-        if lost is None and launched_by_rank_zero():
-            return ""
-        return f"{lost or 'another rank was lost: ' + message}: the run cannot go on without it"
-    return None
+    return message if message.startswith("Early stopping conditioned on metric") else None
+
+
+def _lost_connection(error: Exception) -> bool:
+    if not (dist.is_available() and dist.is_initialized()) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or re.search(_LOST_CONNECTION, str(error)) is not None
+
+
+def _leave_lost_run(error: Exception) -> NoReturn:
+    lost = lost_rank()
+    if lost is None and launched_by_rank_zero():
+        # Rank 0 has lost the same rank, and tells it.
+        os._exit(1)
+    leave_lost_run(lost or f"another rank was lost ({' '.join(str(error).split())[-300:]})")
 
 
 def _data_modules() -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -72,6 +72,14 @@ def lost_rank() -> str | None:
     return None
 
 
+def leave_lost_run(reason: str) -> NoReturn:
+    """End this process and the ranks that it started, without what waits for the lost one when a process ends."""
+    os.write(2, f"error: {reason}: the run cannot go on without it\n".encode())
+    stopped = [process.returncode for process in _launched if process.returncode in _STOPPED]
+    end_launched_ranks()
+    os._exit(stopped[0] if stopped else 1)
+
+
 def end_launched_ranks() -> None:
     """Kill the ranks that this process started."""
     for process in _launched:
@@ -82,6 +90,8 @@ def _ended(rank: str, process: subprocess.Popen[bytes]) -> str:
     code = process.returncode
     if code < 0:
         return f"{rank} (process {process.pid}) was ended from outside by {signal.Signals(-code).name}"
+    if code in _STOPPED:
+        return f"{rank} (process {process.pid}) was stopped by {signal.Signals(code - 128).name}"
     return f"{rank} (process {process.pid}) ended with status {code}, after its own message"
 
 
@@ -95,9 +105,7 @@ def _watch_launched_ranks() -> None:
         return
     time.sleep(_SAVING_SECONDS if any(code in _STOPPED for code in codes) else _ERROR_SECONDS)
     # This process would have ended by now, were it not waiting for the rank.
-    os.write(2, f"error: {lost_rank()}: the run cannot go on without it\n".encode())
-    end_launched_ranks()
-    os._exit(1)
+    leave_lost_run(lost_rank() or "a rank was lost")
 
 
 def _wait_for_launched_ranks() -> None:
@@ -111,5 +119,4 @@ def _watch_rank_zero() -> None:
     while launched_by_rank_zero():
         time.sleep(_POLL_SECONDS)
     time.sleep(_ERROR_SECONDS)
-    os.write(2, b"error: rank 0 was ended from outside: the run cannot go on without it\n")
-    os._exit(1)
+    leave_lost_run("rank 0 was ended from outside")

@@ -193,7 +193,8 @@ def test_evaluating_pretrained_weights_needs_their_head(tmp_path, monkeypatch):
         ("image_size", [32, -32]), ("model_args", {"depth": -1}), ("model_args", {"embed_dim": 7}),
         ("model_args", {"patch_size": 0}), ("preprocessing", {"mean": [1]}), ("preprocessing", {"mean": "gray"}),
         ("preprocessing", {"mean": [math.nan, 0, 0]}), ("preprocessing", {"std": [0, 1, 1]}),
-        ("preprocessing", {"crop_pct": 2}), ("preprocessing", {"crop_pct": 0}), ("preprocessing", {"interpolation": "cubical"}),
+        ("preprocessing", {"crop_pct": 2}), ("preprocessing", {"crop_pct": 0}),
+        ("preprocessing", {"interpolation": "cubical"}),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(option, value):
