@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -120,7 +119,7 @@ class LatestCheckpoint(ModelCheckpoint):
 
 
 class CommandLine(LightningCLI):
-    """A LightningCLI that checks the files and the sections of its command line before it builds anything."""
+    """A LightningCLI that checks the files that its command line names before it builds anything."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the command line.
@@ -132,9 +131,6 @@ class CommandLine(LightningCLI):
         require_readable_configurations(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         options = self.config[self.config.subcommand]
-        for section in ("trainer", "model"):
-            if section in options and not isinstance(options[section], Namespace):
-                raise ValueError(f"--{section}: expected its options, got {options[section]}")
         if not isinstance(options.seed_everything, bool):
             require_ranges(options, {"seed_everything": Range(0, 2**32 - 1)}, "--")
 

@@ -10,7 +10,7 @@ from gmarpp import sanity
 from gmarpp.checkpoint import save_weights
 from gmarpp.data import Digits
 from gmarpp.module import ViTClassifier
-from gmarpp.sanity import sanity_check
+from gmarpp.sanity import main, sanity_check
 
 
 @pytest.fixture
@@ -69,3 +69,22 @@ def test_command_writes_table_and_figure_and_names_what_does_not_change(tmp_path
     assert rows[2] == ["random", *["1.0000"] * 6]
     assert (tmp_path / "out" / "sanity.png").stat().st_size > 10_000
     assert "Random does not change when all parameters are random" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "ckpt_path"),
+        (["--ckpt_path=gone.ckpt", "--data=ImageFolder"], "root"),
+        (["--ckpt_path=gone.ckpt", "--data=ImageFolder", "--data.root=x"], "there is no checkpoint gone.ckpt"),
+        (["--ckpt_path=gone.ckpt", "--images=many"], "images"),
+        (["--unknown=1"], "unknown"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
