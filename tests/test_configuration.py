@@ -19,7 +19,7 @@ DAMAGED = {
     "- 1\n- 2": "got a sequence",
     "hello": "got a scalar",
     "trainer:\n\tmax_epochs: 3": "line 2, column 1: found character that cannot start any token",
-    "trainer: {max_epochs: [1, 2": "line 1, column 28: did not find expected",
+    "trainer: {max_epochs: [1, 2": "line 2, column 1: did not find expected",
     "trainer: {max_epochs: 'x": "unexpected end of stream",
     "trainer:\n  max_epochs: 3\n max_steps: 4": "line 3, column 2",
     "trainer: {}\nmodel: {}\ntrainer: {max_epochs: 2}": "line 3, column 1: 'trainer' is given twice",
