@@ -100,9 +100,10 @@ def _from_outside(message: str) -> str | None:
 
 
 def _lost_connection(error: Exception) -> bool:
-    if not (dist.is_available() and dist.is_initialized()) or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, dist.DistError) or re.search(_LOST_CONNECTION, str(error)) is not None
+    if isinstance(error, dist.DistError):
+        return True
+    in_group = dist.is_available() and dist.is_initialized()
+    return in_group and isinstance(error, RuntimeError) and re.search(_LOST_CONNECTION, str(error)) is not None
 
 
 def _leave_lost_run(error: Exception) -> NoReturn:

@@ -24,6 +24,9 @@ _ERROR_SECONDS = 5.0
 _SAVING_SECONDS = 300.0
 _STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
+# Set where this process stops together with the other ranks, which may end before it has saved.
+stopping = threading.Event()
+
 _launched: list[subprocess.Popen[bytes]] = []
 
 
@@ -103,7 +106,9 @@ def _watch_launched_ranks() -> None:
             break
     if not any(codes):
         return
-    time.sleep(_SAVING_SECONDS if any(code in _STOPPED for code in codes) else _ERROR_SECONDS)
+    time.sleep(_ERROR_SECONDS)
+    if stopping.is_set():
+        time.sleep(_SAVING_SECONDS)
     # This process would have ended by now, were it not waiting for the rank.
     leave_lost_run(lost_rank() or "a rank was lost")
 

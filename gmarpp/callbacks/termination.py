@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gmarpp.ranks import end_launched_ranks
+from gmarpp.ranks import end_launched_ranks, stopping
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Schedulers and launchers may send a signal to the process and to its group: the echo is not a second request.
@@ -38,6 +38,7 @@ class Termination(Callback):
 
         Lightning registers and restores them, so that the process is left as it was.
         """
+        stopping.clear()
         self._signals = _Signals(trainer)
         trainer._signal_connector = self._signals
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
@@ -58,6 +59,7 @@ class Termination(Callback):
         if number:
             self._signals.number = number
             self._signals.received_sigterm = True
+            stopping.set()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop before a validation that would be interrupted."""
@@ -113,6 +115,7 @@ class Termination(Callback):
             found = store.get(key)
         if found and found.decode() != _FINISHED:
             self._signals.number = int(found)
+            stopping.set()
             raise SIGTERMException
 
 
