@@ -33,11 +33,28 @@ from gmarpp.checkpoint import (
 )
 from gmarpp.data.transforms import Preprocessing
 from gmarpp.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.options import Range, require_ranges
 from gmarpp.safe_reading import find_path, first_line, sha256
 from gmarpp.weight_formats import read_lightning_checkpoint, read_weights
 from gmarpp.weights import PREPROCESSING, Weights
 
 DEFAULT_ARCHITECTURE = "vit_large_patch16_224.augreg_in21k_ft_in1k"
+
+RANGES = {
+    "num_classes": Range(2),
+    "image_size": Range(1),
+    "drop_path": Range(0, 1, high_open=True),
+    "label_smoothing": Range(0, 1, high_open=True),
+    "mixup": Range(0),
+    "cutmix": Range(0),
+    "lr": Range(0, low_open=True),
+    "lr_batch_size": Range(1),
+    "betas": Range(0, 1, high_open=True),
+    "weight_decay": Range(0),
+    "layer_decay": Range(0, 1, low_open=True),
+    "warmup": Range(0, 1, high_open=True),
+    "min_lr_ratio": Range(0, 1),
+}
 
 
 class ViTClassifier(L.LightningModule):
@@ -60,17 +77,18 @@ class ViTClassifier(L.LightningModule):
         preprocessing: overrides of mean, std, interpolation (bilinear, bicubic, ...) and crop_pct (0 to 1).
         drop_path: largest probability of stochastic depth, in [0, 1).
         label_smoothing: share of the target spread over all classes, in [0, 1).
-        mixup: alpha of mixup's Beta distribution; 0 for none (Zhang et al. 2018).
-        cutmix: alpha of CutMix's Beta distribution; 0 for none (Yun et al. 2019). With both, each batch draws one.
+        mixup: alpha of mixup's Beta distribution, 0 (none) or more (Zhang et al. 2018).
+        cutmix: alpha of CutMix's Beta distribution, 0 (none) or more (Yun et al. 2019). With both, each batch draws
+            one.
         head_only: train the classification head and freeze everything else.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         compile: compile the network with torch.compile for training.
         channels_last: keep images in channels-last memory order.
         lr: peak learning rate of the head, > 0.
-        lr_batch_size: the effective batch size that `lr` is meant for; the rate in use grows in proportion to the
-            run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
-        betas: AdamW's moment decays.
-        weight_decay: AdamW's decoupled weight decay; biases, norms and embeddings are excluded.
+        lr_batch_size: the effective batch size that `lr` is meant for, at least 1; the rate in use grows in proportion
+            to the run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
+        betas: AdamW's moment decays, both in [0, 1).
+        weight_decay: AdamW's decoupled weight decay, >= 0; biases, norms and embeddings are excluded.
         layer_decay: learning-rate factor per layer away from the head, in (0, 1].
         warmup: share of all steps in which the rate rises linearly, in [0, 1); a half cosine follows.
         min_lr_ratio: last learning rate as a share of the peak, in [0, 1].
@@ -107,12 +125,11 @@ class ViTClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _require(lr > 0, f"lr is {lr}: a network does not learn at a rate of 0 or less; set --model.lr above 0")
-        _require(num_classes >= 2, f"num_classes is {num_classes}: a classifier needs at least 2")
-        _require(0 < layer_decay <= 1, f"layer_decay is {layer_decay}, not in (0, 1]")
-        _require(0 <= warmup < 1, f"warmup is {warmup}: it is the share of all steps, in [0, 1)")
-        _require(0 <= drop_path < 1, f"drop_path is {drop_path}, not in [0, 1)")
-        _require(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}, not in [0, 1)")
+        require_ranges(self.hparams, RANGES, "--model.")
+        _require(
+            not isinstance(image_size, list) or len(image_size) == 2,
+            f"--model.image_size: expected a side or [height, width], got {image_size}",
+        )
 
         frozen = image_size is not None and model_args is not None and set(preprocessing or {}) >= set(PREPROCESSING)
         source = Weights({}) if weights is None or frozen else read_weights(weights)
@@ -124,14 +141,19 @@ class ViTClassifier(L.LightningModule):
                 f"{weights} holds a {source.architecture}, not a {architecture}: "
                 f"set --model.architecture {source.architecture}"
             )
-        self.model = build_model(
-            architecture,
-            num_classes,
+        size, arguments = (
             source.image_size if image_size is None else image_size,
-            {**source.model_args, **(model_args or {})},
-            drop_path,
+            source.model_args | (model_args or {}),
         )
+        try:
+            self.model = build_model(architecture, num_classes, size, arguments, drop_path)
+        except (RuntimeError, AssertionError, ArithmeticError) as error:
+            raise ValueError(
+                f"{architecture} cannot be built with --model.image_size {size} and --model.model_args {arguments}: "
+                f"{error}"
+            ) from error
         set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
+        self._require_preprocessing(preprocessing)
         self.hparams.update(
             architecture=architecture,
             image_size=list(get_image_size(self.model)),
@@ -379,6 +401,20 @@ class ViTClassifier(L.LightningModule):
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
         return module.to(map_location or "cpu")
+
+    def _require_preprocessing(self, options: dict[str, Any] | None) -> None:
+        try:
+            found = self.preprocessing
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--model.preprocessing {options}: {error}") from error
+        share = (options or {}).get("crop_pct", 1)
+        _require(share in Range(0, 1, low_open=True), f"--model.preprocessing {options}: crop_pct is not in (0, 1]")
+        for name in ("mean", "std"):
+            values = getattr(found, name)
+            _require(
+                len(values) == 3 and all(value in Range() for value in values),
+                f"--model.preprocessing {options}: expected three finite numbers for {name}, got {values}",
+            )
 
     def _ckpt_path(self) -> Any:
         return self._trainer.ckpt_path if self._trainer is not None else None

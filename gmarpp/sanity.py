@@ -17,13 +17,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
-from gmarpp.cli import run_command
+from gmarpp.command import run_function
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.data.transforms import Preprocessing
 from gmarpp.metrics.functional import rank_correlation
@@ -215,8 +214,8 @@ def _chosen_images(data: Any, preprocessing: Preprocessing, count: int) -> Tenso
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; a user's mistake ends with one line on stderr and a status other than 0."""
-    run_command(lambda args: auto_cli(write_sanity_check, args=args, as_positional=False), args)
+    """Run the command line; a user's mistake ends with one line on stderr and a status other than 0."""
+    run_function(write_sanity_check, args)
 
 
 if __name__ == "__main__":

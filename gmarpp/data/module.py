@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.cores import usable_cores
 from gmarpp.data.dataset import ImageDataset, Source
-from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count
+from gmarpp.data.loader import (
+    EpochSampler,
+    ResumableLoader,
+    UnrepeatedSampler,
+    equal_batch_count,
+    prepare_worker,
+)
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, Transform
 
 # "selection" is what `fit` validates on, "val" what `validate` reports
@@ -204,6 +210,7 @@ class ImageDataModule(L.LightningDataModule):
             workers = min(8, usable_cores(ranks))
         return {
             "num_workers": workers,
+            "worker_init_fn": prepare_worker,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
             "persistent_workers": self.persistent_workers and workers > 0,
             # the loader's own draws leave the global generator alone: they would differ after a resume
