@@ -147,13 +147,12 @@ class ViTClassifier(L.LightningModule):
         )
         try:
             self.model = build_model(architecture, num_classes, size, arguments, drop_path)
-        except (RuntimeError, AssertionError, ArithmeticError) as error:
-            raise ValueError(
-                f"{architecture} cannot be built with --model.image_size {size} and --model.model_args {arguments}: "
-                f"{error}"
-            ) from error
-        set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
-        self._require_preprocessing(preprocessing)
+        except ValueError as error:
+            raise ValueError(f"--model.architecture, --model.image_size or --model.model_args: {error}") from error
+        try:
+            set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
+        except ValueError as error:
+            raise ValueError(f"--model.preprocessing {preprocessing}: {error}") from error
         self.hparams.update(
             architecture=architecture,
             image_size=list(get_image_size(self.model)),
@@ -401,20 +400,6 @@ class ViTClassifier(L.LightningModule):
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
         return module.to(map_location or "cpu")
-
-    def _require_preprocessing(self, options: dict[str, Any] | None) -> None:
-        try:
-            found = self.preprocessing
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--model.preprocessing {options}: {error}") from error
-        share = (options or {}).get("crop_pct", 1)
-        _require(share in Range(0, 1, low_open=True), f"--model.preprocessing {options}: crop_pct is not in (0, 1]")
-        for name in ("mean", "std"):
-            values = getattr(found, name)
-            _require(
-                len(values) == 3 and all(value in Range() for value in values),
-                f"--model.preprocessing {options}: expected three finite numbers for {name}, got {values}",
-            )
 
     def _ckpt_path(self) -> Any:
         return self._trainer.ckpt_path if self._trainer is not None else None
