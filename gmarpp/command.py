@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
@@ -25,6 +26,10 @@ from gmarpp.configuration import limit_yaml
 from gmarpp.ranks import launched_by_rank_zero, leave_lost_run, lost_rank, watch_rank_zero
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
+_OUT_OF_MEMORY = (
+    "a process that loads data was ended from outside; where the system ran out of memory, lower --data.num_workers or "
+    "--data.batch_size"
+)
 _LONGEST_LINE = 1000
 _LOST_CONNECTION = r"(?i)connection (closed|reset|refused)|broken pipe|connectFullMesh|(recv|send).* timed out|socket"
 
@@ -55,7 +60,7 @@ def run_command(command: Callable[[list[str] | None], T], args: list[str] | None
         if not launched_by_rank_zero():
             sys.stderr.write(f"stopped by {signal.Signals(status - 128).name}\n")
         raise SystemExit(status) from None
-    except (*USER_ERRORS, ArgumentError, RuntimeError) as error:
+    except (*USER_ERRORS, ArgumentError, RuntimeError, EOFError) as error:
         if os.environ.get("GMARPP_TRACEBACK"):
             raise
         if _lost_connection(error):
@@ -84,19 +89,23 @@ def one_line(error: Exception) -> str | None:
     if "Original Traceback" in message:
         # An error in a data loader's worker arrives with its whole traceback as the message.
         message = message.splitlines()[-1].partition(": ")[2]
-    elif isinstance(error, RuntimeError) and not isinstance(error, USER_ERRORS):
-        return _from_outside(message)
+    elif _lost_process(error):
+        message = f"{' '.join(message.split())}: {_OUT_OF_MEMORY}"
+    elif isinstance(error, RuntimeError | EOFError) and not isinstance(error, USER_ERRORS):
+        return message if message.startswith("Early stopping conditioned on metric") else None
     if message.startswith('Parser key "data"'):
         message += f"; this project's data modules are {', '.join(_data_modules())}"
     message = re.sub(r"<class '(.*?)'>", r"\1", " ".join(message.split()))
     return message if len(message) <= _LONGEST_LINE else f"{message[:-200][:_LONGEST_LINE]} … {message[-200:]}"
 
 
-def _from_outside(message: str) -> str | None:
-    if message.startswith("DataLoader worker"):
-        how = " ".join(message.split())
-        return f"{how}: where the system ran out of memory, lower --data.num_workers or --data.batch_size"
-    return message if message.startswith("Early stopping conditioned on metric") else None
+def _lost_process(error: Exception) -> bool:
+    """Return whether a process that loads data was killed: torch says so, unless it was just handing over a batch."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    frames = traceback.walk_tb(error.__traceback__)
+    files = {frame.f_code.co_filename for frame, _ in frames}
+    return isinstance(error, ConnectionResetError | EOFError) and any("multiprocessing" in file for file in files)
 
 
 def _lost_connection(error: Exception) -> bool:

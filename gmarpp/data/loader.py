@@ -130,10 +130,10 @@ def prepare_worker(worker: int) -> None:
     """Seed a loader's process as Lightning does, and leave signals to the process that it loads for.
 
     Schedulers and terminals signal all processes of a run: loaders that ended at once would be missed where the run
-    still stops in order.
+    still stops in order. The process ends when its parent does, also if that is killed.
     """
     pl_worker_init_function(worker)
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         # Without it, the process could not tell its parent's order to end from a signal to all.
         return
     stopping = {signal.SIGTERM, signal.SIGINT}
@@ -142,6 +142,7 @@ def prepare_worker(worker: int) -> None:
 
 
 def _end_by_parent(signals: set[signal.Signals], parent: int) -> None:
-    while signal.sigwaitinfo(signals).si_pid != parent:
-        pass
+    received = None
+    while os.getppid() == parent and (received is None or received.si_pid != parent):
+        received = signal.sigtimedwait(signals, 0.2)
     os._exit(0)
