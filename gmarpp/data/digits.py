@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from gmarpp.data.tiny_imagenet import TinyImageNet
-from gmarpp.data.walk import expand_path
+from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 

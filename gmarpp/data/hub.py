@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from gmarpp.data.hub_rows import HubRows, HubStream, class_number
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-from gmarpp.data.walk import expand_path, linked_folder
+from gmarpp.data.walk import linked_folder
+from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import numpy as np
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-from gmarpp.data.walk import SUFFIXES, expand_path, image_files
+from gmarpp.data.walk import SUFFIXES, image_files
+from gmarpp.storage import expand_path
 
 
 class ImageFolder(ImageDataModule):

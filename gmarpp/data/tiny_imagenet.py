@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from gmarpp.data.archive import download, extract, require_same_archive
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
-from gmarpp.data.walk import entries, expand_path, require_regular_file
+from gmarpp.data.walk import entries, require_regular_file
+from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +13,6 @@ SUFFIXES = (
     *(".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp"),
 )
 _KINDS = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
-
-
-def expand_path(path: str | Path) -> Path:
-    """Return a path with ``~`` and environment variables replaced by what they stand for.
-
-    Raises:
-        ValueError: if there is no such user or variable.
-    """
-    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111, an unknown user is named below
-    if expanded.startswith("~"):
-        raise ValueError(f"path {path} begins with ~, but there is no such user: write it out")
-    if unknown := re.search(r"\$(\w+|\{\w+\})", expanded):
-        raise ValueError(f"path {path} names the environment variable {unknown[0]}, which is not set: set it")
-    return Path(expanded)
 
 
 def require_regular_file(path: Path) -> None:
