@@ -21,8 +21,9 @@ lint: .venv/.installed  ## check style and types
 bench: .venv/.installed  ## measure the engine: time and memory as ratios to a forward pass
 	$(BIN)/python benchmarks/engine.py
 
-clean:  ## remove the environment and everything that was made in this folder
-	rm -rf .venv build dist *.egg-info logs results data .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove what make made: environment, builds, caches; never logs, results or data
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gmarpp needs Python 3.10 or newer: set PYTHON=/path/to/python")'

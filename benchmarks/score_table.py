@@ -21,7 +21,7 @@ from gmarpp.module import load_classifier
 from gmarpp.perturbation import score_perturbations
 from gmarpp.results import write_csv
 from gmarpp.storage import write_atomically
-from gmarpp.summary import Interval, higher_is_better, paired_difference
+from gmarpp.summary import FEWEST_IMAGES, Interval, higher_is_better, paired_difference
 
 CRITERION = "insertion_deletion_gap"
 FAITHFULNESS = (*FAITHFULNESS_METRICS, CRITERION)
@@ -183,7 +183,12 @@ def cell(interval: Interval, metric: str, signed: bool = False) -> str:
 
 
 def verdict(difference: Interval, metric: str) -> str:
-    """Tell whether the first of two methods is `better`, `worse` or `tied` by the interval of their difference."""
+    """Tell whether the first of two methods is `better`, `worse` or `tied` by the interval of their difference.
+
+    Fewer images than `FEWEST_IMAGES` are `too few`.
+    """
+    if difference.n < FEWEST_IMAGES:
+        return "too few"
     low, high = (difference.low, difference.high) if higher_is_better(metric) else (-difference.high, -difference.low)
     return "better" if low > 0 else "worse" if high < 0 else "tied"
 

@@ -1,32 +1,45 @@
 """The command lines: `train.py fit|validate|test` and `explain.py predict`."""
 
-import logging
-import os
 import sys
-import warnings
-from argparse import ArgumentError
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import gmarpp.data
+from gmarpp.attribution.target import class_index
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
+from gmarpp.callbacks.progress import ProgressLines
+from gmarpp.callbacks.termination import Termination
 from gmarpp.callbacks.writer import ExplanationWriter
 from gmarpp.checkpoint_io import AtomicCheckpointIO
+from gmarpp.command import run_command
+from gmarpp.configuration import limit_yaml, require_readable_configurations
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.module import ViTClassifier, classifier_options, load_classifier
+from gmarpp.monitored import require_monitored_metrics
+from gmarpp.options import Range, require_ranges
+from gmarpp.ranks import RankLauncher
+from gmarpp.resume import find_checkpoint
+from gmarpp.safe_reading import find_path
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
-RESUME_KEYWORDS = ("best", "last", "hpc")
+# the trainer's numbers that Lightning takes unchecked, or refuses without naming them
+TRAINER_RANGES = {
+    "gradient_clip_val": Range(0),
+    "accumulate_grad_batches": Range(1),
+    "check_val_every_n_epoch": Range(1),
+    "log_every_n_steps": Range(0),
+    "num_sanity_val_steps": Range(-1),
+    "min_epochs": Range(0),
+    "min_steps": Range(0),
+}
 # what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
 RESOLVED = ("image_size", "model_args", "preprocessing")
 # options of the machine, not of the network: a run may be resumed on another one
@@ -36,9 +49,10 @@ MASK_METRICS = ("pixel_accuracy", "iou", "average_precision")
 
 
 class Trainer(L.Trainer):
-    """A Trainer that writes checkpoints atomically, and for which `--trainer.limit_train_batches 1` means one batch.
+    """A Trainer that reads checkpoints without running code, writes them atomically, and ends with its ranks.
 
-    Lightning's own annotation makes the parser read 1 as 1.0, all batches; so for the other three limits.
+    For it `--trainer.limit_train_batches 1` means one batch: Lightning's own annotation makes the parser read 1 as 1.0,
+    all batches; so for the other three limits.
     """
 
     def __init__(
@@ -50,34 +64,84 @@ class Trainer(L.Trainer):
         limit_predict_batches: int | float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            *args,
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches,
-            **kwargs,
-        )
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+        require_ranges(kwargs, TRAINER_RANGES, "--trainer.")
+        if kwargs.get("val_check_interval") == 0:
+            raise ValueError("--trainer.val_check_interval: expected batches, a share of an epoch or a time, got 0")
+        if kwargs.get("enable_progress_bar") is None and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
+        try:
+            super().__init__(
+                *args,
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                **kwargs,
+            )
+        except TypeError as error:
+            devices, time = kwargs.get("devices"), kwargs.get("max_time")
+            raise ValueError(f"--trainer.devices {devices}, --trainer.max_time {time}: {error}") from error
+        plugin: Any = self.strategy.checkpoint_io
+        if type(plugin) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) is TorchCheckpointIO:
+            plugin._checkpoint_io = AtomicCheckpointIO()
+        launcher = self.strategy.launcher
+        if type(launcher) is _SubprocessScriptLauncher:
+            self.strategy._launcher = RankLauncher(
+                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+            )
 
 
 class LatestCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that saves the end of a run too, and on an error only where no rank has to wait for others."""
 
+    _in_training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that there is something to save."""
+        super().on_train_start(trainer, pl_module)
+        self._in_training = True
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what was learned since the last checkpoint, when they are made every so many steps."""
+        """Save what was learned since the last checkpoint, when they are made every so many steps."""
         super().on_train_end(trainer, pl_module)
+        self._in_training = False
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self.format_checkpoint_name(trainer.callback_metrics))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves if all ranks got here, as they do when they are terminated."""
-        if trainer.world_size == 1 or isinstance(exception, SIGTERMException):
-            super().on_exception(trainer, pl_module, exception)
+        """Save if all ranks got here, as they do when they are stopped by a signal."""
+        stopped = isinstance(exception, SIGTERMException)
+        if not self._in_training or not (stopped or trainer.world_size == 1):
+            return
+        if stopped:
+            # A checkpoint of this step may be older than the validation that was interrupted.
+            self._last_global_step_saved = -1
+        if self._should_save_on_exception(trainer):
+            path = self.format_checkpoint_name(self._monitor_candidates(trainer))
+            self._save_checkpoint(trainer, path)
+            rank_zero_info(f"Saved step {trainer.global_step}: continue with --ckpt_path {path}")
 
 
-class TrainCLI(LightningCLI):
+class CommandLine(LightningCLI):
+    """A LightningCLI that checks the files that its command line names before it builds anything."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line.
+
+        Raises:
+            ValueError: naming the file or the option that is wrong.
+        """
+        limit_yaml()
+        require_readable_configurations(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        if not isinstance(options.seed_everything, bool):
+            require_ranges(options, {"seed_everything": Range(0, 2**32 - 1)}, "--")
+
+
+class TrainCLI(CommandLine):
     """Fine-tunes and evaluates; a run logs to TensorBoard and keeps its best checkpoint, with a card, and its last."""
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -87,6 +151,7 @@ class TrainCLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             trainer_defaults={
+                "callbacks": [ProgressLines(), Termination()],
                 "default_root_dir": "logs",
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -136,6 +201,10 @@ class TrainCLI(LightningCLI):
         if self.subcommand != "fit" and path is not None:
             self.model.restore(path)
 
+    def before_fit(self) -> None:
+        """Refuse to train for metrics that nobody logs."""
+        require_monitored_metrics(self.trainer, self.model)
+
     def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
         """Validates without letting Lightning load the checkpoint a second time."""
         self.trainer.validate(model, **options)
@@ -148,10 +217,13 @@ class TrainCLI(LightningCLI):
         """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
         command = self.config.subcommand
         options = self.config[command]
+        if options.get("ckpt_path") in ("last", "best"):
+            keyword, options["ckpt_path"] = options.ckpt_path, find_checkpoint(options.ckpt_path, options)
+            rank_zero_info(f"--ckpt_path {keyword}: {options.ckpt_path}")
         path = options.get("ckpt_path")
         if path is None and command != "fit" and not (options.model.pretrained or options.model.weights):
             raise ValueError(f"--ckpt_path is missing: {command} would evaluate a network of random weights")
-        if path is None or (command == "fit" and path in RESUME_KEYWORDS):
+        if path is None or (command == "fit" and path == "hpc"):
             return
         if command == "fit":
             _require_resumable(path, options.trainer)
@@ -164,7 +236,7 @@ class TrainCLI(LightningCLI):
                 rank_zero_warn(f"--model.{key} {asked[key]} is not used: the checkpoint was trained with {taken[key]}")
 
 
-class ExplainCLI(LightningCLI):
+class ExplainCLI(CommandLine):
     """Explains images with a trained network, which comes from the checkpoint alone."""
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -172,7 +244,12 @@ class ExplainCLI(LightningCLI):
             datamodule_class=L.LightningDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            trainer_defaults={"logger": False, "enable_checkpointing": False, "enable_model_summary": False},
+            trainer_defaults={
+                "callbacks": [ProgressLines(), Termination()],
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             save_config_callback=None,
             parser_kwargs=_parser_options("predict"),
@@ -188,17 +265,23 @@ class ExplainCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the trainer and the data, but no model: its options are the checkpoint's."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
+        parser.set_defaults(defaults)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what to explain and where to write it."""
         parser.add_class_arguments(Explainer, "explain")
-        parser.add_class_arguments(ExplanationWriter, "write", skip={"output", "resume"}, instantiate=False)
+        parser.add_class_arguments(
+            ExplanationWriter, "write", skip={"output", "resume", "overwrite"}, instantiate=False
+        )
         parser.add_argument(
             "--output", type=str | None, default=None, help="Folder of the results (default: results/<checkpoint>)."
         )
         parser.add_argument("--resume", action="store_true", help="Continue an interrupted run in the same folder.")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace the run in the same folder, once the new one can start."
+        )
 
     def _parse_ckpt_path(self) -> None:
         if not self.config.predict.ckpt_path:
@@ -212,21 +295,24 @@ class ExplainCLI(LightningCLI):
         options = self.parser.instantiate_classes(self.config)
         self.config_init = options
         self.datamodule = options.predict.data
+        output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
+        writer = ExplanationWriter(
+            output, resume=options.predict.resume, overwrite=options.predict.overwrite, **options.predict.write
+        )
+        writer.output.check()
         self.model = load_classifier(options.predict.ckpt_path)
         explainer = options.predict.explain
         if getattr(self.datamodule, "masks", None) is not None and explainer.metrics == FAITHFULNESS_METRICS:
             explainer = replace(explainer, metrics=(*FAITHFULNESS_METRICS, *MASK_METRICS))
+        if isinstance(explainer.target, str) and explainer.target not in ("predicted", "label"):
+            class_index(explainer.target, self.model.model)
         self.model.explainer = explainer
-        output = options.predict.output or Path("results") / Path(options.predict.ckpt_path).stem
-        writer: Callback = ExplanationWriter(output, resume=options.predict.resume, **options.predict.write)
-        self.trainer = self.instantiate_trainer(callbacks=[*(options.predict.trainer.callbacks or []), writer])
+        own = options.predict.trainer.callbacks or []
+        self.trainer = self.instantiate_trainer(callbacks=[*(own if isinstance(own, list) else [own]), writer])
 
     def predict(self, model: ViTClassifier, datamodule: L.LightningDataModule, **_: Any) -> None:
         """Runs the predict loop without letting Lightning load the checkpoint a second time."""
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
-
-
-T = TypeVar("T")
 
 
 def train_main(args: list[str] | None = None) -> TrainCLI:
@@ -247,54 +333,14 @@ def explain_main(args: list[str] | None = None) -> ExplainCLI:
     return run_command(ExplainCLI, args)
 
 
-def run_command(command: Callable[[list[str] | None], T], args: list[str] | None) -> T:
-    """Runs a command line; a user's mistake ends with one line on stderr and a status other than 0.
-
-    Args:
-        command: takes the command line without the program's name.
-        args: that command line; `sys.argv`'s when `None`.
-    """
-    # these come from inside Lightning, and nothing that a user does makes them go away
-    warnings.filterwarnings("ignore", r"(?is).*(deprecated in v4|JsonargparseDeprecation)", module="lightning")
-    warnings.filterwarnings("ignore", ".*LeafSpec", category=FutureWarning)
-    warnings.filterwarnings("ignore", ".*not supported by the model summary")
-    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    messages.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-    try:
-        return command(args)
-    except (*USER_ERRORS, ArgumentError) as error:
-        if os.environ.get("GMARPP_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {_one_line(error)} (GMARPP_TRACEBACK=1 shows where)\n")
-        raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
-
-
-def _one_line(error: Exception) -> str:
-    message = str(error).strip() or type(error).__name__
-    if "Original Traceback" in message:
-        # an error in a data loader's worker arrives with its whole traceback as the message
-        message = message.splitlines()[-1].partition(": ")[2]
-    if message.startswith('Parser key "data"'):
-        message += f"; this project's data modules are {', '.join(_data_modules())}"
-    return " ".join(message.split())
-
-
 def _require_resumable(path: str, trainer: Any) -> None:
-    if Path(path).exists() and Path(path).suffix != ".ckpt":
-        raise ValueError(
-            f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
-        )
     if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
         # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
         raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
-
-
-def _data_modules() -> list[str]:
-    return [
-        name
-        for name, value in vars(gmarpp.data).items()
-        if isinstance(value, type) and issubclass(value, L.LightningDataModule)
-    ]
+    if find_path(path).suffix != ".ckpt":
+        raise ValueError(
+            f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
+        )
 
 
 def _parser_options(*subcommands: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution import Explanation, explain, resolve_method
+from gmarpp.attribution.extent import fit_to_extent
 from gmarpp.data.transforms import Preprocessing, denormalise
 from gmarpp.metrics import METRICS, functional
 from gmarpp.metrics.functional import boxes_to_masks
@@ -21,6 +22,7 @@ from gmarpp.perturbation import (
     PerturbationScores,
     RoadScores,
     Score,
+    class_scores,
     road_scores,
     score_perturbations,
 )
@@ -39,14 +41,14 @@ class ExplainedBatch:
         label: (B,) long, -1 where unknown.
         target: (B,) long, class explained.
         predicted: (B,) long.
-        target_probability: (B,).
-        predicted_probability: (B,).
+        target_probability: (B,), by the sigmoid where that is the score; NaN for one output scored by its logit.
+        predicted_probability: (B,), likewise.
         maps: by method, float32 (B, h, w), raw.
         values: by method and metric, float32 (B,); NaN where a value is undefined, as without a box.
         inputs: by method, the keyword arguments that update a `torchmetrics.MetricCollection` of the metrics.
         curves: by method; empty if no metric asked for them.
-        images: float32 (B, 3, H, W) in [0, 1].
-        boxes: float32 (B, 4), x0, y0, x1, y1 in pixels, or `None`.
+        images: float32 (B, 3, H, W) in [0, 1], the part that the network's patches cover.
+        boxes: float32 (B, 4), x0, y0, x1, y1 in pixels of that part, or `None`.
         masks: bool (B, H, W), or `None`.
     """
 
@@ -77,7 +79,7 @@ class Explainer:
             alone, which is about fifty times faster.
         steps: of the insertion and deletion curves.
         baseline: what replaces a removed patch: `blur`, `mean`, `black`, or `drop`, which takes the token out.
-        score: `probability` or `logit`.
+        score: `probability` (softmax), `sigmoid` or `logit`. A network with one output needs one of the latter two.
         mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
         normalize: rescale each curve by the score on the image minus the score on the baseline.
         batch_size: images per forward pass of the perturbed images, which bounds the memory.
@@ -134,12 +136,16 @@ class Explainer:
         """
         images: Tensor = batch["image"]
         explanation = explain(model, images, self.methods, self._target(batch), recompute=self.recompute)
-        probabilities = explanation.logits.float().softmax(dim=1)
+        probabilities = self._probabilities(explanation.logits)
         predicted = explanation.logits.argmax(dim=1)
         boxes, masks = batch.get("box"), batch.get("mask")
-        objects = (
-            masks if masks is not None or boxes is None else boxes_to_masks(boxes, (images.shape[2], images.shape[3]))
-        )
+        # Maps lie over the pixels that the network sees, which pictures and objects are cut down to.
+        height, width = explanation.images.shape[2:]
+        if boxes is not None:
+            boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
+        if masks is not None:
+            masks = fit_to_extent(masks, (height, width))
+        objects = masks if masks is not None or boxes is None else boxes_to_masks(boxes, (height, width))
         inputs = self._metric_inputs(model, images, explanation, objects)
         values = {
             method: {metric: self._value(metric, inputs[method]) for metric in self.metrics} for method in self.methods
@@ -161,10 +167,15 @@ class Explainer:
             values=values,
             inputs=inputs,
             curves=curves,
-            images=denormalise(images.float(), Preprocessing.of(model)).cpu(),
+            images=denormalise(fit_to_extent(images.float(), (height, width)), Preprocessing.of(model)).cpu(),
             boxes=None if boxes is None else boxes.cpu(),
             masks=None if masks is None else masks.cpu(),
         )
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        if self.score == "logit" and logits.shape[1] == 1:
+            return torch.full_like(logits, torch.nan, dtype=torch.float32)
+        return class_scores(logits, "sigmoid" if self.score == "sigmoid" else "probability")
 
     def _target(self, batch: Mapping[str, Any]) -> Tensor | str | int | None:
         if self.target == "predicted":

@@ -5,11 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from jsonargparse import auto_cli
 from torch import nn
 
 from gmarpp.checkpoint import describe_model, get_image_size, load_model, save_weights
-from gmarpp.cli import run_command
+from gmarpp.command import run_function
 from gmarpp.storage import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def save_onnx(model: nn.Module, path: str | Path) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake ends with one line on stderr and a status other than 0."""
-    run_command(lambda args: auto_cli(export, args=args, as_positional=False), args)
+    run_function(export, args)
 
 
 if __name__ == "__main__":

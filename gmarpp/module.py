@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from typing_extensions import Self, override
 
 from gmarpp.checkpoint import (
-    PREPROCESSING,
-    Weights,
     build_model,
     describe_weights,
     fill_model,
@@ -30,13 +29,32 @@ from gmarpp.checkpoint import (
     get_preprocessing,
     load_pretrained,
     load_weights,
-    read_lightning_checkpoint,
-    read_weights,
     set_preprocessing,
-    sha256,
 )
 from gmarpp.data.transforms import Preprocessing
 from gmarpp.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.options import Range, require_ranges
+from gmarpp.safe_reading import find_path, first_line, sha256
+from gmarpp.weight_formats import read_lightning_checkpoint, read_weights
+from gmarpp.weights import PREPROCESSING, Weights
+
+DEFAULT_ARCHITECTURE = "vit_large_patch16_224.augreg_in21k_ft_in1k"
+
+RANGES = {
+    "num_classes": Range(2),
+    "image_size": Range(1),
+    "drop_path": Range(0, 1, high_open=True),
+    "label_smoothing": Range(0, 1, high_open=True),
+    "mixup": Range(0),
+    "cutmix": Range(0),
+    "lr": Range(0, low_open=True),
+    "lr_batch_size": Range(1),
+    "betas": Range(0, 1, high_open=True),
+    "weight_decay": Range(0),
+    "layer_decay": Range(0, 1, low_open=True),
+    "warmup": Range(0, 1, high_open=True),
+    "min_lr_ratio": Range(0, 1),
+}
 
 
 class ViTClassifier(L.LightningModule):
@@ -47,7 +65,8 @@ class ViTClassifier(L.LightningModule):
     and frozen into the checkpoint.
 
     Args:
-        architecture: timm's name of the network; its pretrained tag also decides the preprocessing.
+        architecture: timm's name of the network; its pretrained tag also decides the preprocessing. The weights file's
+            when not given, and without one vit_large_patch16_224.augreg_in21k_ft_in1k.
         num_classes: classes of the data, at least 2.
         image_size: side, or [height, width], of the input in pixels; the weights file's or the architecture's own when
             not given. The position embedding is resampled to it.
@@ -58,17 +77,18 @@ class ViTClassifier(L.LightningModule):
         preprocessing: overrides of mean, std, interpolation (bilinear, bicubic, ...) and crop_pct (0 to 1).
         drop_path: largest probability of stochastic depth, in [0, 1).
         label_smoothing: share of the target spread over all classes, in [0, 1).
-        mixup: alpha of mixup's Beta distribution; 0 for none (Zhang et al. 2018).
-        cutmix: alpha of CutMix's Beta distribution; 0 for none (Yun et al. 2019). With both, each batch draws one.
+        mixup: alpha of mixup's Beta distribution, 0 (none) or more (Zhang et al. 2018).
+        cutmix: alpha of CutMix's Beta distribution, 0 (none) or more (Yun et al. 2019). With both, each batch draws
+            one.
         head_only: train the classification head and freeze everything else.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         compile: compile the network with torch.compile for training.
         channels_last: keep images in channels-last memory order.
         lr: peak learning rate of the head, > 0.
-        lr_batch_size: the effective batch size that `lr` is meant for; the rate in use grows in proportion to the
-            run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
-        betas: AdamW's moment decays.
-        weight_decay: AdamW's decoupled weight decay; biases, norms and embeddings are excluded.
+        lr_batch_size: the effective batch size that `lr` is meant for, at least 1; the rate in use grows in proportion
+            to the run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
+        betas: AdamW's moment decays, both in [0, 1).
+        weight_decay: AdamW's decoupled weight decay, >= 0; biases, norms and embeddings are excluded.
         layer_decay: learning-rate factor per layer away from the head, in (0, 1].
         warmup: share of all steps in which the rate rises linearly, in [0, 1); a half cosine follows.
         min_lr_ratio: last learning rate as a share of the peak, in [0, 1].
@@ -80,7 +100,7 @@ class ViTClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: str = "vit_large_patch16_224.augreg_in21k_ft_in1k",
+        architecture: str | None = None,
         num_classes: int = 200,
         image_size: int | list[int] | None = None,
         pretrained: bool = True,
@@ -105,29 +125,36 @@ class ViTClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _require(lr > 0, f"lr is {lr}: a network does not learn at a rate of 0 or less; set --model.lr above 0")
-        _require(num_classes >= 2, f"num_classes is {num_classes}: a classifier needs at least 2")
-        _require(0 < layer_decay <= 1, f"layer_decay is {layer_decay}, not in (0, 1]")
-        _require(0 <= warmup < 1, f"warmup is {warmup}: it is the share of all steps, in [0, 1)")
-        _require(0 <= drop_path < 1, f"drop_path is {drop_path}, not in [0, 1)")
-        _require(0 <= label_smoothing < 1, f"label_smoothing is {label_smoothing}, not in [0, 1)")
+        require_ranges(self.hparams, RANGES, "--model.")
+        _require(
+            not isinstance(image_size, list) or len(image_size) == 2,
+            f"--model.image_size: expected a side or [height, width], got {image_size}",
+        )
 
         frozen = image_size is not None and model_args is not None and set(preprocessing or {}) >= set(PREPROCESSING)
         source = Weights({}) if weights is None or frozen else read_weights(weights)
+        if architecture is None and weights is not None and source.architecture is None:
+            raise ValueError(f"{weights} does not name its architecture: set --model.architecture to timm's name of it")
+        architecture = architecture or source.architecture or DEFAULT_ARCHITECTURE
         if source.architecture is not None and source.architecture != architecture.partition(".")[0]:
             raise ValueError(
                 f"{weights} holds a {source.architecture}, not a {architecture}: "
                 f"set --model.architecture {source.architecture}"
             )
-        self.model = build_model(
-            architecture,
-            num_classes,
+        size, arguments = (
             source.image_size if image_size is None else image_size,
-            {**source.model_args, **(model_args or {})},
-            drop_path,
+            source.model_args | (model_args or {}),
         )
-        set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
+        try:
+            self.model = build_model(architecture, num_classes, size, arguments, drop_path)
+        except ValueError as error:
+            raise ValueError(f"--model.architecture, --model.image_size or --model.model_args: {error}") from error
+        try:
+            set_preprocessing(self.model, {**source.preprocessing, **(preprocessing or {})})
+        except ValueError as error:
+            raise ValueError(f"--model.preprocessing {preprocessing}: {error}") from error
         self.hparams.update(
+            architecture=architecture,
             image_size=list(get_image_size(self.model)),
             model_args=self._network.model_args,
             preprocessing=get_preprocessing(self.model),
@@ -338,8 +365,41 @@ class ViTClassifier(L.LightningModule):
         weights = describe_weights(path)
         fill_model(self.model, weights, path)
         self.classes, self.class_names = weights.classes, weights.class_names
-        self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(path)
+        self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(find_path(path))
         self._weights_pending = False
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> Self:
+        """Builds the module from a `.ckpt` as Lightning does, but never runs code from the file.
+
+        Args:
+            checkpoint_path: a local file.
+            map_location: device of the module; the CPU when not given.
+            hparams_file: not supported, since it would replace what describes the network: give options instead.
+            strict: require all weights to be there, and no others.
+            weights_only: True or not given.
+            **options: in place of those in the checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, unsafe or does not fit, or an argument asks for more than is supported.
+        """
+        _require(weights_only is not False, "weights_only=False would run code from the checkpoint: leave it out")
+        _require(hparams_file is None, "hparams_file is not supported: give the options that differ by name")
+        content = read_lightning_checkpoint(checkpoint_path)
+        module = _build(cls, {**classifier_options(checkpoint_path), **options}, checkpoint_path)
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
+        return module.to(map_location or "cpu")
 
     def _ckpt_path(self) -> Any:
         return self._trainer.ckpt_path if self._trainer is not None else None
@@ -435,12 +495,21 @@ def load_classifier(path: str | Path) -> ViTClassifier:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
     """
-    try:
-        module = ViTClassifier(**classifier_options(path))
-    except TypeError as error:
-        raise ValueError(f"{path} was written by another version of gmarpp: {error}") from error
+    module = _build(ViTClassifier, classifier_options(path), path)
     module.restore(path)
     return module.eval()
+
+
+Classifier = TypeVar("Classifier", bound=ViTClassifier)
+
+
+def _build(kind: type[Classifier], options: Mapping[str, Any], path: str | Path) -> Classifier:
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has options that this version of gmarpp does not know or accept: {first_line(error)}"
+        ) from error
 
 
 def classifier_options(path: str | Path) -> dict[str, Any]:
@@ -450,10 +519,10 @@ def classifier_options(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown kind, or does not name its architecture.
     """
-    if Path(path).suffix == ".ckpt":
+    weights = describe_weights(path)
+    if str(path).endswith(".ckpt"):
         saved = read_lightning_checkpoint(path)["hyper_parameters"]
         return {key: value for key, value in saved.items() if not key.startswith("_")}
-    weights = describe_weights(path)
     return {
         "architecture": weights.architecture,
         "num_classes": weights.num_classes,

@@ -1,7 +1,6 @@
 """Reading what ``explain.py predict`` wrote, lazily."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,20 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
-from gmarpp.storage import (
-    IMAGES,
-    MAPS,
-    MAPS_INDEX,
-    OVERLAYS,
-    Shard,
-    iterate_shards,
-    read_rows,
-    read_run,
-    shard_files,
-)
+from gmarpp.run_content import check_classes, check_index, damaged_file, read_json, require_file
+from gmarpp.shards import Shard, open_shard, read_shard
+from gmarpp.storage import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, expand_path, read_run
 from gmarpp.summary import CurveSum, MeanCurve, bootstrap
 
 
@@ -43,19 +33,24 @@ class Explanations:
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self.folder = folder
         self.run = run
-        about = json.loads((folder / MAPS / MAPS_INDEX).read_text(encoding="utf-8"))
+        about = _read_index(folder)
         self.methods: tuple[str, ...] = tuple(about["methods"])
         self.metrics: tuple[str, ...] = tuple(about["metrics"])
         self._places: dict[int, tuple[str, int]] = {
             index: (shard["file"], place) for shard in about["shards"] for place, index in enumerate(shard["indices"])
         }
         self.indices: tuple[int, ...] = tuple(self._places)
+        self._listed: dict[str, list[int]] = {shard["file"]: shard["indices"] for shard in about["shards"]}
+        self._checked: set[str] = set()
+        self._kind: Any = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def map(self, index: int, method: str) -> Tensor:
-        """Give one raw map (h, w), float32.
+        """Return one raw map (h, w), float32.
+
+        The first map of a file has the whole file read once and compared with its digest; others are read alone.
 
         Args:
             index: data set index of the image.
@@ -63,28 +58,51 @@ class Explanations:
 
         Raises:
             KeyError: for an image or method that the run does not hold.
+            ValueError: if the file is damaged; the message names it.
         """
         if index not in self._places:
             raise KeyError(f"{self.folder} holds no image with index {index}")
         if method not in self.methods:
             raise KeyError(f"{self.folder} holds no maps of {method!r}: its methods are {', '.join(self.methods)}")
         name, place = self._places[index]
-        with safe_open(self.folder / MAPS / name, "pt") as file:
+        if name not in self._checked:
+            self._read(name)
+        with open_shard(self.folder / MAPS / name) as file:
             part: Tensor = file.get_slice(method)[place : place + 1]
             return part[0]
 
     def maps(self, method: str) -> Tensor:
-        """Give all raw maps of a method (n, h, w), float32, in the order of `indices`."""
+        """Return all raw maps of a method (n, h, w), float32, in the order of `indices`."""
         return torch.cat([shard.tensors[method] for shard in self.shards()])
 
     def shards(self) -> Iterator[Shard]:
-        """Yield all that is stored, a bounded number of images at a time, in the order of `indices`."""
-        return iterate_shards(self.folder)
+        """Yield all that is stored, a bounded number of images at a time, in the order of `indices`.
+
+        Raises:
+            ValueError: if a file is damaged; the message names it.
+        """
+        return map(self._read, self._listed)
+
+    def _read(self, name: str) -> Shard:
+        path = self.folder / MAPS / name
+        shard = read_shard(path)
+        indices = [row["index"] for row in shard.rows]
+        if (shard.methods, shard.metrics, indices) != (self.methods, self.metrics, self._listed[name]):
+            raise damaged_file(path, f"its images, methods or metrics are not those that {MAPS_INDEX} lists")
+        if self._kind not in (None, shard.kind):
+            raise damaged_file(path, "the sizes of its maps or curves are not those of the run's other files")
+        try:
+            check_classes(shard.rows, self.run["class_names"])
+        except ValueError as error:
+            raise damaged_file(path, str(error)) from error
+        self._kind = shard.kind
+        self._checked.add(name)
+        return shard
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary per image: index, path, label, target, predicted, probabilities, box if there is one."""
-        return [row for file in shard_files(self.folder / MAPS) for row in read_rows(file)]
+        return [dict(row) for shard in self.shards() for row in shard.rows]
 
     @cached_property
     def values(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
@@ -147,7 +165,7 @@ class Explanations:
         ]
 
     def mean_curves(self) -> tuple[dict[str, MeanCurve], dict[str, MeanCurve]]:
-        """Give the mean insertion and the mean deletion curve of each method; empty where there are no curves."""
+        """Return the mean insertion and the mean deletion curve of each method; empty where there are no curves."""
         sums: tuple[dict[str, CurveSum], dict[str, CurveSum]] = ({}, {})
         for shard in self.shards():
             if shard.fractions is None:
@@ -168,8 +186,28 @@ class Explanations:
 
         Raises:
             KeyError: for an image that the run does not hold.
+            FileNotFoundError: if its picture is missing.
+            ValueError: if it is no ordinary file of the run.
         """
-        return Image.open(self.image_path(index))
+        return Image.open(require_file(self.image_path(index), self.folder))
+
+    def picture(self, index: int) -> np.ndarray[Any, Any]:
+        """Return the image as the network saw it, uint8 pixels (H, W, 3).
+
+        Args:
+            index: data set index of the image.
+
+        Raises:
+            KeyError: for an image that the run does not hold.
+            FileNotFoundError: if its picture is missing.
+            ValueError: if its picture is damaged; the message names it.
+        """
+        path = require_file(self.image_path(index), self.folder)
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # Pillow raises many kinds for damaged files.
+            raise damaged_file(path, str(error)) from error
 
     def image_path(self, index: int) -> Path:
         """Path of the image as the network saw it, undone of normalisation (JPEG)."""
@@ -189,21 +227,32 @@ class Explanations:
         return {row["index"]: row for row in self.rows}
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = require_file(folder / MAPS / MAPS_INDEX, folder)
+    remedy = "delete it and run again with resume"
+    about = read_json(path, remedy)
+    try:
+        check_index(about)
+    except ValueError as error:
+        raise damaged_file(path, str(error), remedy) from error
+    return about
+
+
 def load_explanations(folder: str | Path) -> Explanations:
     """Open the output of a complete predict run.
 
     Args:
-        folder: what was given as ``--output``.
+        folder: what was given as ``--output``; ``~`` and environment variables are expanded.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
-        ValueError: if the run was interrupted.
+        ValueError: if the run was interrupted, or its description or index is damaged.
     """
-    folder = Path(folder)
+    folder = expand_path(folder)
     run = read_run(folder)
     if run is None:
         raise FileNotFoundError(f"{folder} holds no explanations: give the output folder of a predict run")
     # The index is missing from when a run to which images are added takes its maps apart until they are merged anew.
-    if run["status"] != "complete" or not (folder / MAPS / MAPS_INDEX).is_file():
+    if run["status"] != "complete" or not (folder / MAPS / MAPS_INDEX).exists():
         raise ValueError(f"the run in {folder} was interrupted: finish it by running it again with resume")
     return Explanations(folder, run)

@@ -3,23 +3,22 @@
 import base64
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.reader import Explanations
-from gmarpp.storage import IMAGES, atomic_file, write_atomically
-from gmarpp.summary import MeanCurve, higher_is_better, leaders, metric_label
+from gmarpp.run_content import require_file
+from gmarpp.storage import REPORT_MAPS, atomic_file, make_folder, write_atomically
+from gmarpp.summary import FEWEST_IMAGES, MeanCurve, higher_is_better, leaders, metric_label
 from gmarpp.visualize import COLORMAPS, colormap_table, method_color, method_dashes, method_label, normalise_map
 
 TEMPLATE = Path(__file__).with_name("report.html")
-MAPS_FOLDER = "report_maps"
 
 _CHUNK_BYTES = 750_000
 _EMBEDDED_MAPS = 8_000_000
@@ -51,15 +50,16 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
     chunks = math.ceil(len(explanations) / chunk)
     embed_maps = len(explanations) * map_bytes <= _EMBEDDED_MAPS
     if not embed_maps:
-        path.with_name(MAPS_FOLDER).mkdir(exist_ok=True)
-    pictures = [explanations.folder / IMAGES / f"{row['file']}.jpg" for row in explanations.rows]
+        make_folder(path.with_name(REPORT_MAPS))
+    pictures = [require_file(explanations.image_path(index), explanations.folder) for index in explanations.indices]
     embed_pictures = sum(picture.stat().st_size for picture in pictures) <= _EMBEDDED_IMAGES
     data = _summary_data(explanations) | {
         "name": explanations.folder.resolve().name,
+        "title": _title(explanations.run),
         "grid": list(grid),
-        "size": _picture_size(pictures[0]),
+        "size": list(explanations.picture(explanations.indices[0]).shape[:2]),
         "chunk": chunk,
-        "mapFiles": None if embed_maps else [f"{MAPS_FOLDER}/{number:05d}.js" for number in range(chunks)],
+        "mapFiles": None if embed_maps else [f"{REPORT_MAPS}/{number:05d}.js" for number in range(chunks)],
         "colormaps": {name: base64.b64encode(colormap_table(name).tobytes()).decode() for name in COLORMAPS},
         "colormap": colormap,
         "opacity": opacity,
@@ -74,14 +74,18 @@ def write_report(explanations: Explanations, path: Path, colormap: str = "infern
                 file.write(_script(f"maps-{number}", encoded))
             else:
                 script = f'receiveMaps({number},"{encoded}")\n'.encode()
-                write_atomically(path.with_name(MAPS_FOLDER) / f"{number:05d}.js", script, durable=False)
+                write_atomically(path.with_name(REPORT_MAPS) / f"{number:05d}.js", script, durable=False)
         file.write(tail.encode())
 
 
-def _picture_size(path: Path) -> list[int]:
-    """Height and width of all pictures: a network sees images of one size."""
-    with Image.open(path) as picture:
-        return [picture.height, picture.width]
+def _title(run: Mapping[str, Any]) -> str:
+    """Say what was explained: the checkpoint's name, or the network's, on the data's."""
+    checkpoint, data = run["checkpoint"]["path"], run["data"]
+    network = PurePath(checkpoint).stem if checkpoint else run["model"]["architecture"] or run["model"]["name"]
+    root = (data.get("options") or {}).get("root")
+    folder = PurePath(root).name if isinstance(root, str) else ""
+    names = [name for name in (data["name"] or "data loader", folder) if name]
+    return f"{network} on {', '.join(names)}"
 
 
 def _script(identifier: str, data: Any) -> bytes:
@@ -126,6 +130,7 @@ def _summary_data(explanations: Explanations) -> dict[str, Any]:
         "metrics": [{"name": m, "label": metric_label(m), "higher": higher_is_better(m)} for m in metrics],
         "summary": intervals,
         "leaders": best,
+        "fewestImages": FEWEST_IMAGES,
         "curves": {"insertion": _curves(insertion), "deletion": _curves(deletion)} if insertion else None,
     }
 
@@ -191,8 +196,8 @@ def _agreement(explanations: Explanations) -> tuple[Any, Any, Any]:
 
 
 def _number(value: float) -> float | None:
-    """Four significant digits, None for NaN: JSON has none."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    """Nine significant digits, which tell all of float32 apart, so that the page alone rounds; None for NaN."""
+    return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 def _numbers(values: Sequence[float] | Array) -> list[float | None]:

@@ -8,10 +8,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from gmarpp.curve_figure import curves_figure
 from gmarpp.reader import Explanations
 from gmarpp.report import write_report
 from gmarpp.storage import atomic_file, write_atomically
-from gmarpp.visualize import comparison_figure, curves_figure, figure_bytes
+from gmarpp.visualize import comparison_figure, figure_bytes
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def write_results(
@@ -43,8 +46,8 @@ def write_results(
         figures["comparison"] = _comparison(explanations, figure_images, colormap, opacity)
     insertion, deletion = explanations.mean_curves()
     if insertion:
-        score = str(explanations.run["explainer"].get("score", "score"))
-        figures["curves"] = curves_figure(insertion, deletion, score)
+        explainer = explanations.run["explainer"]
+        figures["curves"] = curves_figure(insertion, deletion, explainer["score"], explainer.get("normalize", False))
     for name, figure in figures.items():
         for extension in figure_formats:
             write_atomically(folder / f"{name}.{extension}", figure_bytes(figure, extension))
@@ -53,16 +56,17 @@ def write_results(
 
 
 def write_csv(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records as a table: six significant digits, empty cells for None and NaN, the first record's columns.
+    r"""Write records as a table: six significant digits, empty cells for None and NaN, the first record's columns.
 
-    A path that is not valid UTF-8 keeps its bytes.
+    The file is UTF-8; a byte of a path that is not, such as ff, is written as ``\udcff``. Text that a spreadsheet would
+    take for a formula follows an apostrophe.
     """
     with atomic_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
         writer = csv.writer(_Lines(text))
         for number, record in enumerate(records):
             if number == 0:
-                writer.writerow(record)
+                writer.writerow([_cell(name) for name in record])
             writer.writerow([_cell(value) for value in record.values()])
         text.detach()
 
@@ -80,16 +84,15 @@ class _Lines:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}" if value == value else ""
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
     return "" if value is None else str(value)
 
 
 def _comparison(explanations: Explanations, count: int, colormap: str, opacity: float) -> Any:
     spread = np.unique(np.linspace(0, len(explanations) - 1, min(count, len(explanations))).round().astype(int))
     rows = [explanations.rows[position] for position in spread]
-    images = []
-    for row in rows:
-        with explanations.image(row["index"]) as image:
-            images.append(np.asarray(image))
+    images = [explanations.picture(row["index"]) for row in rows]
     maps = {method: [explanations.map(row["index"], method).numpy() for row in rows] for method in explanations.methods}
     names = [explanations.class_name(row["target"]) for row in rows]
     boxes = [row.get("box") for row in rows]

@@ -12,18 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
+from gmarpp.command import run_function
 from gmarpp.data.probe import spread_over_classes
+from gmarpp.data.transforms import Preprocessing
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.module import load_classifier
 from gmarpp.storage import write_atomically
@@ -166,19 +167,22 @@ def write_sanity_check(
         data: data module; images are chosen from what it predicts on, spread over the classes.
         output: folder of the results.
         methods: attribution methods.
-        images: number of images.
+        images: number of images, at least 1.
         seed: of the random parameters.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or no data.
+        ValueError: the checkpoint, an option, or the kind of data cannot be used.
+        OSError: the output cannot be written.
     """
+    if images < 1:
+        raise ValueError(f"--images: expected at least 1, got {images}")
+    names = [resolve_method(method) for method in methods]
     module = load_classifier(ckpt_path)
-    data.preprocessing = module.preprocessing  # type: ignore[attr-defined]
-    data.prepare_data()
-    data.setup("predict")
-    dataset = data.datasets["predict"]  # type: ignore[attr-defined]
-    chosen = spread_over_classes(dataset.labels, images)
-    batch = default_collate([dataset[int(index)]["image"] for index in chosen])
-    check = sanity_check(module.model, batch, [resolve_method(method) for method in methods], seed=seed)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    batch = _chosen_images(data, module.preprocessing, images)
+    check = sanity_check(module.model, batch, names, seed=seed)
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(("method", *check.stages))
@@ -192,9 +196,28 @@ def write_sanity_check(
         (check.blind_to_head(), "does not change when the head is random: it does not depend on the class"),
     ):
         for name in names:
-            logger.warning("%s %s", METHOD_LABELS[name], text)
+            logger.warning("%s %s", METHOD_LABELS.get(name, name), text)
+
+
+def _chosen_images(data: Any, preprocessing: Preprocessing, count: int) -> Tensor:
+    """Return prepared images that are spread over the classes, (B, 3, H, W)."""
+    data.preprocessing = preprocessing
+    data.prepare_data()
+    data.setup("predict")
+    dataset: Any = getattr(data, "datasets", {}).get("predict")
+    if not hasattr(dataset, "labels"):
+        raise ValueError(
+            f"--data {type(data).__name__} cannot be used: expected a data module of gmarpp whose images can "
+            "be chosen from, not a streamed one"
+        )
+    return torch.stack([dataset[int(index)]["image"] for index in spread_over_classes(dataset.labels, count)])
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one line on stderr and a status other than 0."""
+    run_function(write_sanity_check, args)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli(write_sanity_check, as_positional=False)
+    main()

@@ -28,7 +28,9 @@ METRIC_LABELS = {
 }
 """Label for people of each metric."""
 
-_NO_DIRECTION = {"sparseness"}
+FEWEST_IMAGES = 30
+"""Fewer images than these do not tell methods apart: their intervals are too narrow by far."""
+
 _CELLS = 1 << 20
 
 
@@ -44,7 +46,7 @@ def higher_is_better(metric: str) -> bool | None:
         >>> higher_is_better("average_drop"), higher_is_better("insertion_auc"), higher_is_better("sparseness")
         (False, True, None)
     """
-    return METRICS[metric]().higher_is_better if metric in METRICS and metric not in _NO_DIRECTION else None
+    return METRICS[metric]().higher_is_better if metric in METRICS else None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def leaders(values: Mapping[str, Array], higher: bool) -> list[str]:
 
     Returns:
         The method with the best mean, and every other whose paired difference to it has an interval that includes 0.
-        One name alone is a clear best. No names where nothing is defined.
+        One name alone is a clear best. No names where nothing is defined, or fewer than `FEWEST_IMAGES` images define
+        the best method's values together with another one's.
     """
     sign = 1 if higher else -1
     means = {method: sign * _mean(column) for method, column in values.items()}
@@ -136,7 +139,10 @@ def leaders(values: Mapping[str, Array], higher: bool) -> list[str]:
         return []
     best = max(means, key=lambda method: means[method])
     columns = np.stack([sign * (np.asarray(values[best]) - np.asarray(values[method])) for method in means], axis=1)
-    return [method for method, gap in zip(means, bootstrap(columns), strict=True) if method == best or not gap.low > 0]
+    gaps = bootstrap(columns)
+    if min(gap.n for gap in gaps) < FEWEST_IMAGES:
+        return []
+    return [method for method, gap in zip(means, gaps, strict=True) if method == best or not gap.low > 0]
 
 
 def _mean(values: Array) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of attribution maps: overlays, the comparison figure and the perturbation curves."""
+"""Pictures of attribution maps: overlays and the comparison figure."""
 
 import io
 import struct
@@ -6,7 +6,7 @@ import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,13 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 from PIL import Image
 from torch import Tensor
 
 from gmarpp.attribution.methods import METHOD_LABELS
-
-if TYPE_CHECKING:
-    from gmarpp.summary import MeanCurve
 
 COLORMAPS = ("inferno", "magma", "plasma", "viridis", "cividis", "turbo", "jet")
 """Colour maps on offer; all but the last two are perceptually uniform."""
@@ -45,7 +43,7 @@ _SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
 OVERLAY_SIDE = 112
 """Least pixels of the short side of a saved overlay."""
 
-_BANDS = 4
+_LABEL_POINTS = 8.5
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +76,7 @@ def normalise_map(attribution: Tensor | Array) -> Array:
         >>> normalise_map(np.array([[1.0, 3.0], [2.0, 5.0]])).tolist()
         [[0.0, 0.5], [0.25, 1.0]]
     """
-    values = np.asarray(attribution, dtype=np.float32)
+    values = np.asarray(attribution, dtype=np.float64)  # no range of float32 overflows
     finite = np.isfinite(values)
     low = np.where(finite, values, np.inf).min(axis=(-2, -1), keepdims=True)
     span = np.where(finite, values, -np.inf).max(axis=(-2, -1), keepdims=True) - low
@@ -212,6 +210,11 @@ def short_name(name: str, width: int = 17, lines: int = 2) -> str:
     return "\n".join(textwrap.wrap(first, width, max_lines=lines, placeholder="…"))
 
 
+def _inches(text: str, points: float) -> float:
+    """Width of a text in matplotlib's own font."""
+    return float(TextPath((0, 0), text.replace("$", r"\$"), size=points).get_extents().width) / 72
+
+
 def comparison_figure(
     images: Sequence[Tensor | Array],
     maps: Mapping[str, Sequence[Tensor | Array]],
@@ -227,7 +230,7 @@ def comparison_figure(
         images: one image (3, H, W) in [0, 1], or uint8 pixels (H, W, 3), per column; shapes may differ.
         maps: for each method, one raw map (h, w) per column.
         names: name of the explained class of each column; of synonyms the first is shown, wrapped.
-        probabilities: the network's probability of that class, 0 to 1; None leaves it out.
+        probabilities: the network's probability of that class, 0 to 1; None or NaN leaves it out.
         boxes: for each column, the object's box (x0, y0, x1, y1) in pixels of the image, or None.
         colormap: one of `COLORMAPS`.
         opacity: share of the maps' colours, 0 to 1.
@@ -237,7 +240,8 @@ def comparison_figure(
     """
     columns = [image if image.dtype == np.uint8 else pixels(image) for image in map(np.asarray, images)]
     headings = [short_name(name) for name in names]
-    cell, gap, left, right = 1.24, 0.05, 1.02, 0.5
+    labels = ["Image", *map(method_label, maps)]
+    cell, gap, left, right = 1.24, 0.05, 0.18 + max(_inches(label, _LABEL_POINTS) for label in labels), 0.5
     # Rows are equally high, and columns as wide as their images: a wide picture is not shrunk to a strip.
     cells = [cell * min(max(image.shape[1] / image.shape[0], 0.5), 2.2) for image in columns]
     lefts = [left + sum(cells[:column]) + column * gap for column in range(len(cells))]
@@ -268,7 +272,8 @@ def comparison_figure(
             for line_width, color in ((1.8, "black"), (0.8, "white")):
                 axes.add_patch(Rectangle((x + x0, y - y1), x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color))
         probability = probabilities[column]
-        lines = ["" if probability is None else f"{probability:.1%}", *reversed(headings[column].split("\n"))]
+        known = probability is not None and probability == probability
+        lines = [f"{probability:.1%}" if known else "", *reversed(headings[column].split("\n"))]
         for line, words in enumerate(lines):
             x, y = lefts[column] + cells[column] / 2, height - top + 0.07 + 0.15 * line
             size, color = (8.0, "black") if line else (7.5, "#555555")
@@ -276,9 +281,9 @@ def comparison_figure(
         ground = backdrop(image, opacity, OVERLAY_SIDE)
         for line, attributions in enumerate(maps.values(), start=1):
             show(add_colors(ground, attributions[column], colormap, opacity), line, column, "antialiased")
-    for line, label in enumerate(["Image", *map(method_label, maps)]):
+    for line, label in enumerate(labels):
         y = height - top - line * (row + gap) - row / 2
-        axes.text(left - 0.1, y, label, ha="right", va="center", fontsize=8.5, parse_math=False)
+        axes.text(left - 0.1, y, label, ha="right", va="center", fontsize=_LABEL_POINTS, parse_math=False)
     if maps:
         span = min(len(maps) * (row + gap) - gap, 3.2)
         bar = figure.add_axes(((width - right + 0.06) / width, (0.05 + gap) / height, 0.09 / width, span / height))
@@ -290,47 +295,11 @@ def comparison_figure(
     return figure
 
 
-def curves_figure(
-    insertion: "Mapping[str, MeanCurve]", deletion: "Mapping[str, MeanCurve]", score: str = "probability"
-) -> Figure:
-    """Draw the mean insertion and deletion curves of all methods side by side, with areas in the legends.
-
-    Args:
-        insertion: mean insertion curve of each method; higher is better.
-        deletion: mean deletion curve of each method; lower is better. Up to four methods show their intervals, too.
-        score: what the curves show, for the axis label.
-
-    Returns:
-        A figure of its own, outside matplotlib's global state; save it with `figure_bytes`.
-    """
-    figure = Figure(figsize=(8.6, 3.7), dpi=200, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (("Insertion", "inserted", "higher", insertion), ("Deletion", "deleted", "lower", deletion))
-    for axes, (title, verb, better, curves) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        best_first = sorted(curves, key=lambda method: curves[method].auc, reverse=better == "higher")
-        for method in best_first:
-            curve = curves[method]
-            style = {"color": method_color(method), "linestyle": method_dashes(method), "linewidth": 1.6}
-            axes.plot(curve.fractions, curve.mean, label=f"{method_label(method)}   {curve.auc:.3f}", **style)
-            if len(curves) <= _BANDS:
-                axes.fill_between(curve.fractions, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
-        axes.set_title(f"{title} ({better} is better)", fontsize=10, loc="left")
-        axes.set_xlabel(f"share of patches {verb}, most relevant first", fontsize=9)
-        axes.set_xlim(0, 1)
-        axes.set_axisbelow(True)
-        axes.grid(color="#e6e6e6", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        axes.legend(title="area under the curve", fontsize=7.5, title_fontsize=7.5, frameon=False, alignment="left")
-    figure.axes[0].set_ylabel(score, fontsize=9)
-    return figure
-
-
 def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
     """Render a figure.
 
     Args:
-        figure: from `comparison_figure` or `curves_figure`.
+        figure: a figure of matplotlib's.
         extension: ``png``, ``pdf`` or ``svg``.
 
     Raises:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from gmarpp.reader import Explanations, load_explanations
-from gmarpp.storage import IMAGES, MAPS, PARTS, Shard, file_stem, merge_parts, remove_parts, write_run
+from gmarpp.shards import Shard, merge_parts, remove_parts
+from gmarpp.storage import IMAGES, MAPS, PARTS, file_stem, write_run
 from gmarpp.visualize import encode_jpeg
 
 METHODS = ("gmarpp_l1", "rollout", "random")
@@ -24,7 +25,7 @@ def run_description() -> dict[str, Any]:
         "checkpoint": {"path": "checkpoints/x.ckpt", "sha256": "ab" * 32},
         "model": {"name": "VisionTransformer", "architecture": "vit_tiny", "parameters": 5_000_000},
         "explainer": {"target": "predicted", "score": "probability", "baseline": "blur", "steps": 4},
-        "data": {"name": "ImageFolder", "images": 0, "paths_sha256": None},
+        "data": {"name": "ImageFolder", "images": 7, "paths_sha256": None},
         "writer": {"overlays": True, "colormap": "inferno", "opacity": 0.5},
         "classes": ["a", "b", "c", "d"],
         "class_names": list(CLASS_NAMES),

@@ -1,5 +1,6 @@
 import json
 import os
+from argparse import Namespace
 
 import pytest
 import timm
@@ -8,9 +9,12 @@ from full_disk import no_file_larger_than
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
+from timm.models import save_for_hf
 
 from gmarpp import checkpoint
-from gmarpp.checkpoint import build_model, load_model, load_pretrained, load_weights, save_weights, sha256
+from gmarpp.checkpoint import build_model, load_model, load_pretrained, load_weights, save_weights
+from gmarpp.export import main as export_main
+from gmarpp.safe_reading import sha256
 
 TINY = {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 NORMALISATION = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "crop_pct": 1.0}
@@ -89,6 +93,62 @@ def test_pth_needs_an_architecture_and_gets_its_size_from_the_weights(tmp_path, 
     loaded = load_model(path, architecture="test_vit")
     image = torch.randn(1, 3, 48, 48)
     assert torch.equal(loaded(image), source(image))
+
+
+def test_advice_for_a_file_without_architecture_can_be_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = timm.create_model("test_vit", img_size=48, num_classes=4).eval()
+    torch.save(source.state_dict(), "weights.pth")
+    with pytest.raises(ValueError, match=r"python -m gmarpp\.export --ckpt_path weights\.pth --architecture") as raised:
+        load_model("weights.pth")
+    command = str(raised.value).partition("python -m gmarpp.export ")[2].replace("vit_base_patch16_224", "test_vit")
+    export_main(command.split())
+    image = torch.randn(1, 3, 48, 48)
+    assert torch.equal(load_model("named.safetensors")(image), source(image))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix"),
+    [
+        *((prefix, ".pth") for prefix in ("module.", "_orig_mod.", "model.", "backbone.")),
+        *(("module._orig_mod.", ".safetensors"), ("model.net.", ".ckpt")),
+    ],
+)
+def test_what_wrappers_put_before_all_names_is_taken_off(tmp_path, prefix, suffix):
+    source = timm.create_model("test_vit", img_size=32, num_classes=4).eval()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, path)
+    loaded = load_model(path, architecture="test_vit")
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(image), source(image))
+
+
+def test_best_file_of_timms_training_script(tmp_path):
+    source = timm.create_model("test_vit", img_size=32, num_classes=4).eval()
+    content = {"epoch": 3, "arch": "test_vit", "state_dict": source.state_dict(), "args": Namespace(lr=0.1, data="x")}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    loaded = load_model(tmp_path / "model_best.pth.tar")
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(image), source(image))
+
+
+def test_folder_of_a_timm_network_from_the_hub(tmp_path):
+    source = timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, num_classes=3, global_pool="avg", class_token=False, fc_norm=False, depth=2
+    ).eval()
+    source.pretrained_cfg = {**source.pretrained_cfg, "input_size": (3, 48, 48), "mean": (0.1, 0.2, 0.3), "tag": "x"}
+    options = {"global_pool": "avg", "class_token": False, "fc_norm": False, "depth": 2}
+    labels = {"label_names": ["n1", "n2", "n3"], "label_descriptions": {"n1": "ant", "n2": "bee", "n3": "cat"}}
+    save_for_hf(source, tmp_path, model_config={"model_args": options, **labels})
+    loaded = load_model(tmp_path)
+    image = torch.randn(1, 3, 48, 48)
+    assert torch.equal(loaded(image), source(image))
+    assert (loaded.classes, loaded.class_names) == (("n1", "n2", "n3"), ("ant", "bee", "cat"))
+    assert resolve_model_data_config(loaded)["mean"] == (0.1, 0.2, 0.3)
 
 
 def hugging_face_folder(folder, **options):
@@ -210,7 +270,7 @@ def test_impossible_options_are_named():
         tiny(image_size=36)
     with pytest.raises(ValueError, match="dpeth"):
         build_model("test_vit", 2, model_args={"dpeth": 3})
-    with pytest.raises(ValueError, match="unknown preprocessing avg"):
+    with pytest.raises(ValueError, match="unknown preprocessing 'avg': choose from mean"):
         checkpoint.set_preprocessing(tiny(), {"avg": [0, 0, 0]})
 
 
@@ -220,7 +280,9 @@ def test_weights_of_another_shape_are_named(saved):
     state.pop("norm.weight")
     state["blocks.0.mlp.fc1.bias"] = torch.zeros(7)
     with safe_open(path, "pt") as file:
-        save_file(state, path, metadata=file.metadata())
+        metadata = file.metadata()
+    metadata.pop("content_sha256")
+    save_file(state, path, metadata=metadata)
     with pytest.raises(
         ValueError, match=r"1 missing \(norm\.weight, …\); blocks\.0\.mlp\.fc1\.bias is \(7,\), expected \(128,\)"
     ):
@@ -238,6 +300,31 @@ def test_start_weights_resample_the_position_embedding_and_drop_a_foreign_head(s
     # bicubic resampling from 4 x 4 to 8 x 8 keeps the mean of the grid about
     torch.testing.assert_close(target.pos_embed[:, 1:].mean(1), source.pos_embed[:, 1:].mean(1), rtol=0, atol=5e-3)
     assert target.pos_embed.shape[1] == 65
+
+
+def test_weights_of_a_wide_network_are_loaded_as_they_are(tmp_path):
+    """16 tokens, which are 2 x 8 here, could be a square's 4 x 4: resampled they would be others."""
+    source = tiny(image_size=[16, 64])
+    torch.nn.init.normal_(source.pos_embed)
+    save_weights(source, tmp_path / "wide.safetensors")
+    assert torch.equal(load_model(tmp_path / "wide.safetensors").pos_embed, source.pos_embed)
+    target = tiny(image_size=[16, 64])
+    load_weights(target, tmp_path / "wide.safetensors")
+    assert torch.equal(target.pos_embed, source.pos_embed)
+
+
+def test_a_network_is_not_built_before_its_weights_are_known_to_fit(saved, monkeypatch):
+    _, path = saved
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata.pop("content_sha256")
+    huge = json.dumps({**TINY, "embed_dim": 60_000, "num_heads": 1})
+    save_file(load_file(path), path, metadata={**metadata, "model_args": huge})
+    built = []
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: built.append(layer.weight.device.type))
+    with pytest.raises(ValueError, match=r"attn\.proj\.bias is \(32,\), expected \(60000,\)"):
+        load_model(path)
+    assert set(built) == {"meta"}
 
 
 @pytest.mark.parametrize(

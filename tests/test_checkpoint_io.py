@@ -7,6 +7,7 @@ import torch
 from full_disk import no_file_larger_than
 
 from gmarpp.checkpoint_io import AtomicCheckpointIO
+from gmarpp.storage import atomic_file
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):
@@ -27,6 +28,20 @@ def test_the_file_is_made_where_it_belongs(tmp_path, monkeypatch):
     assert (tmp_path / "last.ckpt").stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
+def test_the_next_run_removes_what_killed_ones_left(tmp_path):
+    old, new = (tmp_path / "logs" / f"version_{index}" / "checkpoints" for index in range(2))
+    old.mkdir(parents=True)
+    (old / ".0123abcd.tmp").write_bytes(b"half")
+    (old / ".notours!.tmp").touch()
+    (old / "last.ckpt").touch()
+    with atomic_file(old / "best.ckpt") as live:
+        live.write(b"of a process that is at it")
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, new / "last.ckpt")
+        assert len(list(old.glob(".*.tmp"))) == 2
+    assert sorted(file.name for file in old.iterdir()) == [".notours!.tmp", "best.ckpt", "last.ckpt"]
+    assert sorted(file.name for file in new.iterdir()) == ["last.ckpt"]
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -34,5 +49,6 @@ def _umask():
 
 
 def test_remote_addresses_are_left_to_lightning():
-    AtomicCheckpointIO().save_checkpoint({"step": 7}, "memory://run/last.ckpt")
-    assert AtomicCheckpointIO().load_checkpoint("memory://run/last.ckpt") == {"step": 7}
+    content = {"pytorch-lightning_version": "2.6.6", "state_dict": {}, "step": 7}
+    AtomicCheckpointIO().save_checkpoint(content, "memory://run/last.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint("memory://run/last.ckpt") == content

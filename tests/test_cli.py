@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import runpy
 import sys
 from importlib.util import find_spec
@@ -13,9 +14,10 @@ from noise import write_noise
 from PIL import Image
 from squares import Squares
 
-from gmarpp import cli
+from gmarpp import cli, command
 from gmarpp.checkpoint import load_model, save_weights
 from gmarpp.cli import explain_main, train_main
+from gmarpp.reader import load_explanations
 
 ROOT = Path(__file__).parents[1]
 MODEL = [
@@ -91,6 +93,32 @@ def test_resume_continues_and_takes_the_models_options_from_the_checkpoint(check
     assert [str(w.message) for w in recwarn if "is not used" in str(w.message)] == [
         "--model.lr 0.5 is not used: the checkpoint was trained with 0.00025"
     ]
+
+
+def test_last_and_best_are_the_newest_of_all_versions(folder):
+    train_main(FIT)
+    train_main([*FIT, "--trainer.max_epochs=1"])
+    # the older version is the one that was written last
+    os.utime(folder / "logs/version_0/checkpoints/last.ckpt")
+    run = train_main([*FIT, "--trainer.max_epochs=3", "--ckpt_path=last"])
+    assert run.trainer.global_step == 9
+    assert run.trainer.ckpt_path == "logs/version_0/checkpoints/last.ckpt"
+    os.utime(folder / "logs/version_1/checkpoints/best.ckpt")
+    run = train_main(["validate", "--data=Squares", *QUIET, "--ckpt_path=best"])
+    assert run.model.checkpoint_path == "logs/version_1/checkpoints/best.ckpt"
+
+
+def test_failed_start_leaves_the_checkpoint_that_was_there(checkpoint, capsys, monkeypatch):
+    before = checkpoint.read_bytes()
+    connector = "lightning.pytorch.trainer.connectors.checkpoint_connector._CheckpointConnector"
+
+    def fail(*_):
+        raise ValueError("optimizers cannot be restored")
+
+    monkeypatch.setattr(f"{connector}.restore_optimizers_and_schedulers", fail)
+    options = [*FIT, "--trainer.logger=false", "--trainer.max_epochs=4", f"--ckpt_path={checkpoint}"]
+    assert "cannot be restored" in failure(train_main, options, capsys)
+    assert checkpoint.read_bytes() == before
 
 
 def test_resume_takes_the_machines_options_from_the_command_line(folder, recwarn):
@@ -207,6 +235,26 @@ def test_explain_writes_with_the_checkpoints_network_alone(checkpoint, folder):
     assert run.model.explainer.methods == ("rollout",)
 
 
+def test_a_wrong_option_leaves_no_folder_and_the_corrected_command_runs(checkpoint, folder, monkeypatch, capsys):
+    predict = [
+        "predict", "--ckpt_path", str(checkpoint), "--data=Squares", *QUIET, "--explain.methods=[rollout]",
+        "--explain.metrics=[]", "--trainer.limit_predict_batches=1", "--output=$HERE/out",
+    ]  # fmt: skip
+    monkeypatch.setenv("HERE", str(folder))
+    for option, message in (
+        ("--explain.target=clas1", "unknown class 'clas1': did you mean class1"),
+        ("--explain.target=7", "targets range from 7 to 7, but the network has 3 classes"),
+        ("--explain.metrics=[iou]", "explain.metrics: iou compare maps with an object"),
+        ("--output=$UNKNOWN_NAME/out", "$UNKNOWN_NAME, which is not set"),
+    ):
+        assert message in failure(explain_main, [*predict, option], capsys)
+        assert not (folder / "out").exists()
+    explain_main(predict)
+    assert "replace it with overwrite" in failure(explain_main, predict, capsys)
+    explain_main([*predict, "--overwrite", "--explain.target=class1"])
+    assert load_explanations(folder / "out").rows[0]["target"] == 1
+
+
 def test_masks_add_their_metrics_and_a_run_remembers_its_data(checkpoint, folder, capsys):
     write_noise(folder / "noise")
     for masks in ("masks", "others"):
@@ -258,7 +306,30 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*FIT, "--model.lr=0"], "lr is 0"),
+        ([*FIT, "--model.lr=0"], "--model.lr: expected a number above 0, got 0"),
+        (
+            [*FIT, "--trainer.gradient_clip_val=-1"],
+            "--trainer.gradient_clip_val: expected a number of at least 0, got -1",
+        ),
+        ([*FIT, "--trainer.accumulate_grad_batches=0"], "--trainer.accumulate_grad_batches: expected"),
+        ([*FIT, "--trainer.val_check_interval=0"], "--trainer.val_check_interval: expected"),
+        ([*FIT, "--trainer.check_val_every_n_epoch=0"], "--trainer.check_val_every_n_epoch: expected"),
+        ([*FIT, "--trainer.devices=-1"], "--trainer.devices -1"),
+        ([*FIT, "--trainer.max_time={hour: 1}"], "--trainer.max_time {'hour': 1}"),
+        ([*FIT, "--seed_everything=-1"], "--seed_everything: expected a number in [0, 4294967295], got -1"),
+        (
+            [*FIT, "--checkpoint.monitor=val/acc"],
+            "unknown metric 'val/acc' to monitor: choose from train/loss, train/lr, val/",
+        ),
+        ([*FIT, "--config=early.yaml"], "EarlyStopping: unknown metric 'val/acc' to monitor: choose from train/loss"),
+        ([*FIT, "--config=average.yaml"], "AveragedWeights.decay: expected a number in [0, 1), got 2"),
+        ([*FIT, "--config=broken.yaml"], "--config broken.yaml, line 2, column 1: "),
+        ([*FIT, "--ckpt_path=last"], "--ckpt_path last: there is no last.ckpt below logs"),
+        ([*FIT, "--ckpt_path=best"], "--ckpt_path best: there is no best.ckpt below logs"),
+        (
+            ["validate", "--data=Squares", *MODEL, "--ckpt_path=last"],
+            "--ckpt_path last: there is no last.ckpt below logs",
+        ),
         ([*FIT, "--model.lrr=1"], "model.lrr"),
         ([*FIT, "--config=unknown.yaml"], "trainer.max_epoch"),
         ([*FIT, "--trainer.strategy=fsdp"], "`fsdp` requires a GPU"),
@@ -279,6 +350,13 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
 def test_mistakes_in_train_end_with_one_line(folder, capsys, arguments, message):
     (folder / "weights.safetensors").touch()
     (folder / "unknown.yaml").write_text("trainer: {max_epoch: 3}")
+    (folder / "broken.yaml").write_text("trainer:\n\tmax_epochs: 3")
+    for name, callback, options in (
+        ("early", "EarlyStopping", "{monitor: val/acc}"),
+        ("average", "AveragedWeights", "{decay: 2}"),
+    ):
+        text = f"trainer: {{callbacks: [{{class_path: {callback}, init_args: {options}}}]}}"
+        (folder / f"{name}.yaml").write_text(text)
     assert message in failure(
         train_main, [*arguments, "--trainer.logger=false"][: len(arguments) + (arguments != ["fat"])], capsys
     )
@@ -291,7 +369,7 @@ def test_logger_that_is_not_installed_ends_with_one_line(capsys):
 
 def test_a_traceback_can_be_had(monkeypatch):
     monkeypatch.setenv("GMARPP_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="lr is 0"):
+    with pytest.raises(ValueError, match=r"--model\.lr: expected"):
         train_main([*FIT, "--model.lr=0"])
 
 
@@ -300,7 +378,7 @@ def test_an_error_in_a_loaders_worker_is_one_line():
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "x.py", line 1, in f\nValueError: photo.jpg is truncated: replace it\n'
     )
-    assert cli._one_line(error) == "photo.jpg is truncated: replace it"
+    assert command.one_line(error) == "photo.jpg is truncated: replace it"
 
 
 @pytest.mark.parametrize(

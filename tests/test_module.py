@@ -1,3 +1,4 @@
+import math
 import random
 from types import SimpleNamespace
 
@@ -165,6 +166,13 @@ def test_evaluating_start_weights_needs_their_head(tmp_path, start_file):
         trainer(tmp_path).validate(classifier(num_classes=4, weights=str(start_file)), Squares(num_classes=4))
 
 
+def test_start_weights_name_the_architecture(start_file, tmp_path):
+    assert ViTClassifier(num_classes=3, weights=str(start_file)).hparams["architecture"] == "test_vit"
+    torch.save(load_model(start_file).state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match=r"plain\.pth does not name its architecture: set --model\.architecture"):
+        ViTClassifier(num_classes=3, weights=str(tmp_path / "plain.pth"))
+
+
 def test_start_weights_of_another_architecture(start_file):
     with pytest.raises(ValueError, match=r"holds a test_vit, .*--model\.architecture test_vit"):
         classifier(architecture="vit_tiny_patch16_224", weights=str(start_file))
@@ -181,10 +189,25 @@ def test_evaluating_pretrained_weights_needs_their_head(tmp_path, monkeypatch):
     trainer(tmp_path).test(classifier(pretrained=True), Squares(), verbose=False)
 
 
-@pytest.mark.parametrize("lr", [0, -1e-3])
-def test_learning_rate_must_be_positive(lr):
-    with pytest.raises(ValueError, match=r"lr is .*set --model\.lr above 0"):
-        classifier(lr=lr)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", 0), ("lr", -1e-3), ("lr", math.nan), ("lr", math.inf), ("min_lr_ratio", -1), ("min_lr_ratio", 1.5),
+        ("weight_decay", -1), ("weight_decay", math.nan), ("lr_batch_size", 0), ("lr_batch_size", -4),
+        ("betas", (0.9, 1.0)), ("betas", (-1, 0.9)), ("betas", (0.9, math.nan)), ("mixup", -1), ("cutmix", math.nan),
+        ("layer_decay", 0), ("layer_decay", 1.1), ("warmup", 1), ("drop_path", 1), ("label_smoothing", -0.1),
+        ("num_classes", 1), ("image_size", 0), ("image_size", [32]), ("image_size", [32, 32, 32]),
+        ("image_size", [32, -32]), ("model_args", {"depth": -1}), ("model_args", {"embed_dim": 7}),
+        ("model_args", {"patch_size": 0}), ("preprocessing", {"mean": [1]}), ("preprocessing", {"mean": "gray"}),
+        ("preprocessing", {"mean": [math.nan, 0, 0]}), ("preprocessing", {"std": [0, 1, 1]}),
+        ("preprocessing", {"crop_pct": 2}), ("preprocessing", {"crop_pct": 0}),
+        ("preprocessing", {"interpolation": "cubical"}),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=rf"--model\.{option}") as refusal:
+        classifier(**{option: value})
+    assert repr(value) in str(refusal.value)
 
 
 def test_loss_that_is_not_finite_names_step_files_and_remedy(tmp_path):

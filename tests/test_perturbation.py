@@ -492,7 +492,7 @@ class TestBadInput:
             ({"steps": 0}, "steps must be at least 1"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"baseline": "grey"}, "baseline must be one of blur, mean, black, drop"),
-            ({"score": "margin"}, "score must be one of probability, logit"),
+            ({"score": "margin"}, "score must be one of probability, sigmoid, logit"),
             ({"mask": "hard"}, "mask must be one of topk, soft"),
             ({"mask": "soft", "baseline": "drop"}, "half a token"),
             ({"maps": {}}, "maps is empty"),

@@ -5,7 +5,8 @@ from PIL import Image
 from stored_run import CLASS_NAMES, METHODS, METRICS, run_description, shard, stored_run
 
 from gmarpp.reader import load_explanations
-from gmarpp.storage import reopen_maps, write_run
+from gmarpp.shards import read_shard, reopen_maps
+from gmarpp.storage import write_run
 
 PATHS = [f"folder/{number}.jpg" for number in range(7)]
 
@@ -26,13 +27,15 @@ def test_maps_are_those_that_were_stored(explanations):
         assert torch.equal(explanations.map(index, "gmarpp_l1"), original.tensors["gmarpp_l1"][index])
 
 
-def test_one_map_is_read_without_the_rest(explanations, monkeypatch):
-    monkeypatch.setattr("gmarpp.reader.iterate_shards", lambda _: pytest.fail("all shards were read"))
-    assert explanations.map(5, "rollout").shape == (4, 6)
+def test_of_many_maps_each_file_is_checked_once(explanations, monkeypatch):
+    read = []
+    monkeypatch.setattr("gmarpp.reader.read_shard", lambda path: read.append(path.name) or read_shard(path))
+    for index in (5, 4, 3, 5):
+        assert explanations.map(index, "rollout").shape == (4, 6)
+    assert read == ["00001.safetensors"]
 
 
-def test_one_picture_is_read_without_any_map(explanations, monkeypatch):
-    monkeypatch.setattr("gmarpp.reader.iterate_shards", lambda _: pytest.fail("all shards were read"))
+def test_one_picture_is_read_by_its_index(explanations):
     with explanations.image(4) as image, Image.open(explanations.folder / "images" / "000004-4.jpg") as expected:
         assert image.tobytes() == expected.tobytes()
     assert [row["path"] for row in explanations.rows] == PATHS

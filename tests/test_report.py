@@ -37,6 +37,18 @@ addEventListener("load", () => {
     find(".pages button").click();
     return result;
   };
+  seen.title = [document.title, find("h1").textContent];
+  const marks = all(".chart").map(chart => [...chart.querySelectorAll("text")]);
+  seen.axes = marks.map(texts => texts.map(text => text.textContent));
+  // In the units of the view box, of which everything left of 0 is cut; the text is larger on small screens.
+  for (const text of marks.flat()) text.style.fontSize = "15px";
+  const within = (node, left, top, right, bottom) => {
+    const box = node.getBBox();
+    return box.x >= left && box.y >= top && box.x + box.width <= right && box.y + box.height <= bottom;
+  };
+  seen.cut = marks.flat().filter(text => !within(text, 0, 0, 460, 250)).length;
+  seen.outside = all(".chart path").filter(path => !within(path, 0, 13.9, 460, 220.1)).length;
+  seen.note = find("#summary .note").textContent.slice(0, 4);
   seen.sections = all("nav a").map(link => link.textContent);
   const pixel = canvas => canvas.getContext("2d").getImageData(64, 64, 1, 1).data;
   seen.drawn = all("#gallery canvas").every(canvas => pixel(canvas)[3] === 255);
@@ -148,15 +160,24 @@ def test_values_intervals_and_leaders(page, explanations):
     assert [metric["higher"] for metric in data["metrics"]] == [False, True, None]
     values = explanations.values["rollout"]["average_drop"]
     assert data["images"]["values"]["rollout"]["average_drop"][1] is None
-    assert data["images"]["values"]["rollout"]["average_drop"][2] == pytest.approx(float(values[2]), rel=1e-3)
+    sent = np.array(data["images"]["values"]["rollout"]["average_drop"][2:])
+    assert (sent.astype(np.float32) == values[2:]).all(), "the page alone rounds"
     mean, low, high, n = data["summary"]["rollout"]["average_drop"]
     assert mean == pytest.approx(float(np.nanmean(values)), rel=1e-3)
     assert low <= mean <= high
     assert n == len(PATHS) - 1
-    assert set(data["leaders"]) == set(METRICS)
-    assert data["leaders"]["sparseness"] == []
+    assert data["leaders"] == {metric: [] for metric in METRICS}, "six images tell no methods apart"
     assert data["curves"]["insertion"]["rollout"]["fractions"] == [0, 0.25, 0.5, 0.75, 1]
     assert data["images"]["label"][0] == -1
+
+
+def test_the_title_says_what_was_explained(explanations):
+    title = report._title
+    assert title(explanations.run) == "x on ImageFolder"
+    run = explanations.run | {"data": {"name": "ImageFolder", "options": {"root": "../photos of cats/"}}}
+    assert title(run) == "x on ImageFolder, photos of cats"
+    run = run | {"checkpoint": {"path": None}, "data": {"name": None}}
+    assert title(run) == "vit_tiny on data loader"
 
 
 def test_disagreement_is_that_of_the_two_methods_beside_the_control(page, explanations):
@@ -205,12 +226,16 @@ def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded)
         return {"status": status, "paths": [paths[index] for index in indices], "paged": False}
 
     assert seen["sections"] == ["Summary", "Curves", "Agreement", "Highlights", "Gallery", "Run"]
+    assert seen["title"] == ["x on ImageFolder · explanations", "x on ImageFolder"]
+    steps = ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert seen["axes"] == [[*steps, "0 %", "25 %", "50 %", "75 %", "100 %"]] * 2
+    assert (seen["cut"], seen["outside"], seen["note"]) == (0, 0, "Best")
     assert seen["drawn"]
     assert seen["last"] == {"status": "49\u201350 of 50 images", "focused": "← Previous"}
     assert seen["dog"] == found([row["index"] for row in rows if row["target"] == 1])
     wrong = [row["index"] for row in rows if row["label"] not in (-1, row["predicted"])]
     assert seen["wrong"] == found(wrong)
-    values = [float(f"{value:.4g}") for value in explanations.values["rollout"]["insertion_auc"]]
+    values = explanations.values["rollout"]["insertion_auc"].tolist()
     ranked = sorted(range(50), key=lambda index: values[index])
     assert seen["sorted"]["paged"]
     assert seen["sorted"]["paths"] == [paths[index] for index in ranked[:48]]

@@ -1,6 +1,7 @@
 import csv
 import math
 
+import pandas
 import pytest
 from PIL import Image
 from stored_run import stored_run
@@ -25,14 +26,19 @@ def explanations(tmp_path):
 
 
 def read_table(path):
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_tables_give_back_paths_and_values(explanations):
     write_results(explanations, figure_images=0, report=False)
     table = read_table(explanations.folder / "explanations.csv")
-    assert [row["path"] for row in table[::3]] == PATHS
+    paths = [path.replace("\udcff", r"\udcff") for path in PATHS]
+    assert [row["path"] for row in table[::3]] == paths
+    # pandas counts a carriage return in quotes as a line feed
+    frame = pandas.read_csv(explanations.folder / "explanations.csv")
+    assert frame["path"][::3].tolist() == paths
+    assert frame["index"][::3].tolist() == list(range(len(PATHS)))
     assert b"\r\n" not in (explanations.folder / "explanations.csv").read_bytes()
     assert [row["image"] for row in table[:4:3]] == ["images/000000-same.jpg", "images/000001-same.jpg"]
     assert [row["method"] for row in table[:3]] == ["gmarpp_l1", "rollout", "random"]
@@ -66,5 +72,15 @@ def test_figures_in_all_formats(explanations):
 
 
 def test_numbers_have_six_digits_and_none_is_empty(tmp_path):
-    write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": None, "c": float("nan"), "d": 12, "e": "=1"}])
-    assert (tmp_path / "x.csv").read_text() == "a,b,c,d,e\n0.333333,,,12,=1\n"
+    write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": None, "c": float("nan"), "d": 12, "e": -0.5, "f": -3}])
+    assert (tmp_path / "x.csv").read_text() == "a,b,c,d,e,f\n0.333333,,,12,-0.5,-3\n"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_text_is_no_formula(tmp_path, start):
+    write_csv(tmp_path / "x.csv", [{f"{start}name": f"{start}HYPERLINK(1,2)", "b": f"a{start}", "c": -1.5}])
+    with (tmp_path / "x.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            [f"'{start}name", "b", "c"],
+            [f"'{start}HYPERLINK(1,2)", f"a{start}", "-1.5"],
+        ]

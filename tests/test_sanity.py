@@ -69,3 +69,33 @@ def test_command_writes_table_and_figure_and_names_what_does_not_change(tmp_path
     assert rows[2] == ["random", *["1.0000"] * 6]
     assert (tmp_path / "out" / "sanity.png").stat().st_size > 10_000
     assert "Random does not change when all parameters are random" in caplog.text
+
+
+DIGITS = ("--data=Digits", "--data.root=data", "--data.train_images=2", "--data.val_images=2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "ckpt_path"),
+        (["--ckpt_path=gone.ckpt", *DIGITS], "there is no checkpoint gone.ckpt"),
+        (["--ckpt_path=vit.safetensors", "--data=ImageFolder"], "root"),
+        (["--ckpt_path=vit.safetensors", "--data=squares.Squares"], "--data Squares cannot be used"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--images=0"], "--images: expected at least 1, got 0"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--images=many"], "images"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[gradcamm]"], "unknown method 'gradcamm'"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[]"], "no method was asked for"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--output=taken"], "taken"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--imagez=3"], "imagez"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    save_weights(ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 1}).model, "vit.safetensors")
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit) as stop:
+        sanity.main(arguments)
+    assert stop.value.code in (1, 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line

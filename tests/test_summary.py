@@ -71,8 +71,17 @@ def test_leaders_are_one_where_the_interval_says_so_and_ties_elsewhere():
     assert leaders(values, higher=True) == ["best", "same"] or leaders(values, higher=True) == ["same", "best"]
     assert leaders(values, higher=False) == ["worst"]
     assert leaders({"a": base, "b": base}, higher=True) == ["a", "b"]
-    assert leaders({"a": np.full(3, np.nan), "b": np.ones(3)}, higher=True) == ["b"]
+    assert leaders({"a": np.full(30, np.nan), "b": np.ones(30)}, higher=True) == ["b"]
     assert leaders({"a": np.full(3, np.nan)}, higher=True) == []
+
+
+def test_few_images_have_no_leaders():
+    base = np.random.default_rng(0).normal(0, 1, 40)
+    values = {"far": base + 100, "behind": base}
+    assert leaders({method: column[:30] for method, column in values.items()}, higher=True) == ["far"]
+    assert leaders({method: column[:29] for method, column in values.items()}, higher=True) == []
+    values["behind"][:11] = np.nan
+    assert leaders(values, higher=True) == [], "29 images have values of both"
 
 
 def test_every_metric_has_a_label_and_a_direction():

@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from noise import write_noise
 
-from gmarpp.checkpoint import load_model, sha256
+from gmarpp.checkpoint import load_model
 from gmarpp.cli import train_main
+from gmarpp.safe_reading import sha256
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "checkpoints" / "vit_small_patch14_112.tiny_imagenet.safetensors"
@@ -48,13 +50,15 @@ PLAIN = [
 ]
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, **options):
     """A training process of its own, as DDP's launcher and signals need it."""
     (folder / "script.py").write_text(SCRIPT)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "script.py", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+    )
 
 
 def logged(folder, name):
@@ -116,21 +120,66 @@ def test_two_processes_equal_one(tmp_path):
     assert len(logged(one, "val/loss")) == 2
 
 
-def test_terminated_run_saves_its_last_state_and_resumes(tmp_path):
-    arguments = ["fit", "--data=Squares", *MODEL, *PLAIN, "--trainer.max_epochs=100000"]
-    process = start(tmp_path, *arguments)
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Two ranks with a loader process each, begun to train, in a process group of their own."""
+    arguments = [
+        "fit", *MODEL, *PLAIN, "--data=ImageFolder", f"--data.root={write_noise(tmp_path / 'noise')}",
+        "--data.labelled=true", "--data.batch_size=2", "--data.num_workers=1", "--trainer.max_epochs=100000",
+        "--trainer.limit_val_batches=0", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--trainer.callbacks=script.Losses",
+    ]  # fmt: skip
+    process = start(tmp_path, *arguments, start_new_session=True)
     deadline = time.monotonic() + 100
-    while not list(tmp_path.rglob("best.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    last = next(tmp_path.rglob("last.ckpt"))
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert step > 0
-    output, _ = start(
-        tmp_path, *arguments, f"--ckpt_path={last}", "--trainer.max_epochs=-1", f"--trainer.max_steps={step + 2}"
-    ).communicate(timeout=100)
-    assert f"`Trainer.fit` stopped: `max_steps={step + 2}` reached" in output.decode()
+    while not (tmp_path / "losses1.txt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (tmp_path / "losses0.txt").touch()
+    yield process, arguments
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def other_rank(process):
+    """The process that rank 0 started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return next(
+        int(child)
+        for child in children
+        if b"script.py" in Path(f"/proc/{child}/cmdline").read_bytes()
+        and b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()
+    )
+
+
+def test_signalled_ranks_stop_at_the_same_step_and_resume(two_ranks, tmp_path, monkeypatch):
+    process, arguments = two_ranks
+    os.killpg(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 143, output
+    assert output.count("stopped by SIGTERM") == 1
+    assert "Traceback" not in output
+    steps, others = ((tmp_path / f"losses{rank}.txt").read_text().count("\n") for rank in (0, 1))
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == steps == others
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments.remove("--trainer.callbacks=script.Losses")
+    one = ["--trainer.devices=1", "--trainer.strategy=auto", "--data.num_workers=0"]
+    run = train_main(
+        [*arguments, *one, "--ckpt_path=last", "--trainer.max_epochs=-1", f"--trainer.max_steps={steps + 2}"]
+    )
+    assert run.trainer.global_step == steps + 2
+
+
+def test_run_ends_with_one_line_when_a_rank_is_killed(two_ranks):
+    process, _ = two_ranks
+    other = other_rank(process)
+    os.kill(other, signal.SIGKILL)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line == f"error: rank 1 (process {other}) was ended from outside by SIGKILL: the run cannot go on without it"
 
 
 def test_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from gmarpp.attribution import METHODS
+from gmarpp.attribution import METHODS, VARIANTS
+from gmarpp.curve_figure import curves_figure
 from gmarpp.summary import MeanCurve
 from gmarpp.visualize import (
     COLORMAPS,
@@ -16,7 +17,6 @@ from gmarpp.visualize import (
     backdrop,
     colormap_table,
     comparison_figure,
-    curves_figure,
     encode_jpeg,
     encode_png,
     figure_bytes,
@@ -154,6 +154,24 @@ def test_comparison_figure_has_a_cell_per_image_and_method(extension):
     assert figure_bytes(figure, extension) == figure_bytes(figure, extension)
 
 
+def test_labels_of_every_method_fit_beside_the_pictures():
+    methods = (*METHODS, *VARIANTS, "a_method_of_my_own_with_a_long_name", "cost_in_$")
+    figure = comparison_figure(
+        [torch.rand(3, 16, 16)], {method: [torch.rand(2, 2)] for method in methods}, ["cat"], [0.5]
+    )
+    figure_bytes(figure)
+    pictures = min(image.get_window_extent().x0 for image in figure.axes[0].images)
+    labels = [text for text in figure.axes[0].texts if text.get_ha() == "right"]
+    assert len(labels) == len(methods) + 1
+    for label in labels:
+        assert 0 < label.get_window_extent().x0 < label.get_window_extent().x1 < pictures, label.get_text()
+
+
+def test_an_undefined_probability_is_left_out():
+    figure = comparison_figure([torch.rand(3, 16, 16)], {}, ["cat"], [float("nan")])
+    assert {text.get_text() for text in figure.axes[0].texts} == {"cat", "", "Image"}
+
+
 def test_pictures_of_extreme_shapes_keep_it_and_their_boxes():
     images, maps = [torch.rand(3, 10, 50), torch.rand(3, 60, 12)], {"rollout": [torch.rand(2, 2)] * 2}
     boxes = [[0, 0, 50, 10], [3, 15, 9, 30]]
@@ -188,6 +206,11 @@ def test_curves_figure_states_the_areas():
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["Rollout   0.750", "GMAR++ (L1)   0.500"]
     assert {line.get_color() for line in left.lines} == {line.get_color() for line in right.lines}
     assert figure_bytes(figure).startswith(b"\x89PNG")
+    assert left.get_ylim() == right.get_ylim() == (0, 1)
+    logits, normalized = (curves_figure({"a": rising}, {"a": rising}, *of) for of in (("logit",), ("sigmoid", True)))
+    assert logits.axes[0].get_ylim()[0] < -0.1 < 1.1 < logits.axes[0].get_ylim()[1]
+    assert normalized.axes[0].get_ylim()[0] < -0.1
+    assert normalized.axes[0].get_ylabel() == "sigmoid, normalized"
 
 
 def test_figure_bytes_names_the_formats_there_are():

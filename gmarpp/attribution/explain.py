@@ -11,6 +11,7 @@ from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
+from gmarpp.attribution.extent import fit_to_extent, grid_extent
 from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.method import Method
@@ -72,7 +73,8 @@ def explain(
         maps, scores = _maps(model, usable, plan, target)
     maps = {method.name: maps[method.name] for method in selected}
     names = () if callable(target) else class_names(model)
-    return Explanation(maps, scores.indices, scores.logits.detach(), displayable(model, usable), names)
+    seen = fit_to_extent(usable, grid_extent(layout, images.shape[-2], images.shape[-1]))
+    return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names)
 
 
 @contextmanager

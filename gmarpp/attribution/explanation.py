@@ -16,16 +16,18 @@ class Explanation:
 
     Attributes:
         maps: by method name, float32, shape (B, h, w), raw and unnormalised; (B, K, h, w) where the target was (B, K).
-        target: class explained, long, (B,) or (B, K).
-        logits: the network's output, (B, C). Where the target was a score function, the scores, (B, 1), and every
-            `target` is 0.
-        images: what was explained, float32 in [0, 1] for display, (B, 3, H, W).
+        target: class explained, long, (B,) or (B, K); -1 where a function was explained, and not a class.
+        logits: the network's output, (B, C); the scores (B, 1) where the target was a function.
+        scores: what was explained, float32, (B,) or (B, K): the logit of each class, the difference of a `Contrast`, or
+            the value of a function.
+        images: the part of the images that the network's patches cover, float32 in [0, 1] for display, (B, 3, H, W).
         class_names: names of the classes for people; empty if the network carries none.
     """
 
     maps: dict[str, Tensor]
     target: Tensor
     logits: Tensor
+    scores: Tensor
     images: Tensor = field(repr=False)
     class_names: tuple[str, ...] = field(default=(), repr=False)
 
@@ -54,7 +56,8 @@ class Explanation:
         columns = [(image, column) for image in range(min(images, len(targets))) for column in range(targets.shape[1])]
         probabilities: list[float | None]
         if self.logits.shape[1] == 1:
-            names = [f"score {float(self.logits[image, 0]):.3g}" for image, _ in columns]
+            scores = self.scores.view_as(targets)
+            names = [f"score {float(scores[column]):.3g}" for column in columns]
             probabilities = [None] * len(columns)
         else:
             explained = [int(targets[column]) for column in columns]

@@ -3,8 +3,8 @@
 The score of layer l is the head applied to the tokens that leave block l. Its gradient ends at the layer's attention
 output O_l, and nothing passes from block to block: only what stands between O_l and the block's output matters, the
 block's tail. Where the head reads prefix tokens alone, the tail runs once more for these few, with the recorded rows of
-O_l as the answer to its attention call. Where it reads all tokens, the tail is that of the forward pass, if its graph is
-kept, or else the whole block runs again.
+O_l as the answer to its attention call. Where it reads all tokens, the tail is that of the forward pass, if its graph
+is kept, or else the whole block runs again.
 """
 
 from typing import Any

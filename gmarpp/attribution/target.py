@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 Score = Callable[[Any], Tensor]
 """Takes the network's output and gives one score per image, shape (B,)."""
+
+NO_CLASS = -1
+"""Target of an explanation of a function, which explains no class."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def class_index(name: str, model: nn.Module) -> int:
         return int(name)
     if not known:
         raise ValueError(f"class {name!r} cannot be found: the network carries no class names; pass the class's index")
-    close = ", ".join([each for each in known if name.lower() in each.lower()][:5])
+    close = ", ".join([each for each in known if name.lower() in each.lower()][:5] or get_close_matches(name, known))
     raise ValueError(f"unknown class {name!r}: " + (f"did you mean {close}?" if close else "no class is named like it"))
 
 
@@ -104,7 +108,7 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
     batch, classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    indices = torch.as_tensor(_indices(target, model), device=logits.device)
+    indices = torch.as_tensor(class_indices(target, model), device=logits.device)
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise ValueError(f"targets must be class indices of an integer type, not {indices.dtype}")
     if indices.dim() == 0:
@@ -123,11 +127,16 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
     return indices.long().clone()
 
 
-def _indices(target: Any, model: nn.Module) -> Any:
+def class_indices(target: Any, model: nn.Module) -> Any:
+    """Replace names of classes, also in sequences, by their indices.
+
+    Raises:
+        ValueError: for a name that the network does not know, or that names several classes.
+    """
     if isinstance(target, str):
         return class_index(target, model)
     if isinstance(target, Sequence):
-        return [_indices(each, model) for each in target]
+        return [class_indices(each, model) for each in target]
     return target
 
 

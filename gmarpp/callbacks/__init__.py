@@ -1,9 +1,11 @@
-"""Lightning callbacks that explain a network, describe it, average its weights and find its learning rate."""
+"""Lightning callbacks that explain a network, describe it, average its weights, find its learning rate and stop it."""
 
 from gmarpp.callbacks.averaging import AveragedWeights
 from gmarpp.callbacks.learning_rate import PeakLearningRateFinder
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.monitor import AttributionMonitor
+from gmarpp.callbacks.progress import ProgressLines
+from gmarpp.callbacks.termination import Termination
 from gmarpp.callbacks.writer import ExplanationWriter
 
 __all__ = [
@@ -12,4 +14,6 @@ __all__ = [
     "ExplanationWriter",
     "ModelCardCheckpoint",
     "PeakLearningRateFinder",
+    "ProgressLines",
+    "Termination",
 ]

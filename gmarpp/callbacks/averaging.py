@@ -6,6 +6,8 @@ import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from typing_extensions import override
 
+from gmarpp.options import Range, require_ranges
+
 
 class AveragedWeights(EMAWeightAveraging):
     """Lightning's EMAWeightAveraging, for runs that are saved whenever they end or are interrupted.
@@ -17,9 +19,13 @@ class AveragedWeights(EMAWeightAveraging):
     Args:
         decay: share of the average that a step keeps, in [0, 1).
         **options: of Lightning's EMAWeightAveraging.
+
+    Raises:
+        ValueError: `decay` is out of range.
     """
 
     def __init__(self, decay: float = 0.999, **options: Any) -> None:
+        require_ranges({"decay": decay}, {"decay": Range(0, 1, high_open=True)}, "AveragedWeights.")
         super().__init__(decay=decay, **options)
         self._swapped = False
 

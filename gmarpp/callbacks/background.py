@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +17,7 @@ class BackgroundTasks:
     """Runs tasks in processes of their own: threads would keep the interpreter's lock from the network.
 
     Few tasks may wait, and the error of one is raised by every later `submit` and `wait`. The processes start with the
-    first task, leave signals that this process handles to it, but for SIGTERM, and end when it does, also if it is
-    killed.
+    first task, leave signals to this process, and end when it does, also if it is killed.
 
     Args:
         processes: tasks that run side by side.
@@ -35,7 +36,7 @@ class BackgroundTasks:
 
         Raises:
             Exception: what an earlier task raised.
-            concurrent.futures.process.BrokenProcessPool: if one of the processes was killed.
+            ChildProcessError: if one of the processes was killed.
         """
         self._queue(self._pool, task, *arguments)
 
@@ -50,7 +51,8 @@ class BackgroundTasks:
     def _queue(self, executor: Executor, task: Callable[..., None], *arguments: Any) -> None:
         self._raise_errors([future for future in self._futures if future.done()])
         self._slots.acquire()
-        future = executor.submit(task, *arguments)
+        with _killed_process_named():
+            future = executor.submit(task, *arguments)
         future.add_done_callback(lambda _: self._slots.release())
         self._futures.append(future)
 
@@ -68,8 +70,9 @@ class BackgroundTasks:
         self._raise_errors(self._futures)
 
     def _raise_errors(self, finished: list[Future[None]]) -> None:
-        for future in finished:
-            future.result()
+        with _killed_process_named():
+            for future in finished:
+                future.result()
         self._futures = [future for future in self._futures if future not in finished]
 
     def close(self) -> None:
@@ -84,16 +87,46 @@ def _after(earlier: list[Future[None]], task: Callable[..., None], arguments: tu
     task(*arguments)
 
 
+@contextmanager
+def _killed_process_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process that draws pictures was killed, by hand or because the machine ran out of memory: continue the "
+            "run with resume"
+        ) from error
+
+
 def _begin() -> None:
     """Prepare a process for tasks."""
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_IGN)
-    # When one process was killed, the pool ends the others by this signal, and waits for them.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_signals_to_parent()
     # A forked process has none of the threads that its parent's torch counts on.
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def leave_signals_to_parent() -> None:
+    """Have this process ignore the signals that its parent handles: what signals a whole group means the parent.
+
+    SIGTERM still ends the process when the parent itself sends it: so a pool ends its processes when one of them was
+    killed, and waits for them. Where the system does not tell the sender (macOS, Windows), SIGTERM always does.
+    """
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(1)
 
 
 def _end_with_parent() -> None:

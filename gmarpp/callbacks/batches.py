@@ -1,9 +1,12 @@
 """The predict loop's data, cut into batches that do not depend on ranks or interruptions."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
+
+from gmarpp.callbacks.background import leave_signals_to_parent
 
 
 class WholeBatches(Dataset[Any]):
@@ -53,7 +56,8 @@ def batch_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> D
     """Load given batches of a loader's data set in its way.
 
     Lightning hands out items over ranks: here these are the batches. The loader's own sampler is left out, because
-    under several ranks it may know this rank's share only.
+    under several ranks it may know this rank's share only. The loader's processes leave signals to this one, so that
+    a signal to all of them does not end the batch that is being explained.
     """
     return DataLoader(
         WholeBatches(loader, batches),
@@ -62,12 +66,18 @@ def batch_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> D
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=partial(_begin_worker, loader.worker_init_fn),
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+
+
+def _begin_worker(original: Callable[[int], None] | None, worker: int) -> None:
+    leave_signals_to_parent()
+    if original is not None:
+        original(worker)
 
 
 def _only_item(items: list[Any]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from gmarpp.run_content import check_run
 from gmarpp.versions import versions
 
 _SAME: dict[str, tuple[str, ...]] = {
@@ -40,6 +41,9 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
             they are known.
         dataset: of the predict loop.
         writer: the writer's options that decide what pictures look like.
+
+    Raises:
+        ValueError: naming an entry that nobody could read, such as a class that is no text.
     """
     data = trainer.datamodule
     paths = getattr(getattr(dataset, "source", None), "paths", None)
@@ -49,10 +53,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
         "status": "running",
         "created": now(),
         "versions": versions(),
-        "checkpoint": {
-            "path": getattr(module, "checkpoint_path", None),
-            "sha256": getattr(module, "checkpoint_sha256", None),
-        },
+        "checkpoint": {name: getattr(module, f"checkpoint_{name}", None) for name in ("path", "sha256")},
         "model": {
             "name": type(module.model).__name__,
             "architecture": configuration.get("architecture"),
@@ -72,6 +73,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
         "processes": trainer.world_size,
     }
     described: dict[str, Any] = json.loads(json.dumps(run, default=_plain))
+    check_run(described)
     return described
 
 
@@ -91,7 +93,7 @@ def require_same_run(previous: Mapping[str, Any], run: Mapping[str, Any], folder
         differences.append("the classes are others")
     if differences:
         raise ValueError(
-            f"can't resume the run in {folder}: {'; '.join(differences)}. "
+            f"cannot resume the run in {folder}: {'; '.join(differences)}. "
             "Give the same options, or choose another output folder"
         )
 

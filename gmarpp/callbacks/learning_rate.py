@@ -8,6 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from gmarpp.options import Range, require_ranges
+
 
 class PeakLearningRateFinder(LearningRateFinder):
     """Finds the peak learning rate by a range test (Smith 2017) and trains with it, layer decay and schedule kept.
@@ -20,13 +22,13 @@ class PeakLearningRateFinder(LearningRateFinder):
 
     Args:
         min_lr: first learning rate of the head, > 0.
-        max_lr: last one.
+        max_lr: last one, > `min_lr`.
         num_training_steps: steps from the first to the last, at least 13: the search ignores 11 of them.
         mode: `exponential` or `linear` growth.
-        early_stop_threshold: ends the search when the loss exceeds its minimum by this factor; None for never.
+        early_stop_threshold: ends the search when the loss exceeds its minimum by this factor, > 1; None for never.
 
     Raises:
-        ValueError: no rate can be told from the losses seen.
+        ValueError: an option is out of range, or no rate can be told from the losses seen.
     """
 
     def __init__(
@@ -37,6 +39,21 @@ class PeakLearningRateFinder(LearningRateFinder):
         mode: str = "exponential",
         early_stop_threshold: float | None = 4.0,
     ) -> None:
+        require_ranges(
+            {
+                "min_lr": min_lr,
+                "max_lr": max_lr,
+                "num_training_steps": num_training_steps,
+                "early_stop_threshold": early_stop_threshold,
+            },
+            {
+                "min_lr": Range(0, low_open=True),
+                "max_lr": Range(min_lr, low_open=True),
+                "num_training_steps": Range(13),
+                "early_stop_threshold": Range(1, low_open=True),
+            },
+            "PeakLearningRateFinder.",
+        )
         super().__init__(min_lr, max_lr, num_training_steps, mode, early_stop_threshold, update_attr=False)
 
     @override

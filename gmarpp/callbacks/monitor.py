@@ -15,11 +15,12 @@ from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from gmarpp.curve_figure import curves_figure
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import ExplainedBatch, Explainer, metric_inputs
 from gmarpp.metrics import METRICS
 from gmarpp.summary import CurveSum, metric_label
-from gmarpp.visualize import comparison_figure, curves_figure, figure_bytes
+from gmarpp.visualize import comparison_figure, figure_bytes
 
 
 class AttributionMonitor(L.Callback):
@@ -193,7 +194,7 @@ class AttributionMonitor(L.Callback):
                 {method: each.mean() for method, each in self._curves[kind].items()}
                 for kind in ("insertion", "deletion")
             )
-            figure = curves_figure(insertion, deletion, self.explainer.score)
+            figure = curves_figure(insertion, deletion, self.explainer.score, self.explainer.normalize)
             _log_figure(trainer, "attribution/curves", figure)
 
 

@@ -1,6 +1,6 @@
 """Pictures of explained images, drawn and written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gmarpp.storage import IMAGES, OVERLAYS, PARTS, write_atomically
@@ -26,9 +26,27 @@ def write_pictures(
         OSError: naming the file that can't be written.
     """
     for position, file in enumerate(files):
-        image = images[position]
-        write_atomically(folder / IMAGES / f"{file}.jpg", encode_jpeg(image), folder / PARTS, durable=False)
-        ground = backdrop(image, opacity, OVERLAY_SIDE) if maps else image
-        for method, attributions in maps.items():
-            data = encode_png(add_colors(ground, attributions[position], colormap, opacity))
-            write_atomically(folder / OVERLAYS / method / f"{file}.png", data, folder / PARTS, durable=False)
+        of_image = {method: attributions[position] for method, attributions in maps.items()}
+        for name, data in encoded_pictures(file, images[position], of_image, colormap, opacity):
+            write_atomically(folder / name, data, folder / PARTS, durable=False)
+
+
+def encoded_pictures(
+    file: str, image: Array, maps: Mapping[str, Array], colormap: str, opacity: float
+) -> Iterator[tuple[Path, bytes]]:
+    """Yield the pictures of one image, each with its path in the run's folder.
+
+    Args:
+        file: name without extension.
+        image: uint8 pixels, shape (H, W, 3).
+        maps: by method, raw, shape (h, w).
+        colormap: one of `gmarpp.visualize.COLORMAPS`.
+        opacity: share of the map's colors, 0 to 1.
+    """
+    yield Path(IMAGES, f"{file}.jpg"), encode_jpeg(image)
+    ground = backdrop(image, opacity, OVERLAY_SIDE) if maps else image
+    for method, attributions in maps.items():
+        yield (
+            Path(OVERLAYS, method, f"{file}.png"),
+            encode_png(add_colors(ground, attributions, colormap, opacity)),
+        )

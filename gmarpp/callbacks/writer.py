@@ -2,39 +2,33 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gmarpp.callbacks.background import BackgroundTasks
 from gmarpp.callbacks.batches import batch_loader, pending_batches
 from gmarpp.callbacks.description import describe_run, now, require_same_run
 from gmarpp.callbacks.free_memory import return_free_memory
+from gmarpp.callbacks.output_folder import OutputFolder
 from gmarpp.callbacks.pictures import write_pictures
+from gmarpp.callbacks.stored_batch import bytes_per_image, stored_batch
 from gmarpp.cores import usable_cores
-from gmarpp.explainer import ExplainedBatch
+from gmarpp.explainer import ExplainedBatch, metric_inputs
 from gmarpp.reader import Explanations
 from gmarpp.results import write_results
+from gmarpp.shards import Shard, merge_parts, remove_parts, reopen_maps, shard_files
 from gmarpp.storage import (
     IMAGES,
     MAPS,
+    MAPS_INDEX,
     OVERLAYS,
     PARTS,
-    RUN_FILE,
-    Shard,
-    file_stem,
-    finished_indices,
-    merge_parts,
-    read_run,
-    remove_leftovers,
-    remove_parts,
-    reopen_maps,
-    shard_files,
+    expand_path,
     sync_disk,
     write_run,
 )
@@ -50,13 +44,14 @@ _DRAWING_PROCESSES = 4
 class ExplanationWriter(BasePredictionWriter):
     """Writes what `ViTClassifier.predict_step` returns, and at the end tables, figures and a report.
 
-    Finished images are published every half minute in part files of their own; when all ranks are done, rank 0 merges
-    them. A run that was interrupted, however hard, goes on with ``resume`` and ends with the same tables and maps as
-    one that was not. All ranks must see the same folder. Pictures are drawn by processes of their own: as with a data
-    loader's workers, a script needs ``if __name__ == "__main__"`` where processes are not forked.
+    Nothing is written before the first batch is explained: a run that cannot start leaves no folder. From then on the
+    folder is locked, and finished images are published every half minute in part files of their own; when all ranks are
+    done, rank 0 merges them. A run that was interrupted, however hard, goes on with ``resume`` and ends with the same
+    tables and maps as one that was not. All ranks must see the same folder. Pictures are drawn by processes of their
+    own: as with a data loader's workers, a script needs ``if __name__ == "__main__"`` where processes are not forked.
 
     Args:
-        output: folder of the results; created if missing.
+        output: folder of the results; created if missing. ``~`` and environment variables are expanded.
         overlays: write a picture per image and method.
         resume: continue the interrupted run in ``output``, or add images to a complete one. A limit of the trainer's
             batches counts from the beginning of the data, not from where the run is resumed.
@@ -68,7 +63,7 @@ class ExplanationWriter(BasePredictionWriter):
         shard_size: images per file of maps.
 
     Raises:
-        ValueError: for an option out of range.
+        ValueError: for an option out of range, or a path that names an unknown user or variable.
     """
 
     def __init__(
@@ -76,6 +71,7 @@ class ExplanationWriter(BasePredictionWriter):
         output: str | Path,
         overlays: bool = True,
         resume: bool = False,
+        overwrite: bool = False,
         colormap: str = "inferno",
         opacity: float = 0.5,
         figure_images: int = 8,
@@ -92,9 +88,9 @@ class ExplanationWriter(BasePredictionWriter):
             raise ValueError(f"unknown figure_formats {sorted(unknown)}: choose from {', '.join(FIGURE_FORMATS)}")
         if shard_size < 1 or figure_images < 0:
             raise ValueError(f"shard_size ({shard_size}) must be at least 1 and figure_images ({figure_images}) 0")
-        self.folder = Path(output)
+        self.output = OutputFolder(expand_path(output), resume, overwrite)
+        self.folder = self.output.path
         self.overlays = overlays
-        self.resume = resume
         self.colormap = colormap
         self.opacity = opacity
         self.figure_images = figure_images
@@ -102,6 +98,7 @@ class ExplanationWriter(BasePredictionWriter):
         self.report = report
         self.shard_size = shard_size
         self._run: dict[str, Any] = {}
+        self._resumed = self._opened = False
         self._batches: list[list[int]] = []
         self._restore_data: Callable[[], None] = _nothing
         self._pictures: BackgroundTasks | None = None
@@ -112,16 +109,17 @@ class ExplanationWriter(BasePredictionWriter):
         if stage != "predict":
             return
         self._run, self._batches = {}, []
+        self._resumed = self._opened = False
         limit = trainer.limit_predict_batches
-        if self.resume and isinstance(limit, float) and limit < 1:
+        if self.output.resume and isinstance(limit, float) and limit < 1:
             raise ValueError(
                 f"limit_predict_batches is {limit}, a share of the batches that are left: "
                 "resume with a number of batches, or with 1.0 for all"
             )
-        self._require_folder()
+        self.output.check()
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
-            if self.resume:
+            if self.output.resume:
                 raise ValueError("resume needs a data module: give Trainer.predict(datamodule=…), not data loaders")
             return
         original = data.predict_dataloader
@@ -129,30 +127,20 @@ class ExplanationWriter(BasePredictionWriter):
         data.predict_dataloader = lambda: self._pending(trainer, pl_module, original())
         self._restore_data = lambda: vars(data).pop("predict_dataloader", None)
 
-    def _require_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"output {self.folder} is a file: choose a folder")
-        if not self.folder.is_dir() or all(path.name.startswith(".") for path in self.folder.iterdir()):
-            return
-        run = read_run(self.folder)
-        if run is None:
-            raise FileExistsError(f"output folder {self.folder} is not empty and holds no run: choose another one")
-        if not self.resume:
-            state = "a complete" if run["status"] == "complete" else "an interrupted"
-            raise FileExistsError(
-                f"output folder {self.folder} holds {state} run: continue it with resume, or choose another folder"
-            )
-
     def _pending(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> DataLoader[Any]:
-        """Give a loader of the batches that have images left to explain."""
+        """Return a loader of the batches that have images left to explain."""
         if not isinstance(loader, DataLoader) or loader.batch_size is None:
             raise ValueError(
                 f"{type(trainer.datamodule).__name__}.predict_dataloader must give one DataLoader with a batch size, "  # type: ignore[attr-defined]
                 f"not {loader!r}"
             )
-        self._open(trainer, module, loader.dataset)
-        finished = finished_indices(self.folder)
         images = len(loader.dataset)  # type: ignore[arg-type]
+        finished = self._prepare(trainer, module, loader.dataset)
+        if finished and max(finished) >= images:
+            raise ValueError(
+                f"the run in {self.folder} holds an image with index {max(finished)}, but the data has {images}: "
+                "choose another output folder"
+            )
         # A loader's own batch size may depend on the number of ranks; what is explained together must not.
         batch_size = getattr(trainer.datamodule, "batch_size", loader.batch_size)  # type: ignore[attr-defined]
         # Lightning counts a rank's batches from where a run is resumed; the limit is meant from the data's beginning.
@@ -164,38 +152,51 @@ class ExplanationWriter(BasePredictionWriter):
             logger.info("%d of %d images are already explained", done, images)
         return batch_loader(loader, self._batches)
 
-    def _open(self, trainer: L.Trainer, module: Any, dataset: Any) -> None:
-        """Make sure that this is the run to resume, or describe it, and make the folders."""
+    def _prepare(self, trainer: L.Trainer, module: Any, dataset: Any) -> set[int]:
+        """Describe the run, make sure that it is the one to resume, and return the indices of its finished images."""
         options = {"overlays": self.overlays, "colormap": self.colormap, "opacity": self.opacity}
         self._run = describe_run(trainer, module, dataset, options)
-        previous = read_run(self.folder)
-        trainer.strategy.barrier("explanations-read")
+        _on_rank_zero(trainer, self.output.lock)
+        previous, finished = self.output.resumed()
         if previous is not None:
             require_same_run(previous, self._run, self.folder)
             self._run |= {"created": previous["created"], "status": previous["status"]}
-        if trainer.is_global_zero:
-            if previous is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_run(self.folder, self._run)
-            folders = [self.folder / name for name in (PARTS, MAPS, IMAGES)]
-            if self.overlays:
-                folders += [self.folder / OVERLAYS / method for method in module.explainer.methods]
-            for path in folders:
-                path.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.folder)
-        trainer.strategy.barrier("explanations-open")
+            self._resumed = True
+        return finished
+
+    def _open(self, trainer: L.Trainer, module: Any) -> None:
+        """Make the folder ready on rank 0, while the others wait."""
+        names = [PARTS, MAPS, IMAGES]
+        if self.overlays:
+            names += [f"{OVERLAYS}/{method}" for method in ("", *module.explainer.methods)]
+        _on_rank_zero(trainer, lambda: self.output.open(self._run, not self._resumed, names))
+        self._opened = True
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make ready to draw pictures beside the network."""
         if not self._run:
             loaders: Any = trainer.predict_dataloaders
-            self._open(trainer, pl_module, loaders.dataset)
+            self._prepare(trainer, pl_module, loaders.dataset)
         # On a CPU, the network's threads wait for the slowest of them: pictures are to take of all cores alike.
         processes = min(_DRAWING_PROCESSES, usable_cores(trainer.num_devices))
         self._pictures = BackgroundTasks(processes, _QUEUED_BATCHES * processes)
         self._buffer: list[Shard] = []
         self._done = 0
         self._started = self._flushed = time.monotonic()
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before the first batch, make sure that the metrics have the objects that they measure against."""
+        if self._opened or not isinstance(batch, Mapping) or any(batch.get(key) is not None for key in ("box", "mask")):
+            return
+        explainer: Any = pl_module.explainer
+        unusable = [metric for metric in explainer.metrics if "masks" in metric_inputs(metric)]
+        if unusable:
+            raise ValueError(
+                f"explain.metrics: {', '.join(unusable)} compare maps with an object, and the data has neither boxes "
+                "nor masks: give --data.masks, or leave these metrics out"
+            )
 
     def write_on_batch_end(
         self,
@@ -214,7 +215,10 @@ class ExplanationWriter(BasePredictionWriter):
                 f"the data set gives its images {self._batches[batch_indices[0]]} the indices {indices}: "
                 "'index' must be the position in the data set"
             )
-        shard = _shard(prediction)
+        shard = stored_batch(prediction)
+        if not self._opened:
+            _on_rank_zero(trainer, lambda: self._require_space(trainer, shard, prediction))
+            self._open(trainer, pl_module)
         assert self._pictures is not None
         self._draw(self._pictures, [row["file"] for row in shard.rows], prediction)
         self._buffer.append(shard)
@@ -223,6 +227,13 @@ class ExplanationWriter(BasePredictionWriter):
         if waiting >= self.shard_size or time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flush(trainer, self._pictures)
         self._show_rate(trainer)
+
+    def _require_space(self, trainer: L.Trainer, shard: Shard, explained: ExplainedBatch) -> None:
+        """Estimate from the first image what all of them take."""
+        maps = {method: maps[0].numpy() for method, maps in explained.maps.items()} if self.overlays else {}
+        image = pixels(explained.images[:1])[0]
+        images = int(sum(trainer.num_predict_batches)) * trainer.world_size * len(shard.rows)
+        self.output.require_space(images * bytes_per_image(shard, image, maps, self.colormap, self.opacity))
 
     def _draw(self, pictures: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
         """Have the processes that draw share a batch."""
@@ -264,8 +275,13 @@ class ExplanationWriter(BasePredictionWriter):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Merge on rank 0; also where no image was left to explain, so that the predict loop had nothing to do."""
         self._restore_data()
-        if stage == "predict" and trainer.is_global_zero and self._run:
-            self._finish()
+        try:
+            if stage == "predict" and trainer.is_global_zero and (self._opened or self._resumed):
+                if not self._opened:
+                    self.output.open(self._run, new=False, subfolders=(PARTS, MAPS))
+                self._finish()
+        finally:
+            self.output.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what is finished, unless writing itself is what failed."""
@@ -276,7 +292,8 @@ class ExplanationWriter(BasePredictionWriter):
                 self._pictures.wait()
         finally:
             self._close()
-            if self._run and trainer.is_global_zero and (self.folder / RUN_FILE).is_file():
+            self.output.release()
+            if trainer.is_global_zero and (self._opened or self._resumed):
                 logger.error("The run in %s is interrupted: continue it with resume", self.folder)
 
     def _close(self) -> None:
@@ -285,11 +302,11 @@ class ExplanationWriter(BasePredictionWriter):
             self._pictures = None
 
     def _finish(self) -> None:
-        if not shard_files(self.folder / PARTS):
-            remove_parts(self.folder)
-            logger.info("The run in %s is complete: nothing was left to explain", self.folder)
-            return
         if self._run["status"] == "complete":
+            if not shard_files(self.folder / PARTS) and (self.folder / MAPS / MAPS_INDEX).exists():
+                remove_parts(self.folder)
+                logger.info("The run in %s is complete: nothing was left to explain", self.folder)
+                return
             reopen_maps(self.folder)
             self._run["status"] = "running"
             write_run(self.folder, self._run)
@@ -303,6 +320,19 @@ class ExplanationWriter(BasePredictionWriter):
         logger.info("Explained %d images: %s", images, self.folder)
 
 
+def _on_rank_zero(trainer: L.Trainer, action: Callable[[], None]) -> None:
+    """Act on rank 0 while the others wait, and have all ranks end with the error if there is one."""
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    error = trainer.strategy.broadcast(error)
+    if error is not None:
+        raise error
+
+
 def _nothing() -> None:
     """Stand for a data module that was not changed."""
 
@@ -313,33 +343,3 @@ def _publish(shards: list[Shard], part: Path) -> None:
     Shard.concatenate(shards).write(part)
     shards.clear()
     return_free_memory()
-
-
-def _shard(explained: ExplainedBatch) -> Shard:
-    """Bring an `ExplainedBatch` into the form that is stored."""
-    methods = tuple(explained.maps)
-    metrics = tuple(next(iter(explained.values.values()), {}))
-    tensors: dict[str, Tensor] = {}
-    fractions = None
-    for method in methods:
-        tensors[method] = explained.maps[method].float()
-        tensors |= {f"{method}/{metric}": value.float() for metric, value in explained.values[method].items()}
-        if explained.curves:
-            curves = explained.curves[method]
-            fractions = curves.fractions.float()
-            tensors[f"{method}/insertion"] = curves.insertion.float()
-            tensors[f"{method}/deletion"] = curves.deletion.float()
-    rows = []
-    for position, (index, path) in enumerate(zip(explained.index.tolist(), explained.path, strict=True)):
-        row = {
-            "index": index,
-            "path": path,
-            "file": file_stem(index, path),
-            **{role: int(getattr(explained, role)[position]) for role in ("label", "target", "predicted")},
-            "target_probability": float(explained.target_probability[position]),
-            "predicted_probability": float(explained.predicted_probability[position]),
-        }
-        if explained.boxes is not None:
-            row["box"] = [round(float(edge), 2) for edge in explained.boxes[position]]
-        rows.append(row)
-    return Shard(methods, metrics, rows, tensors, fractions)

@@ -4,9 +4,11 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 
@@ -15,6 +17,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
+# Lies in an extracted folder: the fingerprint of the archive that it came from.
+_RECORD = ".archive"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
 def download(url: str, target: Path, md5: str) -> None:
@@ -47,6 +52,31 @@ def download(url: str, target: Path, md5: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def fingerprint(archive: Path) -> str:
+    """Return a digest of what a zip file says that it holds: names, sizes and checksums of its files.
+
+    Raises:
+        ValueError: the archive is damaged, or no zip file.
+    """
+    members = sorted((member.filename, member.file_size, member.CRC) for member in _members(archive))
+    return hashlib.sha256(repr(members).encode()).hexdigest()
+
+
+def require_same_archive(archive: Path, folder: Path) -> None:
+    """Check that an extracted folder came from an archive as it is now, where the folder or the archive can tell.
+
+    Raises:
+        ValueError: the archive holds something else than what was extracted.
+    """
+    record = folder / _RECORD
+    if not record.is_file() or not archive.is_file():
+        logger.info("%s was extracted before: delete it to extract %s again", folder, archive)
+    elif record.read_text(encoding="utf-8").strip() != fingerprint(archive):
+        raise ValueError(
+            f"{folder} was extracted from another archive than {archive} is now: delete the folder to extract it again"
+        )
+
+
 def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
     """Extracts a zip file's data folder, so that `target` appears complete or not at all.
 
@@ -71,6 +101,7 @@ def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
                 found = find(Path(temporary))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{archive} does not hold a folder like {target.name}") from error
+            (found / _RECORD).write_text(f"{fingerprint(archive)}\n", encoding="utf-8")
             try:
                 found.replace(target)
             except OSError:
@@ -81,20 +112,28 @@ def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
 
 
 def _extract_all(archive: Path, folder: Path) -> None:
+    members = _members(archive)
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or PureWindowsPath(member.filename).drive or ".." in path.parts:
+            raise ValueError(f"{archive} is not safe to extract: {member.filename!r} leads outside of its folder")
+    size, free = sum(member.file_size for member in members), shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f"{archive} needs {size >> 20} MiB in {folder.parent}, but {free >> 20} MiB are free")
+    with _named_if_damaged(archive), zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+
+
+def _members(archive: Path) -> list[zipfile.ZipInfo]:
+    with _named_if_damaged(archive), zipfile.ZipFile(archive) as file:
+        return file.infolist()
+
+
+@contextmanager
+def _named_if_damaged(archive: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(archive) as file:
-            for name in file.namelist():
-                if (
-                    PurePosixPath(name).is_absolute()
-                    or PureWindowsPath(name).drive
-                    or ".." in PurePosixPath(name).parts
-                ):
-                    raise ValueError(f"{archive} is not safe to extract: {name!r} leads outside of its folder")
-            size, free = sum(info.file_size for info in file.infolist()), shutil.disk_usage(folder).free
-            if size > free:
-                raise OSError(f"{archive} needs {size >> 20} MiB in {folder.parent}, but {free >> 20} MiB are free")
-            file.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        yield
+    except _DAMAGED as error:
         raise ValueError(f"{archive} is damaged or not a zip file ({error}): get it again") from error
 
 

@@ -1,9 +1,12 @@
 """Decoding of pictures: any readable image becomes 8-bit RGB, any mask becomes boolean."""
 
+import logging
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,14 +15,25 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# what Pillow raises on damaged files, besides its own subclasses of OSError
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
+from gmarpp.data.walk import require_regular_file
+
+logger = logging.getLogger(__name__)
+
+# What Pillow raises on damaged files, besides its own subclasses of OSError.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(EOFError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281
+_TWELVE_BITS = 4095
 
 
 def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """Reads an image as uint8 RGB (3, H, W), upright, transparency composited on white.
 
-    Grey, palette, CMYK, 16-bit and floating-point images are converted with their full range kept.
+    Grey, palette, CMYK, 16-bit and floating-point images are converted with their full range kept. The range of
+    integers is what a TIFF says (BitsPerSample, MaxSampleValue), else 16 bits; where values use only 12 of them, a
+    message says so.
 
     Args:
         source: a file's path, or an open binary file.
@@ -27,9 +41,9 @@ def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Tensor
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or not an image.
+        ValueError: the file is damaged, not an image, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    with _naming(source, name, "image"), Image.open(source) as image:
+    with _opened(source, name, "image") as image:
         return to_tensor(image)
 
 
@@ -42,7 +56,7 @@ def read_mask(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or not an image.
     """
-    with _naming(source, name, "mask"), Image.open(source) as image:
+    with _opened(source, name, "mask") as image:
         threshold = 127 if image.format == "JPEG" else 0
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data and upright.mode != "P":
@@ -57,16 +71,18 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a Pillow image to upright 8-bit RGB.
+    """Convert a Pillow image to upright 8-bit RGB.
 
-    16-bit values are divided by 257, floating-point values are taken in [0, 1] or else in [0, 255].
+    Integers of more than 8 bits are divided by their largest value, floating-point values are taken in [0, 1] or else
+    in [0, 255].
 
     Raises:
         ValueError: the values of a 32-bit image are outside these ranges.
     """
+    largest = _largest_value(image) if image.mode.startswith("I") else 0
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = _sixteen_bit_to_grey(image)
+    if largest:
+        image = _integers_to_grey(image, largest)
     elif image.mode == "F":
         image = _float_to_grey(image)
     elif image.has_transparency_data:
@@ -76,11 +92,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _sixteen_bit_to_grey(image: Image.Image) -> Image.Image:
+def _largest_value(image: Image.Image) -> int:
+    """Return the value that is white: what a TIFF's tags say, else that of 16 bits."""
+    tags = getattr(image, "tag_v2", {})
+    stated = (tags.get(_MAX_SAMPLE_VALUE) or (0,))[0]
+    bits = (tags.get(_BITS_PER_SAMPLE) or (16,))[0]
+    in_sixteen_bits = int(stated) if 255 < int(stated) <= 65535 else 65535
+    return (1 << bits) - 1 if 8 < bits < 16 else in_sixteen_bits
+
+
+def _integers_to_grey(image: Image.Image, largest: int) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("integers outside 0 to 65535 have no defined brightness")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(f"integers outside 0 to {largest} have no defined brightness")
+    if largest == 65535 and 255 < values.max() <= _TWELVE_BITS:
+        _warn_of_twelve_bits()
+    return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
+
+
+@cache
+def _warn_of_twelve_bits() -> None:
+    logger.warning(
+        "a 16-bit image holds no value above %d, as if it had 12 bits, and is taken as nearly black: if 12 bits are "
+        "its range, say so in the file (TIFF's MaxSampleValue), or scale the values",
+        _TWELVE_BITS,
+    )
 
 
 def _float_to_grey(image: Image.Image) -> Image.Image:
@@ -91,10 +127,24 @@ def _float_to_grey(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _naming(source: str | Path | BinaryIO, name: str | None, kind: str) -> Iterator[None]:
+def _opened(source: str | Path | BinaryIO, name: str | None, kind: str) -> Iterator[Image.Image]:
+    """Open a picture; errors within the block name it."""
+    called = name or source
     try:
-        yield
+        if isinstance(source, str | Path):
+            require_regular_file(Path(source))
+        with warnings.catch_warnings():
+            # What Pillow warns of is refused below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source)
+        with image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than the {limit} of Pillow's limit")
+            yield image
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{kind} {name or source} does not exist") from error
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{kind} {name or source} cannot be read ({error}): replace or remove it") from error
+        raise FileNotFoundError(f"{kind} {called} does not exist") from error
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{kind} {called} cannot be read ({error or type(error).__name__}): replace or remove it"
+        ) from error

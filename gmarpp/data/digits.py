@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from gmarpp.data.tiny_imagenet import TinyImageNet
+from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Digits(TinyImageNet):
         **options: Any,
     ) -> None:
         # the name holds all that the pictures depend on, so that other options never find them
-        folder = Path(root) / f"digits-{train_images}-{val_images}-seed{digits_seed}"
+        folder = expand_path(root) / f"digits-{train_images}-{val_images}-seed{digits_seed}"
         super().__init__(
             str(folder),
             download=False,

@@ -1,21 +1,20 @@
 """Any Hugging Face dataset with an image and a label column: on the Hub, or local parquet files or image folders."""
 
-import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.data.dataset import Record, Sample, drawing_from
-from gmarpp.data.decode import read_image, to_tensor
-from gmarpp.data.module import DROPPED, ImageDataModule, Labels, Split
+from gmarpp.data.hub_rows import HubRows, HubStream, class_number
+from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-from gmarpp.data.transforms import Transform
+from gmarpp.data.walk import linked_folder
+from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +67,17 @@ class HubDataset(ImageDataModule):
         super().__init__(**options)
         if streaming and self.images_per_class is not None:
             raise ValueError("images_per_class needs the whole data at hand: set streaming to false")
-        self.path = path
-        self.load_options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+        if shuffle_buffer < 1:
+            raise ValueError(f"data: shuffle_buffer must be at least 1, got {shuffle_buffer}")
+        self.path = _local(path)
+        data_files = None if data_files is None else {split: _local(files) for split, files in data_files.items()}
+        cache_dir = None if cache_dir is None else _local(cache_dir)
+        self.load_options: dict[str, Any] = {
+            "name": name,
+            "data_files": data_files,
+            "revision": revision,
+            "cache_dir": cache_dir,
+        }
         self.image_column = image_column
         self.label_column = label_column
         self.splits: dict[Split, str] = {
@@ -126,11 +134,11 @@ class HubDataset(ImageDataModule):
     def read_split(self, split: Split) -> tuple["HubRows", Labels]:
         """See `ImageDataModule`."""
         data = self._load(split)
-        values = data.select_columns([self.label_column]).with_format("numpy")[:][self.label_column]
-        if _is_text(data.features[self.label_column]):
-            names = self._text_numbers()
-            values = np.array([_class_number(names, value, self.splits[split]) for value in values.tolist()])
-        return HubRows(data, self.image_column, self.splits[split]), values.astype(np.int64)
+        names = self._text_numbers() if _is_text(data.features[self.label_column]) else None
+        values = data.select_columns([self.label_column])[:][self.label_column]
+        numbers = [class_number(names, value, f"{self.splits[split]}/{row}") for row, value in enumerate(values)]
+        source = HubRows(data, self.image_column, self.splits[split], self._folders())
+        return source, np.array(numbers, dtype=np.int64)
 
     def open_split(self, split: Split) -> Dataset[Any]:
         """A map-style dataset, or an iterable one when streaming."""
@@ -150,6 +158,7 @@ class HubDataset(ImageDataModule):
             epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
             shuffle_buffer=self.shuffle_buffer,
             names=self._text_numbers() if _is_text(stream.features[self.label_column]) else None,
+            folders=self._folders(),
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -177,6 +186,10 @@ class HubDataset(ImageDataModule):
 
     def _load(self, split: Split) -> Any:
         """The dataset of a split, images left encoded."""
+        if Path(self.path).is_dir() and (linked := linked_folder(Path(self.path))) is not None:
+            raise ValueError(
+                f"{linked} is a linked folder, which `datasets` leaves out: use --data ImageFolder, or move it"
+            )
         options = {name: value for name, value in self.load_options.items() if value is not None}
         try:
             data = datasets.load_dataset(self.path, split=self.splits[split], streaming=self.streaming, **options)
@@ -189,122 +202,29 @@ class HubDataset(ImageDataModule):
                 raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features)}")
         return data.cast_column(self.image_column, datasets.Image(decode=False))
 
+    def _folders(self) -> tuple[Path, ...]:
+        """Return where files may lie that rows name: the data set's own folder, and what `datasets` downloaded."""
+        folders = [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, self.load_options["cache_dir"]]
+        if Path(self.path).is_dir():
+            folders.append(self.path)
+        elif self.path == "imagefolder":
+            folders += [_beginning(files) for files in (self.load_options["data_files"] or {}).values()]
+        return tuple(Path(folder).resolve() for folder in folders if folder is not None)
+
     def _text_numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.read_classes()[0])}
-
-
-class HubRows:
-    """Rows of a downloaded dataset as a source; see `gmarpp.data.dataset.Source`."""
-
-    def __init__(self, data: Any, image_column: str, split: str) -> None:
-        self.data = data.select_columns([image_column])
-        self.image_column = image_column
-        self.split = split
-
-    def read(self, row: int) -> Record:
-        """Reads and decodes one row."""
-        return _record(self.data[row][self.image_column], f"{self.split}/{row}")
-
-
-class HubStream(IterableDataset[Sample]):
-    """Samples of a streamed dataset.
-
-    For evaluation each rank takes its own rows of the same stream, so that "index" is the row's number. For training
-    the stream's files are shared among ranks and processes, and "index" only tells samples of a pass apart. Of several
-    ranks none must be the first to run out of images: there the training stream repeats, shuffled anew, without end.
-
-    Args:
-        stream: the streamed dataset.
-        image_column: column of images.
-        label_column: column of labels.
-        split: name of the split, for the samples' paths.
-        numbers: label of each of the data's class numbers.
-        transform: from decoded sample to tensors.
-        seed: of the order and of the transform's random numbers.
-        rank: this rank.
-        world_size: number of ranks.
-        epoch: the epoch of the first pass when training, None for evaluation.
-        shuffle_buffer: images held for shuffling when training.
-        names: class numbers by label, where labels are text.
-    """
-
-    def __init__(
-        self,
-        stream: Any,
-        image_column: str,
-        label_column: str,
-        split: str,
-        numbers: Labels,
-        transform: Transform,
-        seed: int,
-        rank: int,
-        world_size: int,
-        epoch: int | None,
-        shuffle_buffer: int,
-        names: Mapping[str, int] | None = None,
-    ) -> None:
-        self.stream = stream
-        self.image_column, self.label_column = image_column, label_column
-        self.split = split
-        self.numbers = numbers
-        self.transform = transform
-        self.seed = seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = epoch
-        self.shuffle_buffer = shuffle_buffer
-        self.names = names
-
-    def __iter__(self) -> Iterator[Sample]:
-        """Yields this process's samples of an epoch."""
-        if self.epoch is None:
-            rows = ((k, row) for k, row in enumerate(self.stream) if k % self.world_size == self.rank)
-            yield from self._samples(rows, 0)
-            return
-        worker = get_worker_info()
-        share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        share, shares = self.rank * shares + share, self.world_size * shares
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        for turn in count():
-            # A seed for each pass: set_epoch is a race between the loader's processes, which share what it adds to.
-            seed = hash((self.seed, epoch, turn)) & 0xFFFFFFFF
-            stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            if self.world_size > 1:
-                stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
-            found = False
-            for sample in self._samples(((k * shares + share, row) for k, row in enumerate(stream)), seed):
-                found = True
-                yield sample
-            # without a file of its own a process would search for images forever
-            if self.world_size == 1 or not found:
-                return
-
-    def _samples(self, rows: Iterator[tuple[int, Any]], turn: int) -> Iterator[Sample]:
-        for index, row in rows:
-            value = row[self.label_column]
-            number = value if self.names is None else _class_number(self.names, value, self.split)
-            label = int(self.numbers[number])
-            if label != DROPPED:
-                record = _record(row[self.image_column], f"{self.split}/{index}")
-                with drawing_from(hash((self.seed, turn, index))):
-                    tensors = self.transform(record.image)
-                yield {**tensors, "label": label, "index": index, "path": record.path}
 
 
 def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _class_number(names: Mapping[str, int], value: str, split: str) -> int:
-    if value not in names:
-        raise ValueError(
-            f"label {value!r} of split {split!r} is not one of the {len(names)} classes: set classes to all of them"
-        )
-    return names[value]
+def _local(path: str) -> str:
+    """Return a path with `~` and variables expanded; names on the Hub and addresses have neither."""
+    return str(expand_path(path)) if path.startswith("~") or "$" in path else path
 
 
-def _record(image: dict[str, Any], name: str) -> Record:
-    """Decodes a row's image: bytes, a file, or a remote path that `datasets` opens."""
-    content, path = image["bytes"], image["path"]
-    if content is None and "://" in path:
-        return Record(to_tensor(datasets.Image().decode_example(image)), path)
-    return Record(read_image(path if content is None else io.BytesIO(content), path or name), path or name)
+def _beginning(pattern: str) -> Path:
+    """Return the folder of a file, or the part of a pattern before its first wildcard."""
+    fixed = re.split(r"[*?\[{]", pattern)[0]
+    return Path(fixed) if fixed.endswith("/") else Path(fixed).parent

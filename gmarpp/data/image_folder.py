@@ -1,6 +1,5 @@
 """Images from any folder, with or without labels and masks."""
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,8 @@ import numpy as np
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-
-SUFFIXES = (
-    *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp"),
-)
+from gmarpp.data.walk import SUFFIXES, image_files
+from gmarpp.storage import expand_path
 
 
 class ImageFolder(ImageDataModule):
@@ -26,7 +22,7 @@ class ImageFolder(ImageDataModule):
     or, for all but `fit`, in `root` itself.
 
     Args:
-        root: the folder; hidden files are left out.
+        root: the folder. Linked folders are followed; hidden files and the results of predict runs are left out.
         labelled: whether parent folders are class ids.
         masks: folder of segmentation masks. An image's mask has the same relative path, or else the same name, up to
             the suffix. Everything but black, or palette index 0, is object.
@@ -35,9 +31,9 @@ class ImageFolder(ImageDataModule):
 
     def __init__(self, root: str, labelled: bool = False, masks: str | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root)
+        self.root = expand_path(root)
         self.labelled = labelled
-        self.masks = None if masks is None else Path(masks)
+        self.masks = None if masks is None else expand_path(masks)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Sorted names of the class folders; none without labels."""
@@ -84,26 +80,10 @@ class ImageFolder(ImageDataModule):
     def _images(self, folder: Path) -> list[str]:
         if self.root.is_file():
             return [self.root.name]
-        paths = _files(folder, besides=self.masks)
+        paths = image_files(folder, besides=self.masks)
         if not paths:
             raise ValueError(f"no image in {folder.absolute()} or its subfolders (suffixes {' '.join(SUFFIXES)})")
         return paths
-
-
-def _files(folder: Path, besides: Path | None = None) -> list[str]:
-    """Relative paths of all images below a folder, sorted, without another folder's."""
-    excluded = None if besides is None else besides.resolve()
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() != excluded
-        ]
-        found += [
-            str((Path(parent) / name).relative_to(folder))
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
 
 
 def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
@@ -111,7 +91,7 @@ def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
     if not masks.is_dir():
         raise FileNotFoundError(f"mask folder {masks.absolute()} does not exist")
     by_path, by_stem = defaultdict(list), defaultdict(list)
-    for path in _files(masks):
+    for path in image_files(masks):
         by_path[str(Path(path).with_suffix(""))].append(path)
         by_stem[Path(path).stem].append(path)
     chosen = []

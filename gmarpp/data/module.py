@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.cores import usable_cores
 from gmarpp.data.dataset import ImageDataset, Source
-from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count
+from gmarpp.data.loader import (
+    EpochSampler,
+    ResumableLoader,
+    UnrepeatedSampler,
+    equal_batch_count,
+    prepare_worker,
+)
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, Transform
 
 # "selection" is what `fit` validates on, "val" what `validate` reports
@@ -68,10 +74,14 @@ class ImageDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        if images_per_class is not None and images_per_class < 1:
-            raise ValueError(f"images_per_class must be at least 1, found {images_per_class}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("images_per_class", images_per_class, 1),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"data: {name} must be at least {least}, got {value}")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -117,7 +127,7 @@ class ImageDataModule(L.LightningDataModule):
     def open_split(self, split: Split) -> Dataset[Any]:
         """Opens one split, restricted to the chosen classes and number of images."""
         source, labels = self.read_split(split)
-        labels = self._numbers[labels]
+        labels = self._numbers[self._checked(labels, split)]
         rows = np.flatnonzero(labels != DROPPED)
         if split == "train" and self.images_per_class is not None:
             rows = np.sort(
@@ -200,6 +210,7 @@ class ImageDataModule(L.LightningDataModule):
             workers = min(8, usable_cores(ranks))
         return {
             "num_workers": workers,
+            "worker_init_fn": prepare_worker,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
             "persistent_workers": self.persistent_workers and workers > 0,
             # the loader's own draws leave the global generator alone: they would differ after a resume
@@ -249,6 +260,18 @@ class ImageDataModule(L.LightningDataModule):
                 f"the data has {len(self.classes)} classes, but the network has {outputs} outputs: set its num_classes "
                 f"to {len(self.classes)}, or use the data it was trained on"
             )
+
+    def _checked(self, labels: Labels, split: str) -> Labels:
+        """Return the data's class numbers, none of which the last entry of the table would answer by mistake."""
+        classes = len(self._numbers) - 1
+        wrong = np.flatnonzero((labels < -1) | (labels >= classes))
+        if len(wrong):
+            raise ValueError(
+                f"{type(self).__name__}: row {wrong[0]} of {split} has the label {labels[wrong[0]]}, but the data has "
+                f"{classes} classes: expected 0 to {classes - 1}, or -1 where the class is unknown "
+                f"({len(wrong)} of {len(labels)} labels are others)"
+            )
+        return labels
 
     def _check_size(self, split: Split, images: int) -> None:
         if images == 0:

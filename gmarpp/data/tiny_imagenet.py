@@ -10,9 +10,11 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from gmarpp.data.archive import download, extract
+from gmarpp.data.archive import download, extract, require_same_archive
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.walk import entries, require_regular_file
+from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,9 @@ class TinyImageNet(ImageDataModule):
         super().__init__(**options)
         if not 0 <= selection_fraction < 1:
             raise ValueError(f"selection_fraction must be in [0, 1), found {selection_fraction}")
-        self.root = Path(root)
+        self.root = expand_path(root)
         self.download = download
-        self.extract_to = None if extract_to is None else Path(extract_to)
+        self.extract_to = None if extract_to is None else expand_path(extract_to)
         self.selection_fraction = selection_fraction
         self.selection_seed = selection_seed
         self.split = split
@@ -71,7 +73,7 @@ class TinyImageNet(ImageDataModule):
             if not self.folder.is_dir():
                 extract(self.root, self.folder, _locate)
             else:
-                logger.info("%s was extracted before: delete it to extract %s again", self.folder, self.root)
+                require_same_archive(self.root, self.folder)
             return
         try:
             self.folder  # noqa: B018
@@ -159,7 +161,12 @@ def _lines(file: Path) -> list[str]:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(line.strip() for line in _lines(folder / "wnids.txt"))
+    classes = sorted(line.strip() for line in _lines(folder / "wnids.txt"))
+    if not classes or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"{folder / 'wnids.txt'} lists {'a class twice' if classes else 'no class'}: get the data again"
+        )
+    return classes
 
 
 def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
@@ -176,7 +183,7 @@ def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
         paths += [path for path, _, _ in rows]
         labels += [label] * len(rows)
         boxes += [box for _, _, box in rows]
-    return _Table(paths, np.array(labels), np.array(boxes, dtype=np.int16))
+    return _Table(paths, np.array(labels, dtype=np.int64), np.array(boxes, dtype=np.int16).reshape(-1, 4))
 
 
 def _read_val(folder: Path, classes: Sequence[str]) -> _Table:
@@ -198,7 +205,10 @@ def _read_test(folder: Path) -> _Table:
 
 
 def _images(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.JPEG")}
+    found = {entry.name for entry in entries(folder) if entry.name.endswith(".JPEG")} if folder.is_dir() else set()
+    for name in found:
+        require_regular_file(folder / name)
+    return found
 
 
 def _read_boxes(file: Path, images: str, folder: Path, fields: int) -> list[tuple[str, str, list[int]]]:

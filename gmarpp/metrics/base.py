@@ -29,7 +29,7 @@ class MeanOverImages(Metric):
         # two sums may well be by chance.
         name = "_".join(map(str, (type(self).__name__, *options)))
         self._sum, self._count = f"{name}_sum", f"{name}_count"
-        self.add_state(self._sum, default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state(self._sum, default=torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state(self._count, default=torch.tensor(0), dist_reduce_fx="sum")
 
     def _accumulate(self, values: Tensor) -> None:

@@ -10,7 +10,8 @@ class Sparseness(MeanOverImages):
     """Gini index of the patches' absolute relevance; see `gmarpp.metrics.functional.sparseness`.
 
     As input to `forward` and `update`: `maps` (B, h, w), raw.
-    As output of `forward` and `compute`: a scalar; higher is sparser and so easier to read, not more faithful.
+    As output of `forward` and `compute`: a scalar; higher is sparser and so easier to read, not more faithful: neither
+    better nor worse.
 
     Args:
         kwargs: of `torchmetrics.Metric`.
@@ -22,7 +23,7 @@ class Sparseness(MeanOverImages):
     """
 
     is_differentiable: bool = True
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
 
     def update(self, maps: Tensor) -> None:
         """Add a batch."""

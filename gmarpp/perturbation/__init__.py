@@ -7,8 +7,8 @@ Patches are ranked once per map, removed or revealed in that order, and the netw
 from gmarpp.perturbation.baselines import BASELINES, Baseline, baseline_images, gaussian_blur
 from gmarpp.perturbation.curves import Curves, KeptMask, PerturbationScores, perturbation_curves, score_perturbations
 from gmarpp.perturbation.imputation import noisy_linear_imputation
-from gmarpp.perturbation.jobs import SCORES, Score
 from gmarpp.perturbation.masks import rank_patches, step_counts
+from gmarpp.perturbation.objective import SCORES, Score, class_scores
 from gmarpp.perturbation.road import RoadScores, road_scores
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "RoadScores",
     "Score",
     "baseline_images",
+    "class_scores",
     "gaussian_blur",
     "noisy_linear_imputation",
     "perturbation_curves",

@@ -1,7 +1,7 @@
 """Insertion and deletion curves and kept-region scores."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.attribution.target import Target
 from gmarpp.perturbation.baselines import BASELINES, Baseline, TokenDrop, baseline_images
-from gmarpp.perturbation.jobs import Objective, Render, Score, composite, score_intervals, score_weighted
-from gmarpp.perturbation.masks import check_maps, minmax, pixel_to_patch, rank_patches, step_counts
+from gmarpp.perturbation.jobs import Render, composite, score_intervals, score_weighted
+from gmarpp.perturbation.masks import check_maps, minmax, patch_extent, pixel_to_patch, rank_patches, step_counts
+from gmarpp.perturbation.objective import Score, objective_of
 
 KeptMask = Literal["topk", "soft"]
 KEPT_SHARE = 0.25
@@ -62,7 +64,7 @@ def score_perturbations(
     model: nn.Module,
     images: Tensor,
     maps: Mapping[str, Tensor],
-    target: Tensor | Sequence[int] | int,
+    target: Target,
     *,
     steps: int = 28,
     baseline: Baseline = "blur",
@@ -80,30 +82,36 @@ def score_perturbations(
     of kept patches that several methods or curves share are scored once.
 
     Args:
-        model: any network from images to logits (or to an object with `.logits`).
+        model: any network from images to logits (or to an object with `.logits`); to anything where the target is a
+            function.
         images: (B, C, H, W), normalised.
-        maps: raw maps (B, h, w) per method, all on one grid. A grid that does not divide the image is upsampled by
-            nearest neighbour, so every pixel belongs to exactly one patch.
-        target: class scored, one per image or one for all.
+        maps: raw maps (B, h, w) per method, all on one grid. It is laid over the pixels that the network's patches
+            cover; on a network of an unknown family, and for maps on another grid, it is upsampled to the image by
+            nearest neighbour. Every pixel belongs to exactly one patch.
+        target: what is scored, as `gmarpp.explain` takes it, of one class per image: `None` for the class predicted on
+            the image, an index or name, or one of either per image; a `Contrast`, whose two classes' scores are
+            subtracted; or a function of the network's output, which is scored by its own value. Of several classes per
+            image (B, K) each is scored alone, `target[:, k]` with `maps[:, k]`.
         steps: S, curve steps; more steps than patches means one patch per step (`fractions` tells the truth).
         baseline: what replaces a removed patch: `blur`, `mean` (the image's mean colour), `black` (needs
             `model.pretrained_cfg`) or `drop` (the token leaves the sequence; timm Vision Transformers).
-        score: softmax `probability` of the target, or its `logit`.
+        score: softmax `probability` of the target, the `sigmoid` of its logit, for networks with one output or outputs
+            that do not exclude each other, or its `logit`. Means nothing where the target is a function.
         mask: kept region: `topk` keeps the top 25 % of the patches, rounded up; `soft` fades the image into the
             baseline with weight 1 - E, E the min-max map on its grid (constant: 0), which over `black` is the E * x of
             Grad-CAM++ (Chattopadhyay et al. 2018).
         normalize: rescale each curve by (full - empty); a curve is NaN where the image scores no higher than its
             baseline, and metrics leave that image out. `kept`, `full` and `empty` stay as they are.
-        batch_size: most images per forward pass; bounds the memory.
+        batch_size: most images per forward pass; bounds the memory. A target that is a function is given all B images
+            at a time.
         curves: score insertion and deletion.
         kept: score kept regions.
 
     Raises:
-        ValueError: wrong options or shapes, maps that are not finite (naming the method and the image positions),
-            `drop` for other networks or with `soft`, `black` without `pretrained_cfg`.
+        ValueError: wrong options or shapes, maps or scores that are not finite (naming the image positions), a softmax
+            over one output, `drop` for other networks or with `soft`, `black` without `pretrained_cfg`.
     """
     grid = check_maps(maps, images)
-    objective = Objective.of(target, score, images)
     if baseline not in BASELINES:
         raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
     if mask not in get_args(KeptMask):
@@ -122,11 +130,13 @@ def score_perturbations(
         intervals.append((0, math.ceil(KEPT_SHARE * patches)))
 
     with evaluation_mode(model), torch.no_grad():
+        objective = objective_of(model, images, target, score, batch_size)
         render: Render
         if baseline == "drop":
             render = TokenDrop(model, images, grid, batch_size)
         else:
-            to_patch = pixel_to_patch(grid, (images.shape[2], images.shape[3]), images.device)
+            size = (images.shape[2], images.shape[3])
+            to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
             render = composite(model, images, baseline_images(model, images, baseline), to_patch)
         scores = score_intervals(render, ranks, intervals, objective, batch_size, equal_sizes=baseline == "drop")
         region = scores[..., -1]
@@ -140,7 +150,7 @@ def score_perturbations(
         if normalize:
             inserted, deleted = (_rescaled(each, full, empty) for each in (inserted, deleted))
     return PerturbationScores(
-        fractions=torch.tensor(counts, device=images.device) / patches,
+        fractions=torch.tensor(counts, dtype=torch.float32, device=images.device) / patches,
         full=full,
         empty=empty,
         insertion=dict(zip(maps, inserted, strict=True)) if curves else {},
@@ -153,7 +163,7 @@ def perturbation_curves(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
-    target: Tensor | Sequence[int] | int,
+    target: Target,
     steps: int = 28,
     baseline: Baseline = "blur",
     score: Score = "probability",
@@ -166,10 +176,10 @@ def perturbation_curves(
         model: any network from images to logits.
         images: (B, C, H, W), normalised.
         maps: (B, h, w), raw.
-        target: class scored, one per image or one for all.
+        target: what is scored, as `gmarpp.explain` takes it, see `score_perturbations`.
         steps: S; capped at the number of patches.
         baseline: `blur`, `mean`, `black` or `drop`.
-        score: `probability` or `logit`.
+        score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
         normalize: rescale by (full - empty), see `score_perturbations`.
         batch_size: most images per forward pass.
     """

@@ -1,67 +1,18 @@
 """Scoring of many partly removed images in few large batches."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmarpp.attribution.target import logits_of
+from gmarpp.perturbation.objective import Objective
 
-Score = Literal["probability", "logit"]
-SCORES: tuple[str, ...] = get_args(Score)
-
-Render = Callable[[Tensor, Tensor], Tensor]
-"""Network on perturbed images: positions of the images (n,) and what to keep (n, h * w) to logits (n, classes)."""
+Render = Callable[[Tensor, Tensor], Any]
+"""Network on perturbed images: positions of the images (n,) and what to keep (n, h * w) to the network's output."""
 
 _WORD = 62
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is scored: the softmax probability or the logit of each image's target class, in float32.
-
-    Args:
-        target: (B,) long.
-        score: `probability` or `logit`.
-        highest: the largest class index in `target`.
-    """
-
-    target: Tensor
-    score: str
-    highest: int
-
-    @classmethod
-    def of(cls, target: Tensor | Sequence[int] | int, score: str, images: Tensor) -> "Objective":
-        """Check target, one class per image or for all, and score against the images.
-
-        Raises:
-            ValueError: another score, or not one class index (0 or more) per image.
-        """
-        if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
-        target = torch.as_tensor(target, device=images.device)
-        if target.dim() == 0:
-            target = target.expand(len(images))
-        if target.shape != images.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
-            raise ValueError(
-                f"target must hold one class index per image, shape ({len(images)},), got {tuple(target.shape)}"
-            )
-        if int(target.min()) < 0:
-            raise ValueError("target has negative class indices: an unknown label cannot be scored")
-        return cls(target.long(), score, int(target.max()))
-
-    def __call__(self, logits: Tensor, image: Tensor) -> Tensor:
-        """Scores (n,) of logits (n, classes) computed from the images at positions (n,)."""
-        if logits.ndim != 2 or logits.shape[1] <= self.highest:
-            raise ValueError(
-                f"target class {self.highest} needs logits of shape (B, more than {self.highest}), the network "
-                f"returned {tuple(logits.shape)}"
-            )
-        scores = logits.float().softmax(-1) if self.score == "probability" else logits.float()
-        return scores.gather(1, self.target[image, None]).squeeze(1)
 
 
 def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tensor) -> Render:
@@ -74,9 +25,9 @@ def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tens
         to_patch: (H * W,) long, the patch of every pixel.
     """
 
-    def render(image: Tensor, keep: Tensor) -> Tensor:
+    def render(image: Tensor, keep: Tensor) -> Any:
         weights = keep.to(images.dtype)[:, to_patch].view(len(keep), 1, *images.shape[2:])
-        return logits_of(model(torch.lerp(baseline[image], images[image], weights)))
+        return model(torch.lerp(baseline[image], images[image], weights))
 
     return render
 
@@ -92,13 +43,28 @@ def score_weighted(render: Render, weights: Tensor, objective: Objective, batch_
 
     Returns:
         (M, B) float32.
+
+    Raises:
+        ValueError: scores that are not finite (naming the image positions).
     """
     methods, batch, _ = weights.shape
-    scores = torch.empty(methods * batch, device=weights.device)
-    for job in torch.split(torch.arange(methods * batch, device=weights.device), batch_size):
+    scores = torch.empty(methods * batch, dtype=torch.float32, device=weights.device)
+    jobs = torch.arange(methods * batch, device=weights.device)
+    for job in torch.split(jobs, batch if objective.in_order else batch_size):
         image = job % batch
         scores[job] = objective(render(image, weights.flatten(0, 1)[job]), image)
-    return scores.view(methods, batch)
+    return _finite(scores.view(methods, batch, 1)).squeeze(2)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Return scores (M, B, I) unless some are not finite, which metrics would take for undefined and leave out."""
+    unusable = (~scores.isfinite()).any(2).any(0).nonzero().flatten().tolist()
+    if unusable:
+        raise ValueError(
+            f"NaN or infinite scores of perturbed images at image positions {unusable}: check the weights, or use a "
+            "wider precision (bfloat16 or float32)"
+        )
+    return scores
 
 
 def _distinct(ranks: Tensor, intervals: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +98,8 @@ def score_intervals(
     """Score every image with only the patches kept whose rank lies in an interval, for each map and interval.
 
     All jobs (images × methods × intervals) are flattened; jobs that keep the same patches of the same image are scored
-    once; masks and composites exist for one batch at a time.
+    once; masks and composites exist for one batch at a time. An objective that needs its images in order is given all
+    of them at a time, once for each map and interval.
 
     Args:
         render: network on perturbed images.
@@ -144,16 +111,22 @@ def score_intervals(
 
     Returns:
         (M, B, I) float32.
+
+    Raises:
+        ValueError: scores that are not finite (naming the image positions).
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     methods, batch, _ = ranks.shape
     bounds = torch.tensor(intervals, device=ranks.device)
-    jobs, inverse = _distinct(ranks, bounds)
-    kept = (bounds[:, 1] - bounds[:, 0])[jobs % len(bounds)]
-    kept, order = kept.sort(stable=True)
-    sizes = torch.unique_consecutive(kept, return_counts=True)[1].tolist() if equal_sizes else [len(order)]
-    scores = torch.empty(len(jobs), device=ranks.device)
+    if objective.in_order:
+        every = torch.arange(methods * batch * len(bounds), device=ranks.device)
+        jobs = every.view(methods, batch, len(bounds)).transpose(1, 2).flatten()
+        inverse, order, sizes, batch_size = jobs.argsort(), every, [len(every)], batch
+    else:
+        jobs, inverse = _distinct(ranks, bounds)
+        kept = (bounds[:, 1] - bounds[:, 0])[jobs % len(bounds)]
+        kept, order = kept.sort(stable=True)
+        sizes = torch.unique_consecutive(kept, return_counts=True)[1].tolist() if equal_sizes else [len(order)]
+    scores = torch.empty(len(jobs), dtype=torch.float32, device=ranks.device)
     for group in torch.split(order, sizes):
         for chunk in torch.split(group, batch_size):
             row = jobs[chunk] // len(bounds)
@@ -161,4 +134,4 @@ def score_intervals(
             image, ranked = row % batch, ranks.flatten(0, 1)[row]
             keep = (ranked >= low) & (ranked < high)
             scores[chunk] = objective(render(image, keep), image)
-    return scores[inverse].view(methods, batch, len(bounds))
+    return _finite(scores[inverse].view(methods, batch, len(bounds)))

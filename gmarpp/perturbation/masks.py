@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gmarpp.attribution import UnsupportedNetworkError, architecture_of
+from gmarpp.attribution.extent import grid_extent
 
 
 def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
@@ -26,7 +29,7 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
         if batch.ndim != 3 or len(batch) != len(images):
             raise ValueError(
                 f"{method}: maps must have shape ({len(images)}, h, w) for {len(images)} images, got "
-                f"{tuple(batch.shape)}; several classes per image go into the batch dimension"
+                f"{tuple(batch.shape)}; of several classes per image, score each alone, with maps[:, k]"
             )
         height, width = batch.shape[1:]
         grid = grid or (height, width)
@@ -77,16 +80,43 @@ def step_counts(patches: int, steps: int) -> list[int]:
     return [round(step * patches / steps) for step in range(steps + 1)]
 
 
-def pixel_to_patch(grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+def patch_extent(model: nn.Module, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width in pixels over which a grid of maps lies.
+
+    Args:
+        model: a network of a known family whose own grid this is; the maps of any other span the image.
+        size: of the image, (H, W).
+        grid: of the maps, (h, w).
+    """
+    try:
+        layout = architecture_of(model)
+    except UnsupportedNetworkError:
+        return size
+    return grid_extent(layout, *size) if layout.grid(*size) == grid else size
+
+
+def pixel_to_patch(
+    grid: tuple[int, int], size: tuple[int, int], device: torch.device, extent: tuple[int, int] | None = None
+) -> Tensor:
     """Index of the patch every pixel belongs to: nearest-neighbour upsampling of the patch grid.
 
-    Pixel row y belongs to patch row floor(y * h / H), so where the grid does not divide the image some patches are
-    one pixel larger than others and every pixel still belongs to exactly one.
+    Pixel row y belongs to patch row floor(y * h / extent), so where the grid does not divide the extent some patches
+    are one pixel larger than others and every pixel still belongs to exactly one. Pixels beyond the extent, which the
+    network does not see, go with the last patch.
+
+    Args:
+        grid: (h, w).
+        size: of the image, (H, W).
+        device: of the result.
+        extent: pixels that the grid spans; the image by default.
 
     Returns:
         (H * W,) long.
     """
-    rows, columns = (torch.arange(n, device=device) * cells // n for cells, n in zip(grid, size, strict=True))
+    rows, columns = (
+        (torch.arange(n, device=device) * cells // span).clamp(max=cells - 1)
+        for cells, n, span in zip(grid, size, extent or size, strict=True)
+    )
     return (rows[:, None] * grid[1] + columns).flatten()
 
 
@@ -94,7 +124,8 @@ def minmax(maps: Tensor) -> Tensor:
     """Scale every map to [0, 1]; a constant map, which points nowhere, becomes 0.
 
     Args:
-        maps: (..., h, w).
+        maps: (..., h, w), on their own grid: interpolation leaves constant maps an ulp uneven.
     """
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (maps - low) / (high - low), 0.0)
+    values = maps.double()  # no range of float32 overflows
+    low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
+    return ((values - low) / torch.where(high > low, high - low, 1.0)).to(maps.dtype)

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.preserve import evaluation_mode
-from gmarpp.attribution.target import logits_of
+from gmarpp.attribution.target import Target
 from gmarpp.perturbation.imputation import noisy_linear_imputation
-from gmarpp.perturbation.jobs import Objective, Score, score_intervals
-from gmarpp.perturbation.masks import check_maps, pixel_to_patch, rank_patches
+from gmarpp.perturbation.jobs import score_intervals
+from gmarpp.perturbation.masks import check_maps, patch_extent, pixel_to_patch, rank_patches
+from gmarpp.perturbation.objective import Score, objective_of
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -34,7 +36,7 @@ def road_scores(
     model: nn.Module,
     images: Tensor,
     maps: Mapping[str, Tensor],
-    target: Tensor | Sequence[int] | int,
+    target: Target,
     *,
     fractions: Sequence[float] = FRACTIONS,
     score: Score = "probability",
@@ -48,10 +50,10 @@ def road_scores(
         model: any network from images to logits.
         images: (B, C, H, W), normalised.
         maps: raw maps (B, h, w) per method, all on one grid.
-        target: class scored, one per image or one for all.
+        target: what is scored, as `gmarpp.explain` takes it, see `score_perturbations`.
         fractions: shares of the patches to remove, strictly between 0 and 1; rounded to whole patches, at least one
             removed and one left.
-        score: `probability` or `logit`.
+        score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
         noise: standard deviation of the noise on imputed pixels, in units of the normalised image.
         seed: of the noise, one field for all images, so that no score depends on the batch it was computed in.
         batch_size: most images per forward pass.
@@ -60,27 +62,29 @@ def road_scores(
         ValueError: as `score_perturbations`, or fractions outside (0, 1), or a map of one patch.
     """
     grid = check_maps(maps, images)
-    objective = Objective.of(target, score, images)
     patches = grid[0] * grid[1]
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise ValueError(f"fractions must lie strictly between 0 and 1, got {tuple(fractions)}")
     if patches < 2:
         raise ValueError("imputation needs maps of at least two patches: one has to stay")
     counts = [min(max(round(fraction * patches), 1), patches - 1) for fraction in fractions]
-    to_patch = pixel_to_patch(grid, (images.shape[2], images.shape[3]), images.device)
-    field = noise * torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(seed)).to(images.device)
+    size = (images.shape[2], images.shape[3])
+    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
+    generator = torch.Generator().manual_seed(seed)
+    field = noise * torch.randn(images.shape[1:], generator=generator, dtype=torch.float32).to(images.device)
 
-    def render(image: Tensor, keep: Tensor) -> Tensor:
+    def render(image: Tensor, keep: Tensor) -> Any:
         known = keep[:, to_patch].view(len(keep), *images.shape[2:])
-        return logits_of(model(noisy_linear_imputation(images[image], known, field)))
+        return model(noisy_linear_imputation(images[image], known, field))
 
     ranks = rank_patches(torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()]))
     intervals = [(count, patches) for count in counts] + [(0, patches - count) for count in counts]
     with evaluation_mode(model), torch.no_grad():
+        objective = objective_of(model, images, target, score, batch_size)
         scores = score_intervals(render, ranks, intervals, objective, batch_size)
     most, least = torch.split(scores, len(counts), dim=-1)
     return RoadScores(
-        fractions=torch.tensor(counts, device=images.device) / patches,
+        fractions=torch.tensor(counts, dtype=torch.float32, device=images.device) / patches,
         most_relevant_first=dict(zip(maps, most, strict=True)),
         least_relevant_first=dict(zip(maps, least, strict=True)),
     )

@@ -1,3 +1,9 @@
+import os
+import signal
+import subprocess
+import time
+
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -25,3 +31,24 @@ def test_batches_are_collated_as_the_loader_does():
     assert first["image"].tolist() == [[3.0], [1.0]]
     assert first["path"] == ["3", "1"]
     assert second["path"] == ["5"]
+
+
+class Processes:
+    """Items that name the process that loads them."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+def test_a_signal_to_the_whole_group_does_not_end_loading():
+    loader = DataLoader(Processes(), batch_size=1, num_workers=1)
+    batches = iter(batch_loader(loader, [[number] for number in range(8)]))
+    worker = next(batches).item()
+    assert worker != os.getpid()
+    subprocess.run(["kill", "-TERM", str(worker)], check=True)
+    time.sleep(0.2)
+    assert [batch.item() for batch in batches] == [worker] * 7

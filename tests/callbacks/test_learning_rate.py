@@ -87,8 +87,16 @@ def test_divergence_ends_neither_search_nor_run(tmp_path):
 
 
 def test_too_short_a_search_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"from the 8 losses of the search: raise its num_training_steps"):
-        fit(tmp_path, 1e-3, PeakLearningRateFinder(num_training_steps=8))
+    with pytest.raises(ValueError, match=r"losses of the search: raise its num_training_steps"):
+        fit(tmp_path, 1e-3, PeakLearningRateFinder(num_training_steps=13, early_stop_threshold=1.0001))
+
+
+@pytest.mark.parametrize(
+    "option", [{"min_lr": -1}, {"max_lr": 1e-8}, {"num_training_steps": 12}, {"early_stop_threshold": 1}]
+)
+def test_options_out_of_range_are_named(option):
+    with pytest.raises(ValueError, match=rf"PeakLearningRateFinder\.{next(iter(option))}: expected"):
+        PeakLearningRateFinder(**option)
 
 
 def test_resumed_run_keeps_its_rate(tmp_path):

@@ -54,7 +54,7 @@ def test_a_dry_run_explains_one_image(tmp_path):
     monitor = AttributionMonitor(EXPLAINER, images=6)
     explained = []
     monitor.explainer = lambda network, batch: explained.append(len(batch["image"])) or EXPLAINER(network, batch)
-    for option in ("methods", "metrics", "score"):
+    for option in ("methods", "metrics", "score", "normalize"):
         setattr(monitor.explainer, option, getattr(EXPLAINER, option))
     trainer(tmp_path, monitor, fast_dev_run=True).fit(classifier(), Squares())
     assert explained == [1]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from full_disk import no_file_larger_than
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +24,7 @@ from gmarpp.callbacks import ExplanationWriter, writer
 from gmarpp.explainer import ExplainedBatch, Explainer
 from gmarpp.perturbation import Curves
 from gmarpp.reader import load_explanations
-from gmarpp.storage import finished_indices
+from gmarpp.shards import finished_indices
 
 METHODS = ("gmarpp_l1", "rollout")
 METRICS = ("insertion_auc", "deletion_auc")
@@ -180,6 +181,158 @@ def test_a_failed_run_resumes_to_the_same_files_and_explains_nothing_twice(tmp_p
     assert contents(tmp_path / "run") == reference
 
 
+@pytest.mark.parametrize("stop", [SIGTERMException(), KeyboardInterrupt()])
+def test_a_run_that_is_told_to_stop_keeps_what_is_finished(tmp_path, stop):
+    def signalled():
+        raise stop
+
+    with pytest.raises((SIGTERMException, SystemExit)):
+        predict(tmp_path / "run", module=Disturbed(6, signalled))
+    assert finished_indices(tmp_path / "run") == {0, 1, 2, 3, 4, 5}
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def fail_at(stop_at, folder, **options):
+    with pytest.raises(RuntimeError, match="the network failed"):
+        predict(folder, module=FakeExplaining(stop_at=stop_at), **options)
+
+
+def test_a_run_that_can_not_start_leaves_no_folder(tmp_path):
+    fail_at(0, tmp_path / "new" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_of_objects_need_objects(tmp_path):
+    with pytest.raises(ValueError, match=r"explain\.metrics: iou compare.*neither boxes nor masks"):
+        predict(tmp_path / "run", module=FakeExplaining(metrics=("insertion_auc", "iou")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_known_before_anything_is_written(tmp_path, monkeypatch, reference):
+    written = sum(len(data) for name, data in reference.items() if name.startswith(("images", "overlays", "maps/0")))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=written // 2))
+    with pytest.raises(OSError, match=r"results need about.*are free.*run"):
+        predict(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=written * 2))
+    predict(tmp_path / "run", report=False)
+
+
+def test_a_box_that_no_reader_would_take_is_refused_at_once(tmp_path):
+    class Boxed(FakeExplaining):
+        def predict_step(self, batch, batch_idx):
+            return replace(
+                super().predict_step(batch, batch_idx), boxes=torch.full((len(batch["index"]), 4), torch.nan)
+            )
+
+    with pytest.raises(ValueError, match=r"rows\[0\]\.box: expected four finite numbers"):
+        predict(tmp_path / "run", module=Boxed())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_replaces_a_run_when_the_new_one_can_start_and_nothing_else(tmp_path, reference):
+    folder = tmp_path / "run"
+    predict(folder, SquaresData(count=5), FakeExplaining(methods=("legrad",)), figure_formats=["svg"], shard_size=2)
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder, leave_out=())
+    fail_at(0, folder, overwrite=True)
+    assert contents(folder, leave_out=()) == before
+    predict(folder, overwrite=True)
+    assert contents(folder) == {**reference, "notes.txt": b"mine"}
+    with pytest.raises(ValueError, match=r"resume continues .* overwrite removes .*: choose one"):
+        ExplanationWriter(folder, resume=True, overwrite=True)
+
+
+def test_overwriting_spares_what_is_no_run(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "maps").mkdir()
+    (tmp_path / "photos" / "maps" / "cat.jpg").touch()
+    with pytest.raises(FileExistsError, match="holds no run"):
+        predict(tmp_path / "photos", overwrite=True)
+    assert contents(tmp_path / "photos") == {"maps/cat.jpg": b""}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_interrupted_run_without_an_image_does_not_block_another(tmp_path, monkeypatch, reference, resume):
+    def killed(*_):
+        raise OSError("killed before the first part")
+
+    monkeypatch.setattr(writer, "_publish", killed)
+    with pytest.raises(OSError, match="killed before"):
+        predict(tmp_path / "run", module=FakeExplaining(methods=("legrad",)))
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "run.json").exists()
+    predict(tmp_path / "run", resume=resume)
+    assert contents(tmp_path / "run") == reference
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_into_a_folder_in_use_ends_at_once(tmp_path, options):
+    folder = tmp_path / "run"
+    seen = []
+
+    def second():
+        with pytest.raises(
+            BlockingIOError, match=rf"run is in use by process {os.getpid()} on .*: wait.*another folder"
+        ):
+            predict(folder, **options)
+        seen.append(contents(folder, leave_out=()).keys())
+
+    predict(folder, module=Disturbed(6, second), report=False)
+    assert len(seen) == 1
+    assert len(load_explanations(folder)) == 11
+    assert not (folder / ".lock").exists()
+
+
+def test_paths_name_home_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RESULTS", str(tmp_path / "results"))
+    assert ExplanationWriter("~/run").folder == tmp_path / "home" / "run"
+    assert ExplanationWriter("${RESULTS}/run").folder == tmp_path / "results" / "run"
+    with pytest.raises(ValueError, match=r"\$UNKNOWN_NAME, which is not set"):
+        ExplanationWriter("$UNKNOWN_NAME/run")
+    with pytest.raises(ValueError, match="no such user"):
+        ExplanationWriter("~nobody-of-this-name/run")
+
+
+def test_an_index_that_is_missing_is_made_again(tmp_path, reference):
+    predict(tmp_path / "run")
+    (tmp_path / "run" / "maps" / "index.json").unlink()
+    assert predict(tmp_path / "run", resume=True).seen == []
+    assert contents(tmp_path / "run") == reference
+
+
+def test_a_damaged_part_is_named_and_its_images_are_explained_again(tmp_path, reference):
+    fail_at(6, tmp_path / "run")
+    (part,) = (tmp_path / "run" / "parts").glob("*.safetensors")
+    data = bytearray(part.read_bytes())
+    data[-3] ^= 8
+    part.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{part.name} is damaged \(.*digest.*delete it and run again with resume"):
+        predict(tmp_path / "run", resume=True)
+    part.unlink()
+    predict(tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == reference
+
+
+def test_nothing_is_written_or_deleted_beyond_a_link(tmp_path):
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    fail_at(6, folder)
+    elsewhere.mkdir()
+    for name in ("parts", "images", "overlays/rollout", "maps"):
+        (folder / name).rename(tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", elsewhere, dirs_exist_ok=True)
+        (folder / name).symlink_to(elsewhere)
+        before = contents(elsewhere)
+        for option in ("resume", "overwrite") if name == "parts" else ("resume",):
+            with pytest.raises((OSError, ValueError), match=r"(?s)link.*run/|run/.*link"):
+                predict(folder, **{option: True})
+        assert contents(elsewhere) == before
+        (folder / name).unlink()
+        (tmp_path / "moved").rename(folder / name)
+
+
 def test_the_data_module_is_left_as_it_was(tmp_path):
     data = SquaresData()
     predict(tmp_path / "run", data)
@@ -219,7 +372,7 @@ def test_a_limit_is_meant_for_each_rank(tmp_path):
         precision="32-true",
         limit_predict_batches=2,
         is_global_zero=True,
-        strategy=SimpleNamespace(barrier=lambda _: None),
+        strategy=SimpleNamespace(broadcast=lambda error: error),
     )
     loader = ExplanationWriter(tmp_path / "run")._pending(trainer, FakeExplaining(), data.predict_dataloader())
     assert loader.dataset.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -309,7 +462,7 @@ def test_no_part_vouches_for_a_picture_that_could_not_be_written(tmp_path, monke
     obstacle = tmp_path / "run" / "images" / "000004-same.jpg"
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", flush_seconds)
     with pytest.raises(OSError, match=r"can't write: Is a directory.*run/images/000004-same\.jpg"):
-        predict(tmp_path / "run", module=Disturbed(0, obstacle.mkdir))
+        predict(tmp_path / "run", module=Disturbed(2, obstacle.mkdir))
     assert finished_indices(tmp_path / "run") <= {0, 1, 2, 3}
     obstacle.rmdir()
     predict(tmp_path / "run", resume=True)
@@ -322,7 +475,7 @@ def test_a_killed_drawing_process_stops_the_run_and_it_resumes(tmp_path, monkeyp
             process.kill()
 
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(ChildProcessError, match=r"was killed.*continue the run with resume"):
         predict(tmp_path / "run", module=Disturbed(6, kill))
     predict(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == reference

@@ -43,9 +43,10 @@ def test_logits_out_of_range_do_not_count():
 
 
 def test_nan_scores_do_not_count():
-    full, kept = torch.tensor([torch.nan, 0.5, 0.5]), torch.tensor([0.1, torch.nan, 0.6])
+    full = torch.tensor([torch.nan, 0.5, 0.5, 0.0, 1.0])
+    kept = torch.tensor([0.1, torch.nan, 0.6, torch.nan, torch.nan])
     for function in (average_drop, average_increase, average_gain):
-        assert function(full, kept, "none").isnan().tolist() == [True, True, False]
+        assert function(full, kept, "none").isnan().tolist() == [True, True, False, True, True]
     assert average_increase(full, kept).item() == 100
 
 

@@ -79,6 +79,43 @@ def test_constant_map_highlights_nothing_and_points_at_the_first_pixel():
     assert values == [1, 0, 0, 0.75, 0.25]
 
 
+@pytest.mark.parametrize("value", [0.150035, 1 / 3, -2.7, 1e-30, 3e38])
+def test_constant_maps_are_zero_on_every_grid(value):
+    for side in range(7, 38):
+        mask = torch.zeros(1, 3 * side + 2, 5 * side, dtype=torch.bool)
+        mask[:, :side, side:] = True
+        share = mask.float().mean().item()
+        values = [function(torch.full((1, side, side), value), mask).item() for function in FUNCTIONS]
+        assert values == pytest.approx([0, 0, 0, 1 - share, share]), side
+
+
+def test_the_largest_and_the_smallest_ranges_are_scaled_alike():
+    mask = masks([0, 1], [1, 0])
+    for scale in (1e-38, 1.0, 8e37):
+        assert energy_inside(scale * (MAP - 4), mask).item() == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("side", [7, 14, 37])
+def test_the_pointing_game_takes_the_first_of_equal_pixels(side):
+    # Two peaks inside the map, equal before interpolation and apart from each other by an ulp after it.
+    maps = torch.zeros(1, side, side)
+    maps[0, 2, 4] = maps[0, 4, 1] = 0.150035
+    for scale in (3, 5, 11):
+        mask = torch.zeros(1, scale * side, scale * side, dtype=torch.bool)
+        mask[:, 2 * scale + scale // 2, 4 * scale + scale // 2] = True
+        assert pointing_game(maps, mask).item() == 1
+        assert pointing_game(maps, ~mask).item() == 0
+
+
+def test_pixels_that_equal_the_mean_are_not_highlighted():
+    # A ramp along the rows: its middle column is its mean, whatever the interpolation leaves in the last bit.
+    for width in range(7, 38, 2):
+        ramp = torch.arange(width).float().expand(1, width, width).contiguous()
+        mask = torch.zeros(1, 3 * width, 3 * width, dtype=torch.bool)
+        mask[:, :, (3 * width + 1) // 2 :] = True
+        assert iou(ramp, mask).item() == 1, width
+
+
 def test_maps_that_are_not_finite():
     maps = torch.rand(3, 2, 2)
     maps[1, 0, 0] = torch.nan
@@ -121,3 +158,16 @@ class TestBoxes:
     def test_shape(self):
         with pytest.raises(ValueError, match=r"boxes must have shape \(B, 4\)"):
             boxes_to_masks(torch.rand(4), (2, 2))
+
+
+def test_average_precision_does_not_depend_on_the_default_dtype():
+    generator = torch.Generator().manual_seed(0)
+    maps, masks = torch.rand(4, 8, 8, generator=generator), torch.rand(4, 32, 32, generator=generator) > 0.6
+    expected = average_precision(maps, masks, reduction="none")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = average_precision(maps, masks, reduction="none")
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

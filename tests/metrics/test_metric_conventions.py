@@ -62,7 +62,8 @@ def test_equals_its_functional_twin(name):
 def test_torchmetrics_conventions(name):
     given, metric = arguments(name, batch()), METRICS[name]()
     assert metric.is_differentiable in (True, False)
-    assert metric.higher_is_better is (name not in ("average_drop", "deletion_auc"))
+    directions = {"average_drop": False, "deletion_auc": False, "sparseness": None}
+    assert metric.higher_is_better is directions.get(name, True)
     assert metric.full_state_update is False
     with pytest.raises(RuntimeError, match="const"):
         metric.higher_is_better = None

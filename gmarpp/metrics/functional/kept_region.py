@@ -31,7 +31,7 @@ def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
     """
     full, kept = _check(full, kept)
     drop = torch.where(full == 0, 0.0, 100 * (full - kept).relu() / full)
-    return reduce_images(torch.where(full < 0, math.nan, drop), reduction)
+    return reduce_images(torch.where((full < 0) | kept.isnan(), math.nan, drop), reduction)
 
 
 def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -70,4 +70,4 @@ def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
     """
     full, kept = _check(full, kept)
     gain = torch.where(full == 1, 0.0, 100 * (kept - full).relu() / (1 - full))
-    return reduce_images(torch.where(full > 1, math.nan, gain), reduction)
+    return reduce_images(torch.where((full > 1) | kept.isnan(), math.nan, gain), reduction)

@@ -1,7 +1,8 @@
 """Agreement of maps with boxes or masks of the object.
 
-Maps are upsampled to the masks' size (bilinear) and scaled to [0, 1] each; a constant map becomes 0 everywhere. An
-image whose mask is empty - it has no box, or an empty one - has no value: NaN, left out of means.
+Maps are scaled to [0, 1] each on their own grid, a constant map becomes 0 everywhere, and upsampled to the masks' size
+(bilinear), in float64. An image whose mask is empty - it has no box, or an empty one - has no value: NaN, left out of
+means.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_accuracy, binary_average_precision
+from torchmetrics.functional.classification import binary_accuracy
 
 from gmarpp.metrics.functional.reduction import Reduction, check_finite_maps, reduce_images
 from gmarpp.perturbation.masks import minmax
@@ -33,7 +34,7 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (B, 4), got {tuple(boxes.shape)}")
     x0, y0, x1, y1 = boxes.float().T[..., None]
-    rows, columns = (torch.arange(n, device=boxes.device) + 0.5 for n in size)
+    rows, columns = (torch.arange(n, device=boxes.device, dtype=torch.float32) + 0.5 for n in size)
     inside_rows, inside_columns = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
     masks: Tensor = inside_rows[:, :, None] & inside_columns[:, None, :]
     return masks
@@ -44,16 +45,22 @@ def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     if masks.ndim != 3 or len(masks) != len(maps):
         raise ValueError(f"masks must have shape ({len(maps)}, H, W) for {len(maps)} maps, got {tuple(masks.shape)}")
     masks = masks.to(maps.device, torch.bool)
-    upsampled = F.interpolate(maps[:, None].float(), size=masks.shape[1:], mode="bilinear", align_corners=False)
-    return minmax(upsampled[:, 0]).flatten(1), masks.flatten(1)
+    scaled = minmax(maps.double())[:, None]
+    upsampled = F.interpolate(scaled, size=masks.shape[1:], mode="bilinear", align_corners=False)
+    return upsampled.flatten(1), masks.flatten(1)
 
 
 def _where_masked(values: Tensor, masks: Tensor, reduction: Reduction) -> Tensor:
-    return reduce_images(torch.where(masks.any(1), values, math.nan), reduction)
+    return reduce_images(torch.where(masks.any(1), values.float(), math.nan), reduction)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Make equal again what is equal in exact arithmetic: interpolation leaves pixels an ulp apart."""
+    return values.round(decimals=10)
 
 
 def _highlighted(maps: Tensor, threshold: float | None) -> Tensor:
-    return maps > (maps.mean(1, keepdim=True) if threshold is None else threshold)
+    return _rounded(maps) > (_rounded(maps.mean(1, keepdim=True)) if threshold is None else threshold)
 
 
 def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -69,7 +76,8 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
         tensor(1.)
     """
     scaled, masks = _aligned(maps, masks)
-    return _where_masked(masks.gather(1, scaled.argmax(1, keepdim=True))[:, 0].float(), masks, reduction)
+    hits = masks.gather(1, _rounded(scaled).argmax(1, keepdim=True))[:, 0]
+    return _where_masked(hits, masks, reduction)
 
 
 def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -86,7 +94,7 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
     """
     scaled, masks = _aligned(maps, masks)
     total = scaled.sum(1)
-    inside = torch.where(total > 0, (scaled * masks).sum(1) / total, 0.0)
+    inside = (scaled * masks).sum(1) / torch.where(total > 0, total, 1.0)
     return _where_masked(inside, masks, reduction)
 
 
@@ -105,7 +113,7 @@ def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: 
     """
     scaled, masks = _aligned(maps, masks)
     highlighted = _highlighted(scaled, threshold)
-    return _where_masked((highlighted & masks).sum(1) / (highlighted | masks).sum(1), masks, reduction)
+    return _where_masked((highlighted & masks).sum(1).double() / (highlighted | masks).sum(1), masks, reduction)
 
 
 def pixel_accuracy(
@@ -141,9 +149,11 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
         tensor(0.8333)
     """
     scaled, masks = _aligned(maps, masks)
-    # Pixels that are equal in exact arithmetic leave the interpolation an ulp apart, which would order ties by chance.
-    scaled = scaled.round(decimals=5)
-    values = scaled.new_full((len(scaled),), math.nan)
-    for image in masks.any(1).nonzero()[:, 0].tolist():
-        values[image] = binary_average_precision(scaled[image], masks[image].float(), validate_args=False)
-    return reduce_images(values, reduction)
+    ordered, order = _rounded(scaled).sort(dim=1, descending=True)
+    inside = masks.gather(1, order).double()
+    place = torch.arange(inside.shape[1], device=inside.device).expand_as(order)
+    # Equal pixels enter together: each counts with the precision at the last of them.
+    ends = F.pad(ordered[:, 1:] != ordered[:, :-1], (0, 1), value=True)
+    last = torch.where(ends, place, inside.shape[1]).flip(1).cummin(1).values.flip(1)
+    precision = (inside.cumsum(1) / (place + 1)).gather(1, last)
+    return _where_masked((inside * precision).sum(1) / inside.sum(1), masks, reduction)

@@ -1,5 +1,7 @@
 """Agreement of two maps."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         second: maps (n, h, w).
 
     Returns:
-        (n,) in [-1, 1]; 0 where one of the two is constant.
+        (n,) in [-1, 1]; 0 where one of the two is constant, NaN where one holds NaN.
 
     Example:
         >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 7.0, 6.0]]]))
@@ -20,7 +22,9 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """
     a, b = _centred_ranks(first), _centred_ranks(second)
     norms = a.norm(dim=1) * b.norm(dim=1)
-    return torch.where(norms > 0, (a * b).sum(dim=1) / norms.clamp(min=1e-12), 0.0)
+    unordered = first.flatten(1).isnan().any(dim=1) | second.flatten(1).isnan().any(dim=1)
+    correlation = torch.where(norms > 0, (a * b).sum(dim=1) / norms.clamp(min=1e-12), 0.0)
+    return torch.where(unordered, math.nan, correlation)
 
 
 def _centred_ranks(maps: Tensor) -> Tensor:

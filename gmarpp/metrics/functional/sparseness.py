@@ -23,8 +23,9 @@ def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
         tensor([0.7500, 0.0000])
     """
     check_finite_maps(maps)
-    values = maps.float().abs().flatten(1).sort(dim=1).values
+    values = maps.double().abs().flatten(1).sort(dim=1).values
     count = values.shape[1]
     weights = torch.arange(1 - count, count, 2, device=values.device, dtype=values.dtype)
     total = count * values.sum(1)
-    return reduce_images(torch.where(total > 0, (values * weights).sum(1) / total, 0.0), reduction)
+    gini = (values * weights).sum(1) / torch.where(total > 0, total, 1.0)
+    return reduce_images(gini.float(), reduction)
