@@ -36,21 +36,19 @@ def explain(
 ) -> Explanation:
     """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
 
-    The network is explained in eval mode and without activation checkpointing of its own, and left exactly as it was:
-    modes, `requires_grad` and `.grad` of the parameters; no parameter's gradient is computed. Works under autocast,
-    with attention arithmetic in float32, and inside `torch.inference_mode`.
+    The network runs in eval mode and without activation checkpointing of its own, and is left exactly as it was; no
+    parameter's gradient is computed. Works under autocast, and inside `torch.inference_mode`.
 
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
         images: preprocessed for the network, shape (B, 3, H, W).
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, aliases, or `Method` objects with their own options.
-        target: what is explained: `None` for the predicted class; a class index or name; one of either per image, or
-            (B, K) for K classes per image at the cost of K backward passes; a `Contrast` of two classes; or a function
-            that takes the network's output and gives one score per image.
+        target: `None` for the predicted class; a class index or name; one of either per image, or (B, K) for K classes
+            per image and as many backward passes; a `Contrast` of two; or a function of the network's output that
+            gives one score per image.
         architecture: token layout of a network of an unknown family.
-        recompute: keep only inputs of blocks in the forward pass and run each block again in the backward pass. Beyond
-            512 tokens the number of kept inputs, and so the memory, does not grow with the number of blocks. Methods
-            without gradients need no such pass.
+        recompute: keep only the inputs of blocks in the forward pass, and run each block again in the backward pass.
+            Methods without gradients need no such pass.
 
     Raises:
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
@@ -71,7 +69,6 @@ def explain(
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
         maps, scores = _maps(model, usable, plan, target)
-    maps = {method.name: maps[method.name] for method in selected}
     names = () if callable(target) else class_names(model)
     seen = fit_to_extent(usable, grid_extent(layout, images.shape[-2], images.shape[-1]))
     return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names)
@@ -110,7 +107,7 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     shape = (*scores.indices.shape, *grid)
     maps = {
         name: torch.stack([rows[name] for rows in columns], dim=1)[..., first_patch:].reshape(shape)
-        for name in columns[0]
+        for name in plan.names
     }
     _check_maps(maps)
     return maps, scores

@@ -117,15 +117,19 @@ def check_head(output: Any, passed: ForwardPass) -> None:
 
 
 def reads_prefix(passed: ForwardPass, output: Any) -> bool:
-    """Return whether the architecture's head reads prefix tokens and no others."""
+    """Return whether the architecture's head reads prefix tokens and no others, and can do without the others."""
     assert passed.last_tokens is not None
-    layout = passed.plan.layout
+    layout, prefix = passed.plan.layout, passed.plan.layout.prefix_tokens
     tokens = passed.last_tokens[:1].detach().requires_grad_()
-    gradient = _gradient(distinct_sum(head_output(layout, tokens, output)), tokens)
-    if gradient is None:
+    made = head_output(layout, tokens, output)
+    gradient = _gradient(distinct_sum(made), tokens)
+    if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
         return False
-    read = gradient != 0
-    return bool(read[:, : layout.prefix_tokens].any() and not read[:, layout.prefix_tokens :].any())
+    try:
+        return agree(head_output(layout, tokens[:, :prefix], output), made)
+    except Exception:
+        # Such as one that lays the patch tokens out in a grid and weighs them by nothing.
+        return False
 
 
 def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, needs_gradient: bool) -> Tensor:

@@ -49,18 +49,18 @@ class OwnScores:
             by block, (B, H, R, dv), times the factor; R is the number of prefix tokens, or of all.
         """
         if self._by_prefix:
-            found = [self._of_prefix(*layer, score, scale) for layer in self._layers]
-            alike = [layer[1] for layer in found if layer is not None]
-            if len(alike) == len(found) and bool(torch.stack(alike).all()):
-                return [layer[0] for layer in found if layer is not None]
+            tails = [self._prefix_tail(*layer) for layer in self._layers]
+            known = [tail for tail in tails if tail is not None]
+            if len(known) == len(tails) and bool(torch.stack([alike for _, _, alike in known]).all()):
+                # No tail depends on another: one sum has the gradients of all.
+                total = torch.stack([self._score(own, score, scale) for _, own, _ in known]).sum()
+                return list(torch.autograd.grad(total, [attended for attended, _, _ in known]))
             # Tokens mix outside of attention, so the prefix tokens cannot do without the others.
             self._by_prefix = False
         return [self._of_all(*layer, score, scale) for layer in self._layers]
 
-    def _of_prefix(
-        self, run: BlockRun, call: AttentionCall, score: Score, scale: float
-    ) -> tuple[Tensor, Tensor] | None:
-        """Differentiate through the tail of the prefix tokens; with whether it gives what the block gave for them."""
+    def _prefix_tail(self, run: BlockRun, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Run the tail of the prefix tokens: what it starts from, what comes out, and whether that is the block's."""
         assert call.prefix is not None
         attended = call.prefix.detach().requires_grad_()
         tokens = run.tokens[:, : attended.shape[2]]
@@ -71,16 +71,16 @@ class OwnScores:
             # Such as a convolution's: the block cannot run without its other tokens.
             return None
         expected = run.output.detach()[:, : tokens.shape[1]]
-        if own.shape != expected.shape:
-            return None
-        return self._differentiated(own, attended, score, scale), _alike(own.detach(), expected, tokens)
+        return None if own.shape != expected.shape else (attended, own, _alike(own.detach(), expected, tokens))
 
     def _of_all(self, run: BlockRun, call: AttentionCall, score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""
         plan = self._passed.plan
         # A graph that is recomputed in part would keep what it has recomputed of the rest.
         if plan.gradients and not plan.recompute:
-            return self._differentiated(run.output, self._passed.outputs[call.index], score, scale)
+            start, own = self._passed.outputs[call.index], run.output
+            assert start is not None
+            return torch.autograd.grad(self._score(own, score, scale), start, retain_graph=True)[0]
         attended: list[Tensor] = []
 
         def answer(*args: Any, **kwargs: Any) -> Tensor:
@@ -89,12 +89,11 @@ class OwnScores:
 
         with answered_by(answer):
             own = run.again(run.tokens)
-        return self._differentiated(own, attended[0], score, scale)
+        return torch.autograd.grad(self._score(own, score, scale), attended)[0]
 
-    def _differentiated(self, tokens: Tensor, start: Any, score: Score, scale: float) -> Tensor:
-        made = score(head_output(self._passed.plan.layout, tokens, self._output))
-        gradient: Tensor = torch.autograd.grad(made.sum() * scale, start, retain_graph=True)[0]
-        return gradient
+    def _score(self, tokens: Tensor, score: Score, scale: float) -> Tensor:
+        """Return the sum of the images' scores of a layer's tokens, times a factor."""
+        return score(head_output(self._passed.plan.layout, tokens, self._output)).float().sum() * scale
 
 
 def _alike(own: Tensor, expected: Tensor, tokens: Tensor) -> Tensor:

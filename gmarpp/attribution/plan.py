@@ -20,6 +20,7 @@ class Plan:
     """Which methods are wanted of which network, and what they need.
 
     Attributes:
+        names: of the methods, in the order of the maps.
         groups: the methods, by gradient rule; each group has a backward pass of its own, on the graph of all.
         layout: the network's tokens, blocks and head.
         gradients: whether gradients pass from block to block. If not, blocks run without a graph.
@@ -28,6 +29,7 @@ class Plan:
         recompute: whether blocks run again in the backward pass instead of keeping their activations.
     """
 
+    names: tuple[str, ...]
     groups: tuple[tuple[Method, ...], ...]
     layout: Architecture
     gradients: bool
@@ -64,4 +66,5 @@ class Plan:
             tuple(each for each in methods if (each.gradient_rule if each.needs_gradient else first) == rule)
             for rule in rules
         )
-        return Plan(groups, layout, gradients, local_scores, tails_again, recompute)
+        names = tuple(method.name for method in methods)
+        return Plan(names, groups, layout, gradients, local_scores, tails_again, recompute)

@@ -54,9 +54,10 @@ class WayDown:
 
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
         passed = self._passed
-        need_gradient = any(method.needs_gradient or method.needs_local_gradient for method in methods)
+        need_local = any(method.needs_local_gradient for method in methods)
+        need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
-        local = () if self._own_scores is None else self._own_scores.gradients(score, scale)
+        local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
         passed.descent.begin(relevance, local, scale, passed.calls)
         if passed.plan.gradients:
