@@ -1,6 +1,5 @@
 """Answers to attention calls: the network's own fused attention, with a node in the graph that visits the layer."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.fused_layer import is_fused
-from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.seam import Handler, fused_attention
 
 
@@ -81,8 +79,7 @@ class _DenseAttention(torch.autograd.Function):
         query, key, value, mask = ctx.saved_tensors
         found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
         with torch.autocast(outer.device.type, enabled=False):
-            for part, layer in ctx.descent.visit(ctx.call, query, key, value, mask, outer):
-                _write_gradients([each[part] for each in found], layer)
+            ctx.descent.visit(ctx.call, query, key, value, mask, outer, found)
         return (*found, None, None, None)
 
 
@@ -108,26 +105,8 @@ class _Visited(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (outer,) = gradients
         with torch.autocast(outer.device.type, enabled=False):
-            for _ in ctx.descent.visit(ctx.call, *ctx.saved_tensors, outer):
-                pass
+            ctx.descent.visit(ctx.call, *ctx.saved_tensors, outer)
         return (outer, None, None, None, None, None, None)
-
-
-def _write_gradients(found: Sequence[Tensor], layer: AttentionLayer) -> None:
-    """Write the gradients of query, key and value, times the layer's `gradient_scale`; the layer is used up.
-
-    The softmax's own backward is ``A ⊙ (G - rowsum(A ⊙ G))``.
-    """
-    assert layer.outer is not None
-    product = layer.product
-    scores = product.addcmul_(layer.attention, product.sum(dim=-1, keepdim=True), value=-1)
-    # As in the fused backward step, products are in the inputs' precision; float16 is too slow on a CPU.
-    dtype = torch.bfloat16 if layer.query.dtype == torch.bfloat16 else torch.float32
-    factor = layer.scale * layer.gradient_scale
-    scores, attention = scores.to(dtype), layer.attention.to(dtype)
-    found[0].copy_(torch.matmul(scores, layer.key.to(dtype) * factor))
-    found[1].copy_(torch.matmul(scores.mT, layer.query.to(dtype) * factor))
-    found[2].copy_(torch.matmul(attention.mT, layer.outer.to(dtype)))
 
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:

@@ -51,8 +51,9 @@ class Descent:
         value: Tensor,
         mask: Tensor | None,
         outer: Tensor | None,
-    ) -> Iterator[tuple[slice, AttentionLayer]]:
-        """Carry the relevance through a layer, part by part of the batch; yields each part with its layer.
+        gradients: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Carry the relevance through a layer, part by part of the batch, of which only one has matrices at a time.
 
         Args:
             call: the layer's call.
@@ -61,6 +62,7 @@ class Descent:
             value: (B, H, N, dv).
             mask: as `scaled_dot_product_attention` takes it.
             outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv), or `None`.
+            gradients: filled with those of query, key and value, if the layer is to find them.
         """
         assert self.relevance is not None
         local = None if call.block is None or not self.local else self.local[call.block]
@@ -81,7 +83,8 @@ class Descent:
                 depth=self.depth,
             )
             self.relevance.step(part, layer)
-            yield part, layer
+            if gradients is not None:
+                layer.write_gradients([each[part] for each in gradients])
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

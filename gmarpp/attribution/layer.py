@@ -1,5 +1,6 @@
 """One attention layer, as methods see it: products of rows with its matrices, and the matrices themselves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -69,7 +70,7 @@ class AttentionLayer:
         """Gradient of the layer's own score with respect to the first R rows of ``A``, (B, H, R, N); others' is 0."""
         return None if self.local is None else self._gradient(self.local)
 
-    @cached_property
+    @property
     def product(self) -> Tensor:
         """``G ⊙ A``, (B, H, Q, N)."""
         return self.gradient * self.attention
@@ -77,7 +78,7 @@ class AttentionLayer:
     @cached_property
     def positive_product(self) -> Tensor:
         """``ReLU(G) ⊙ A``, which is ``ReLU(G ⊙ A)`` as no attention is negative; (B, H, Q, N)."""
-        return self.product.relu()
+        return self.product.relu_()
 
     @cached_property
     def product_rows(self) -> Tensor:
@@ -92,15 +93,13 @@ class AttentionLayer:
 
     def head_norm(self, which: HeadNorm) -> Tensor:
         """Return a norm of each head's gradient, (B, H)."""
-        if which == "positive_l1":
-            return self._positive_sum
-        if which != "gradient_l1":
-            norm: Tensor = torch.linalg.vector_norm(
-                self.gradient if which == "gradient_l2" else self._positive, dim=(-2, -1)
-            )
+        if which == "gradient_l1":
+            # |x| = 2 ReLU(x) - x, which is half the work of the absolute values.
+            return 2 * self._positive_norms["positive_l1"] - self.gradient.sum(dim=(-2, -1))
+        if which == "gradient_l2":
+            norm: Tensor = torch.linalg.vector_norm(self.gradient, dim=(-2, -1))
             return norm
-        # |x| = 2 ReLU(x) - x, which is half the work of the absolute values.
-        return 2 * self._positive_sum - self.gradient.sum(dim=(-2, -1))
+        return self._positive_norms[which]
 
     def head_share(self, which: HeadNorm) -> Tensor:
         """Return each head's share of the sum of a norm over the heads, (B, H); equal shares where all norms are 0."""
@@ -126,13 +125,27 @@ class AttentionLayer:
         gradient = self.local_gradient
         return None if gradient is None else gradient.relu_().sum(dim=(1, 2))
 
-    @cached_property
-    def _positive(self) -> Tensor:
-        return self.gradient.relu()
+    def write_gradients(self, found: Sequence[Tensor]) -> None:
+        """Write the gradients of query, key and value, times `gradient_scale`; `gradient` is used up.
+
+        The softmax's own backward step is ``A ⊙ (G - rowsum(A ⊙ G))``.
+        """
+        assert self.outer is not None
+        attention, product = self.attention, self.gradient.mul_(self.attention)
+        scores = product.addcmul_(attention, product.sum(dim=-1, keepdim=True), value=-1)
+        # As in the fused backward step, products are in the inputs' precision; float16 is too slow on a CPU.
+        dtype = torch.bfloat16 if self.query.dtype == torch.bfloat16 else torch.float32
+        scores, attention, factor = scores.to(dtype), attention.to(dtype), self.scale * self.gradient_scale
+        found[0].copy_(torch.matmul(scores, self.key.to(dtype) * factor))
+        found[1].copy_(torch.matmul(scores.mT, self.query.to(dtype) * factor))
+        found[2].copy_(torch.matmul(attention.mT, self.outer.to(dtype)))
 
     @cached_property
-    def _positive_sum(self) -> Tensor:
-        return self._positive.sum(dim=(-2, -1))
+    def _positive_norms(self) -> dict[HeadNorm, Tensor]:
+        # Both at once, so that the matrix need not be kept.
+        positive = self.gradient.relu()
+        l2 = torch.linalg.vector_norm(positive, dim=(-2, -1))
+        return {"positive_l1": positive.sum(dim=(-2, -1)), "positive_l2": l2}
 
     @cached_property
     def _forbidden(self) -> Tensor:

@@ -9,10 +9,26 @@ from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.grid import Architecture
 from gmarpp.attribution.method import Method
 
+GRADIENT_RULES = ("plain",)
+"""How a score's gradient may be propagated: as it is."""
+
 
 def _is_hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
+
+
+def _by_rule(methods: Sequence[Method]) -> tuple[tuple[Method, ...], ...]:
+    """Group methods by their gradient rule; those that need no gradient go with the first."""
+    used = dict.fromkeys(method.gradient_rule for method in methods if method.needs_gradient) or {
+        GRADIENT_RULES[0]: None
+    }
+    for rule in used:
+        if rule not in GRADIENT_RULES:
+            raise ValueError(f"unknown gradient rule {rule!r}: choose from {', '.join(GRADIENT_RULES)}")
+    first = next(iter(used))
+    rules = [method.gradient_rule if method.needs_gradient else first for method in methods]
+    return tuple(tuple(each for each, own in zip(methods, rules, strict=True) if own == rule) for rule in used)
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Plan:
             recompute: whether the caller wants recomputation; methods without gradients need none.
 
         Raises:
+            ValueError: for a gradient rule that is not known.
             UnsupportedNetworkError: if the methods need blocks or a head that the layout does not tell.
         """
         local_scores = any(method.needs_local_gradient for method in methods)
@@ -59,12 +76,5 @@ class Plan:
                 "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
                 "gmarpp.Architecture(..., blocks=..., head=...)"
             )
-        rules = {method.gradient_rule: None for method in methods if method.needs_gradient} or {"": None}
-        # What needs no gradient goes with the first rule.
-        first = next(iter(rules))
-        groups = tuple(
-            tuple(each for each in methods if (each.gradient_rule if each.needs_gradient else first) == rule)
-            for rule in rules
-        )
         names = tuple(method.name for method in methods)
-        return Plan(names, groups, layout, gradients, local_scores, tails_again, recompute)
+        return Plan(names, _by_rule(methods), layout, gradients, local_scores, tails_again, recompute)

@@ -72,8 +72,7 @@ class WayDown:
         with torch.no_grad(), torch.autocast(self._images.device.type, enabled=False):
             for call in reversed(self._passed.calls):
                 assert call.inputs is not None
-                for _ in self._passed.descent.visit(call, *call.inputs, outer=None):
-                    pass
+                self._passed.descent.visit(call, *call.inputs, outer=None)
                 if not keep:
                     call.inputs = None
 

@@ -13,7 +13,7 @@ from test_fused import matrices
 from torch import nn
 
 import gmarpp
-from gmarpp.attribution import Method
+from gmarpp.attribution import Method, plan
 from gmarpp.attribution.fused_layer import FusedLayer
 from gmarpp.attribution.layer import AttentionLayer
 
@@ -94,6 +94,26 @@ class OwnChefer(Method):
 def test_a_method_of_ones_own_takes_matrices():
     found = gmarpp.explain(vit(), images(), ["chefer", OwnChefer()]).maps
     torch.testing.assert_close(found["own"], found["chefer"], rtol=1e-5, atol=1e-8)
+
+
+class OtherRule(OwnChefer):
+    """The same, of a gradient that is propagated by another rule."""
+
+    name, gradient_rule = "other", "other"
+
+
+def test_methods_of_several_gradient_rules_have_a_pass_each(monkeypatch):
+    model, batch = vit(), images()
+    methods = ["rollout", "chefer", OtherRule(), "legrad", "gmar_l1"]
+    with pytest.raises(ValueError, match="unknown gradient rule 'other': choose from plain"):
+        gmarpp.explain(model, batch, methods)
+    monkeypatch.setattr(plan, "GRADIENT_RULES", ("plain", "other"))
+    for target in (2, [[2, 3]] * 3):
+        found = gmarpp.explain(model, batch, methods, target).maps
+        assert list(found) == ["rollout", "chefer", "other", "legrad", "gmar_l1"]
+        torch.testing.assert_close(found["other"], found["chefer"], rtol=1e-5, atol=1e-8)
+        expected = gmarpp.explain(model, batch, "gmar_l1", target).maps["gmar_l1"]
+        torch.testing.assert_close(found["gmar_l1"], expected, rtol=1e-5, atol=1e-8)
 
 
 class GroupedQueries(nn.Module):
