@@ -1,9 +1,12 @@
 """Decoding of pictures: any readable image becomes 8-bit RGB, any mask becomes boolean."""
 
+import logging
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,14 +15,27 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# what Pillow raises on damaged files, besides its own subclasses of OSError
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, struct.error, zlib.error)
+from gmarpp.data.walk import require_regular_file
+
+logger = logging.getLogger(__name__)
+
+# What Pillow raises on damaged files, besides its own subclasses of OSError.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(EOFError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+_BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION, _MAX_SAMPLE_VALUE = 258, 262, 281
+# A longer strip would have millions of pixels once its short edge is resized to a network's input.
+_MAX_ASPECT_RATIO = 100
+_TWELVE_BITS = 4095
 
 
 def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """Reads an image as uint8 RGB (3, H, W), upright, transparency composited on white.
 
-    Grey, palette, CMYK, 16-bit and floating-point images are converted with their full range kept.
+    Grey, palette, CMYK, 16-bit and floating-point images are converted with their full range kept. The range of
+    integers is what a TIFF says (BitsPerSample, MaxSampleValue), else 16 bits; where values use only 12 of them, a
+    message says so.
 
     Args:
         source: a file's path, or an open binary file.
@@ -27,9 +43,10 @@ def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Tensor
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or not an image.
+        ValueError: the file is damaged, not an image or no regular file, has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or is a strip more than 100 times as long as wide.
     """
-    with _naming(source, name, "image"), Image.open(source) as image:
+    with _opened(source, name, "image") as image:
         return to_tensor(image)
 
 
@@ -42,7 +59,7 @@ def read_mask(source: str | Path | BinaryIO, name: str | None = None) -> Tensor:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or not an image.
     """
-    with _naming(source, name, "mask"), Image.open(source) as image:
+    with _opened(source, name, "mask") as image:
         threshold = 127 if image.format == "JPEG" else 0
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data and upright.mode != "P":
@@ -57,18 +74,24 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a Pillow image to upright 8-bit RGB.
+    """Convert a Pillow image to upright 8-bit RGB.
 
-    16-bit values are divided by 257, floating-point values are taken in [0, 1] or else in [0, 255].
+    Integers of more than 8 bits are divided by their largest value, floating-point values are taken in [0, 1] or else
+    in [0, 255].
 
     Raises:
-        ValueError: the values of a 32-bit image are outside these ranges.
+        ValueError: the values of a 32-bit image are outside these ranges, or 16-bit colors use fewer bits: only the
+            high 8 of them can be read.
     """
+    largest = _largest_value(image)
+    inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_INTERPRETATION) == 0
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = _sixteen_bit_to_grey(image)
+        image = _integers_to_grey(image, largest, inverted)
     elif image.mode == "F":
         image = _float_to_grey(image)
+    elif largest < 65535:
+        raise ValueError(f"of 16-bit colors only the high 8 bits can be read, but these end at {largest}: scale them")
     elif image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
@@ -76,11 +99,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _sixteen_bit_to_grey(image: Image.Image) -> Image.Image:
+def _largest_value(image: Image.Image) -> int:
+    """Return the value that is white: what a TIFF's tags say, else that of 16 bits."""
+    tags = getattr(image, "tag_v2", {})
+    stated, bits = (int(np.max(tags.get(tag, 0))) for tag in (_MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE))
+    in_sixteen_bits = stated if bits >= 16 and 255 < stated <= 65535 else 65535
+    return (1 << bits) - 1 if 8 < bits < 16 else in_sixteen_bits
+
+
+def _integers_to_grey(image: Image.Image, largest: int, inverted: bool) -> Image.Image:
+    """Scale integers to 8 bits; Pillow leaves it to us to invert those of a TIFF whose zero is white."""
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("integers outside 0 to 65535 have no defined brightness")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(f"integers outside 0 to {largest} have no defined brightness")
+    if largest == 65535 and 255 < values.max() <= _TWELVE_BITS:
+        _warn_of_twelve_bits()
+    values = largest - values if inverted else values
+    return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
+
+
+@cache
+def _warn_of_twelve_bits() -> None:
+    logger.warning(
+        "a 16-bit image holds no value above %d, as if it had 12 bits, and is taken as nearly black: if 12 bits are "
+        "its range, say so in the file (TIFF's MaxSampleValue), or scale the values",
+        _TWELVE_BITS,
+    )
 
 
 def _float_to_grey(image: Image.Image) -> Image.Image:
@@ -91,10 +135,32 @@ def _float_to_grey(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _naming(source: str | Path | BinaryIO, name: str | None, kind: str) -> Iterator[None]:
+def _opened(source: str | Path | BinaryIO, name: str | None, kind: str) -> Iterator[Image.Image]:
+    """Open a picture; errors within the block name it."""
+    called = name or source
     try:
-        yield
+        if isinstance(source, str | Path):
+            require_regular_file(Path(source))
+        with warnings.catch_warnings():
+            # What Pillow warns of is refused below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source)
+        with image:
+            _require_safe(image)
+            yield image
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{kind} {name or source} does not exist") from error
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{kind} {name or source} cannot be read ({error}): replace or remove it") from error
+        raise FileNotFoundError(f"{kind} {called} does not exist") from error
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{kind} {called} cannot be read ({error or type(error).__name__}): replace or remove it"
+        ) from error
+
+
+def _require_safe(image: Image.Image) -> None:
+    limit, size = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height} pixels"
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{size} are more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS")
+    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"{size} are more than {_MAX_ASPECT_RATIO} times as long as wide")
+    if image.format == "EPS":
+        raise ValueError("Encapsulated PostScript is a program, which is not run")

@@ -1,21 +1,22 @@
 """Any Hugging Face dataset with an image and a label column: on the Hub, or local parquet files or image folders."""
 
-import io
+import glob
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
-from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.data.dataset import Record, Sample, drawing_from
-from gmarpp.data.decode import read_image, to_tensor
-from gmarpp.data.module import DROPPED, ImageDataModule, Labels, Split
+from gmarpp.data.hub_rows import DAMAGED, HubRows, HubStream, class_number
+from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-from gmarpp.data.transforms import Transform
+from gmarpp.data.row_images import RowImages
+from gmarpp.data.walk import expand_path, files_below, require_regular_file
+from gmarpp.options import Range, require_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ class HubDataset(ImageDataModule):
     """Images and labels read through `datasets`. The preset is Tiny-ImageNet on the Hub, which has no boxes.
 
     Classes are the names of the label column in their own order, or the sorted values of a text column's training and
-    validation split.
+    validation split. A row holds its image, or names a file below the data's own folder: others are not read.
 
     Args:
-        path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`.
+        path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`. Here, in
+            `data_files` and `cache_dir`, `~` and environment variables are expanded.
         name: configuration of the dataset.
         data_files: files by split, for a loader's name.
         revision: branch, tag or commit on the Hub.
@@ -43,7 +45,7 @@ class HubDataset(ImageDataModule):
         streaming: read while training instead of downloading first. Then epochs have no known length (give the
             trainer max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run begins with
             the order of the first epoch again. On several ranks an epoch ends with limit_train_batches alone.
-        shuffle_buffer: images held for shuffling a stream, per process.
+        shuffle_buffer: images held for shuffling a stream, per process, at least 1.
         **options: of `ImageDataModule`.
     """
 
@@ -66,10 +68,17 @@ class HubDataset(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        require_ranges({"shuffle_buffer": shuffle_buffer}, {"shuffle_buffer": Range(1)})
         if streaming and self.images_per_class is not None:
             raise ValueError("images_per_class needs the whole data at hand: set streaming to false")
-        self.path = path
-        self.load_options = {"name": name, "data_files": data_files, "revision": revision, "cache_dir": cache_dir}
+        self.path = _expanded(path)
+        self.data_files = {split: _expanded(file) for split, file in (data_files or {}).items()}
+        self.load_options = {
+            "name": name,
+            "data_files": self.data_files or None,
+            "revision": revision,
+            "cache_dir": None if cache_dir is None else _expanded(cache_dir),
+        }
         self.image_column = image_column
         self.label_column = label_column
         self.splits: dict[Split, str] = {
@@ -93,11 +102,21 @@ class HubDataset(ImageDataModule):
         """Downloads into the cache, unless streaming.
 
         Raises:
-            OSError: the dataset is not there, or the Hub cannot be reached.
-            ValueError: it has no such split.
+            OSError: the dataset is not there, a folder of it cannot be read, or the Hub cannot be reached.
+            ValueError: it has no such split, or `datasets` would leave out a linked folder or take results for data.
         """
+        self._check_folder()
         if not self.streaming:
             self._load("val")
+
+    def setup(self, stage: str) -> None:
+        """See `ImageDataModule`; a local folder is checked as in `prepare_data`."""
+        self._check_folder()
+        super().setup(stage)
+
+    def _check_folder(self) -> None:
+        if Path(self.path).is_dir():
+            files_below(Path(self.path), None, strict=True)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Names of the label column, as ids, and as people read them."""
@@ -108,7 +127,8 @@ class HubDataset(ImageDataModule):
         elif self.expected_classes is not None:
             classes = self.expected_classes
         elif _is_text(feature) and not self.streaming:
-            classes = sorted(set(data.unique(self.label_column)) | set(self._load("train").unique(self.label_column)))
+            found = {*data.unique(self.label_column), *self._load("train").unique(self.label_column)}
+            classes = sorted(name for name in found if name is not None)
         else:
             raise ValueError(f"column {self.label_column!r} of {self.path} does not name its classes: set classes")
         if self.expected_classes is not None and classes != self.expected_classes:
@@ -123,14 +143,16 @@ class HubDataset(ImageDataModule):
             logger.warning("classes of %s are not sorted: folders of the same images number them otherwise", self.path)
         return classes, readable_names(classes)
 
-    def read_split(self, split: Split) -> tuple["HubRows", Labels]:
+    def read_split(self, split: Split) -> tuple[HubRows, Labels]:
         """See `ImageDataModule`."""
         data = self._load(split)
-        values = data.select_columns([self.label_column]).with_format("numpy")[:][self.label_column]
-        if _is_text(data.features[self.label_column]):
-            names = self._text_numbers()
-            values = np.array([_class_number(names, value, self.splits[split]) for value in values.tolist()])
-        return HubRows(data, self.image_column, self.splits[split]), values.astype(np.int64)
+        names = self._text_numbers() if _is_text(data.features[self.label_column]) else None
+        values = data.select_columns([self.label_column])[:][self.label_column]
+        numbers = [class_number(names, value, f"{self.splits[split]}/{row}") for row, value in enumerate(values)]
+        if numbers and max(map(abs, numbers)) > np.iinfo(np.int64).max:
+            raise ValueError(f"split {self.splits[split]!r} has the label {max(numbers, key=abs)}, which is no class")
+        labels = np.array(numbers, dtype=np.int64)
+        return HubRows(data, self.image_column, self.splits[split], self._images(data)), labels
 
     def open_split(self, split: Split) -> Dataset[Any]:
         """A map-style dataset, or an iterable one when streaming."""
@@ -149,6 +171,7 @@ class HubDataset(ImageDataModule):
             world_size=self.world_size,
             epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
             shuffle_buffer=self.shuffle_buffer,
+            images=self._images(stream),
             names=self._text_numbers() if _is_text(stream.features[self.label_column]) else None,
         )
 
@@ -178,133 +201,56 @@ class HubDataset(ImageDataModule):
     def _load(self, split: Split) -> Any:
         """The dataset of a split, images left encoded."""
         options = {name: value for name, value in self.load_options.items() if value is not None}
+        files = f" ({', '.join(self.data_files.values())})" if self.data_files else ""
         try:
+            for file in map(Path, self.data_files.values()):
+                if file.exists():
+                    require_regular_file(file)
             data = datasets.load_dataset(self.path, split=self.splits[split], streaming=self.streaming, **options)
+            for column in (self.image_column, self.label_column):
+                if column not in (data.features or ()):
+                    raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features or ())}")
+            return data.cast_column(self.image_column, datasets.Image(decode=False))
         except OSError as error:
-            raise OSError(f"dataset {self.path!r} cannot be loaded: {error}") from error
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"split {self.splits[split]!r} of {self.path!r} cannot be loaded: {error}") from error
-        for column in (self.image_column, self.label_column):
-            if column not in data.features:
-                raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features)}")
-        return data.cast_column(self.image_column, datasets.Image(decode=False))
+            raise OSError(f"dataset {self.path!r}{files} cannot be loaded: {error}") from error
+        except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(
+                f"split {self.splits[split]!r} of {self.path!r}{files} cannot be loaded: {error.__cause__ or error}"
+            ) from error
+
+    def _images(self, data: Any) -> RowImages:
+        """What reads images from the data's own places alone."""
+        listed = data.info.builder_name == "imagefolder"
+        local = Path(self.path).is_dir()
+        roots = [self.path] if local else []
+        if listed:
+            roots += [_folder_of(file) for file in self.data_files.values()]
+        if not local and not self.data_files:
+            roots += [f"hf://datasets/{self.path}@", f"hf://datasets/{self.path}/"]
+        if listed or not (local or self.data_files):
+            caches = [self.load_options["cache_dir"], datasets.config.HF_DATASETS_CACHE]
+            caches += [datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH]
+            roots += [str(cache) for cache in (*caches, huggingface_hub.constants.HF_HUB_CACHE) if cache is not None]
+        return RowImages(roots, listed)
 
     def _text_numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.read_classes()[0])}
-
-
-class HubRows:
-    """Rows of a downloaded dataset as a source; see `gmarpp.data.dataset.Source`."""
-
-    def __init__(self, data: Any, image_column: str, split: str) -> None:
-        self.data = data.select_columns([image_column])
-        self.image_column = image_column
-        self.split = split
-
-    def read(self, row: int) -> Record:
-        """Reads and decodes one row."""
-        return _record(self.data[row][self.image_column], f"{self.split}/{row}")
-
-
-class HubStream(IterableDataset[Sample]):
-    """Samples of a streamed dataset.
-
-    For evaluation each rank takes its own rows of the same stream, so that "index" is the row's number. For training
-    the stream's files are shared among ranks and processes, and "index" only tells samples of a pass apart. Of several
-    ranks none must be the first to run out of images: there the training stream repeats, shuffled anew, without end.
-
-    Args:
-        stream: the streamed dataset.
-        image_column: column of images.
-        label_column: column of labels.
-        split: name of the split, for the samples' paths.
-        numbers: label of each of the data's class numbers.
-        transform: from decoded sample to tensors.
-        seed: of the order and of the transform's random numbers.
-        rank: this rank.
-        world_size: number of ranks.
-        epoch: the epoch of the first pass when training, None for evaluation.
-        shuffle_buffer: images held for shuffling when training.
-        names: class numbers by label, where labels are text.
-    """
-
-    def __init__(
-        self,
-        stream: Any,
-        image_column: str,
-        label_column: str,
-        split: str,
-        numbers: Labels,
-        transform: Transform,
-        seed: int,
-        rank: int,
-        world_size: int,
-        epoch: int | None,
-        shuffle_buffer: int,
-        names: Mapping[str, int] | None = None,
-    ) -> None:
-        self.stream = stream
-        self.image_column, self.label_column = image_column, label_column
-        self.split = split
-        self.numbers = numbers
-        self.transform = transform
-        self.seed = seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = epoch
-        self.shuffle_buffer = shuffle_buffer
-        self.names = names
-
-    def __iter__(self) -> Iterator[Sample]:
-        """Yields this process's samples of an epoch."""
-        if self.epoch is None:
-            rows = ((k, row) for k, row in enumerate(self.stream) if k % self.world_size == self.rank)
-            yield from self._samples(rows, 0)
-            return
-        worker = get_worker_info()
-        share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        share, shares = self.rank * shares + share, self.world_size * shares
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        for turn in count():
-            # A seed for each pass: set_epoch is a race between the loader's processes, which share what it adds to.
-            seed = hash((self.seed, epoch, turn)) & 0xFFFFFFFF
-            stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            if self.world_size > 1:
-                stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
-            found = False
-            for sample in self._samples(((k * shares + share, row) for k, row in enumerate(stream)), seed):
-                found = True
-                yield sample
-            # without a file of its own a process would search for images forever
-            if self.world_size == 1 or not found:
-                return
-
-    def _samples(self, rows: Iterator[tuple[int, Any]], turn: int) -> Iterator[Sample]:
-        for index, row in rows:
-            value = row[self.label_column]
-            number = value if self.names is None else _class_number(self.names, value, self.split)
-            label = int(self.numbers[number])
-            if label != DROPPED:
-                record = _record(row[self.image_column], f"{self.split}/{index}")
-                with drawing_from(hash((self.seed, turn, index))):
-                    tensors = self.transform(record.image)
-                yield {**tensors, "label": label, "index": index, "path": record.path}
 
 
 def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _class_number(names: Mapping[str, int], value: str, split: str) -> int:
-    if value not in names:
-        raise ValueError(
-            f"label {value!r} of split {split!r} is not one of the {len(names)} classes: set classes to all of them"
-        )
-    return names[value]
+def _expanded(path: str) -> str:
+    """A path with its folder spelt out; other names are left as they are, which `datasets` tells from folders."""
+    return str(expand_path(path)) if path.startswith("~") or "$" in path else path
 
 
-def _record(image: dict[str, Any], name: str) -> Record:
-    """Decodes a row's image: bytes, a file, or a remote path that `datasets` opens."""
-    content, path = image["bytes"], image["path"]
-    if content is None and "://" in path:
-        return Record(to_tensor(datasets.Image().decode_example(image)), path)
-    return Record(read_image(path if content is None else io.BytesIO(content), path or name), path or name)
+def _folder_of(file: str) -> str:
+    """Folder, or beginning of the addresses, of data files."""
+    if "://" in file:
+        return file.rpartition("/")[0] + "/"
+    folder = Path(file).absolute().parent
+    while glob.has_magic(str(folder)):
+        folder = folder.parent
+    return str(folder)

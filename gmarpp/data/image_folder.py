@@ -1,6 +1,5 @@
 """Images from any folder, with or without labels and masks."""
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,7 @@ import numpy as np
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-
-SUFFIXES = (
-    *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp"),
-)
+from gmarpp.data.walk import SUFFIXES, expand_path, files_below, require_regular_file
 
 
 class ImageFolder(ImageDataModule):
@@ -23,10 +18,11 @@ class ImageFolder(ImageDataModule):
 
     Without labels, for `predict`: every image below `root`, or `root` itself if it is one. With labels: the name of
     the folder that directly holds an image is its class, in `root/train` and `root/val` (`root/test` where it exists)
-    or, for all but `fit`, in `root` itself.
+    or, for all but `fit`, in `root` itself. Links are followed; hidden files are left out, and so, with a warning, are
+    folders that hold results of this project. What cannot be read is an error.
 
     Args:
-        root: the folder; hidden files are left out.
+        root: the folder, or one image. Here and in `masks`, `~` and environment variables are expanded.
         labelled: whether parent folders are class ids.
         masks: folder of segmentation masks. An image's mask has the same relative path, or else the same name, up to
             the suffix. Everything but black, or palette index 0, is object.
@@ -35,16 +31,22 @@ class ImageFolder(ImageDataModule):
 
     def __init__(self, root: str, labelled: bool = False, masks: str | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root)
+        self.root = expand_path(root)
         self.labelled = labelled
-        self.masks = None if masks is None else Path(masks)
+        self.masks = None if masks is None else expand_path(masks)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Sorted names of the class folders; none without labels."""
         if not self.labelled:
             return (), ()
         folder = self._split_folder("train") if (self.root / "train").is_dir() else self._split_folder("val")
-        classes = sorted({Path(path).parent.name for path in self._images(folder)})
+        paths = self._images(folder)
+        bare = next((path for path in paths if not Path(path).parent.name), None)
+        if bare is not None:
+            raise ValueError(
+                f"{folder / bare} lies in no folder that names its class: move it into one, or out of here"
+            )
+        classes = sorted({Path(path).parent.name for path in paths})
         return classes, readable_names(classes)
 
     def read_split(self, split: Split) -> tuple[Files, Labels]:
@@ -73,6 +75,8 @@ class ImageFolder(ImageDataModule):
     def _split_folder(self, split: Split) -> Path:
         if not self.root.exists():
             raise FileNotFoundError(f"image folder {self.root.absolute()} does not exist")
+        if not self.root.is_dir():
+            require_regular_file(self.root)
         if not self.labelled:
             return self._base
         choices = {"train": ["train"], "selection": ["val"], "test": ["test", "val", ""]}.get(split, ["val", ""])
@@ -84,26 +88,10 @@ class ImageFolder(ImageDataModule):
     def _images(self, folder: Path) -> list[str]:
         if self.root.is_file():
             return [self.root.name]
-        paths = _files(folder, besides=self.masks)
+        paths = files_below(folder, SUFFIXES, besides=self.masks)
         if not paths:
             raise ValueError(f"no image in {folder.absolute()} or its subfolders (suffixes {' '.join(SUFFIXES)})")
         return paths
-
-
-def _files(folder: Path, besides: Path | None = None) -> list[str]:
-    """Relative paths of all images below a folder, sorted, without another folder's."""
-    excluded = None if besides is None else besides.resolve()
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() != excluded
-        ]
-        found += [
-            str((Path(parent) / name).relative_to(folder))
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found)
 
 
 def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
@@ -111,7 +99,7 @@ def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
     if not masks.is_dir():
         raise FileNotFoundError(f"mask folder {masks.absolute()} does not exist")
     by_path, by_stem = defaultdict(list), defaultdict(list)
-    for path in _files(masks):
+    for path in files_below(masks, SUFFIXES):
         by_path[str(Path(path).with_suffix(""))].append(path)
         by_stem[Path(path).stem].append(path)
     chosen = []

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from timm.data import resolve_model_data_config
@@ -12,6 +12,10 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+Policy: TypeAlias = Literal["none", "randaugment", "trivialaugment"]
+# torchvision's RandAugment has so many bins, and a magnitude is one of them.
+MAX_MAGNITUDE = 30
+MAX_EDGE = 16384
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,9 @@ class Preprocessing:
     """What a network expects of its input.
 
     Args:
-        size: height and width in pixels.
+        size: height and width in pixels, up to 16384.
         mean: per channel, of RGB values in [0, 1].
-        std: per channel, of RGB values in [0, 1].
+        std: per channel, of RGB values in [0, 1], above 0.
         interpolation: "nearest", "bilinear" or "bicubic"; the last two with antialiasing.
         crop_pct: part of the resized image's edge that the central crop keeps, in (0, 1].
         crop_mode: "center" keeps the aspect ratio, "squash" resizes both edges and loses it, as timm defines them.
@@ -38,14 +42,23 @@ class Preprocessing:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        if min(self.size) < 1 or min(self.std) <= 0:
-            raise ValueError(f"preprocessing needs a positive size and std, found {self.size} and {self.std}")
+        if len(self.size) != 2 or not all(isinstance(edge, int) and 1 <= edge <= MAX_EDGE for edge in self.size):
+            raise ValueError(
+                f"preprocessing: size must be two integers (height, width) from 1 to {MAX_EDGE}, got {self.size}"
+            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"preprocessing: {name} must be three numbers in [0, 1], got {values}")
+        if min(self.std) <= 0:
+            raise ValueError(f"preprocessing: std must be positive, got {self.std}")
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation {self.interpolation!r} is unknown: choose one of {INTERPOLATIONS}")
+            raise ValueError(
+                f"preprocessing: unknown interpolation {self.interpolation!r}: choose from {', '.join(INTERPOLATIONS)}"
+            )
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must be in (0, 1], found {self.crop_pct}")
+            raise ValueError(f"preprocessing: crop_pct must be in (0, 1], got {self.crop_pct}")
         if self.crop_mode not in ("center", "squash"):
-            raise ValueError(f"crop_mode {self.crop_mode!r} is unknown: choose 'center' or 'squash'")
+            raise ValueError(f"preprocessing: unknown crop_mode {self.crop_mode!r}: choose from center, squash")
 
     @classmethod
     def of(cls, model: nn.Module) -> "Preprocessing":
@@ -94,14 +107,23 @@ class Augmentation:
 
     scale: tuple[float, float] = (0.08, 1.0)
     horizontal_flip: float = 0.5
-    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    policy: Policy = "none"
     operations: int = 2
     magnitude: int = 9
     erasing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augmentation scale must be two rising numbers in (0, 1], found {self.scale}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augmentation: scale must be two rising numbers in (0, 1], got {self.scale}")
+        for name in ("horizontal_flip", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augmentation: {name} is a probability, in [0, 1], got {getattr(self, name)}")
+        if self.policy not in get_args(Policy):
+            raise ValueError(f"augmentation: unknown policy {self.policy!r}: choose from {', '.join(get_args(Policy))}")
+        if self.operations < 1:
+            raise ValueError(f"augmentation: operations must be at least 1, got {self.operations}")
+        if not 0 <= self.magnitude <= MAX_MAGNITUDE:
+            raise ValueError(f"augmentation: magnitude must be in [0, {MAX_MAGNITUDE}], got {self.magnitude}")
 
 
 class Transform(Protocol):

@@ -2,9 +2,9 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from gmarpp.data import read_image, read_mask
+from gmarpp.data import decode, read_image, read_mask
 
 
 def pixels(image, **options):
@@ -103,3 +103,27 @@ def test_compressed_mask_has_no_noise(tmp_path):
     Image.fromarray(values).save(tmp_path / "mask.jpg", quality=60)
     assert np.asarray(Image.open(tmp_path / "mask.jpg"))[values == 0].max() > 0
     assert (read_mask(tmp_path / "mask.jpg").numpy() == (values > 0)).all()
+
+
+def tiff(values, **tags):
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info[int(tag[1:])] = value
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], dtype=np.uint16)).save(file, format="TIFF", tiffinfo=info)
+    file.seek(0)
+    return read_image(file, "picture")[0].tolist()
+
+
+def test_twelve_bits_in_sixteen_have_the_range_that_the_file_states(caplog):
+    decode._warn_of_twelve_bits.cache_clear()
+    assert tiff([0, 2048, 4095], _281=4095) == [[0, 128, 255]]
+    assert not caplog.text
+    assert tiff([0, 2048, 4095]) == [[0, 8, 16]]
+    assert "a 16-bit image holds no value above 4095" in caplog.text
+
+
+def test_pictures_beyond_the_limit_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(ValueError, match=r"picture cannot be read \(10 x 10 pixels are more than the 99 of"):
+        pixels(grey(0, (10, 10)), format="PNG")

@@ -133,5 +133,5 @@ def test_scikit_learn_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match=r"val_images: expected a number in \[1, 100000\], got 0"):
         write_digits(None, val_images=0)

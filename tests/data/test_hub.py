@@ -4,6 +4,7 @@ from itertools import islice
 import datasets
 import lightning as L
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from miniature import PLAIN, WNIDS, picture, tiny_imagenet, trainer
@@ -114,7 +115,7 @@ def test_text_outside_the_classes_is_named_unless_all_are_given(tmp_path):
     files = parquet(
         tmp_path / "hub", {"train": text, "valid": text, "test": [(text[0][0], "wasp")]}, datasets.Value("string")
     )
-    with pytest.raises(ValueError, match=r"label 'wasp' of split 'test' is not one of the 3 classes: set classes"):
+    with pytest.raises(ValueError, match=r"row test/0 has the label 'wasp', none of the 3 classes: set classes"):
         opened(files, "test", test_split="test")
     data = opened(files, "test", test_split="test", classes=["wasp", "zebra", "bee", "ant"])
     assert data.classes == ("wasp", "zebra", "bee", "ant")
@@ -128,6 +129,50 @@ def test_numbers_need_their_classes(tmp_path):
     data = opened(files, "validate", classes=["x", "y", "z"])
     assert data.classes == ("x", "y", "z")
     assert [sample["label"] for sample in data.datasets["val"]] == [k % 3 for k in range(10)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("value", "row"), [(3, 2), (7, 2), (-2, 2)])
+def test_labels_outside_the_classes_are_named(tmp_path, value, row, streaming):
+    """Labels from 1 to 3 for three names, for example: the last one must not be taken for unknown."""
+    rows = [(picture(k), label) for k, label in enumerate([1, 2, value])]
+    files = parquet(tmp_path / "hub", {"valid": rows}, datasets.Value("int64"))
+    with pytest.raises(ValueError, match=rf"row.*{row}.* has the label {value}"):
+        list(opened(files, "validate", classes=["x", "y", "z"], streaming=streaming).val_dataloader())
+
+
+def test_missing_labels_are_unknown_and_fractions_refused(tmp_path):
+    files = parquet(tmp_path / "hub", {"valid": [(picture(0), None), (picture(1), 2)]}, datasets.Value("int64"))
+    data = opened(files, "validate", classes=["x", "y", "z"])
+    assert [sample["label"] for sample in data.datasets["val"]] == [-1, 2]
+    files = parquet(tmp_path / "other", {"valid": [(picture(0), 0.5)]}, datasets.Value("float64"))
+    with pytest.raises(ValueError, match=r"row valid/0 has the label 0\.5, expected a whole number"):
+        opened(files, "validate", classes=["x", "y", "z"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_do_not_choose_files_outside_of_the_data(tmp_path, streaming):
+    secret = tmp_path / "secret.png"
+    picture(0, (16, 16)).save(secret)
+    names = [str(secret), f"file://{secret}", "http://127.0.0.1:9/a.png", "hub/../secret.png"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(SORTED))})
+    for k, name in enumerate(names):
+        table = {"image": [{"bytes": None, "path": name}], "label": [0]}
+        file = str(tmp_path / f"{k}.parquet")
+        # The library's own writer would store the file's content.
+        pyarrow.parquet.write_table(datasets.Dataset.from_dict(table, features=features).data.table, file)
+        data = opened({"valid": file}, "validate", streaming=streaming)
+        with pytest.raises(ValueError, match=r"row valid/0 names .*, which is outside of the data"):
+            next(iter(data.datasets["val"]))
+
+
+def test_linked_folders_that_the_library_leaves_out_are_refused(tmp_path):
+    for name in ("photos/validation/ant/1.png", "store/bee/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(tmp_path / name)
+    (tmp_path / "photos" / "validation" / "bee").symlink_to(tmp_path / "store" / "bee")
+    with pytest.raises(ValueError, match=r"validation/bee is a linked folder, .* use --data ImageFolder"):
+        HubDataset(str(tmp_path / "photos"), val_split="validation", preprocessing=PLAIN).prepare_data()
 
 
 def test_expected_classes_are_checked(tmp_path):
@@ -165,7 +210,7 @@ def test_image_folder_of_the_library(tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path):
     files = parquet(tmp_path / "hub", {"train": ten()})
-    with pytest.raises(ValueError, match=r"split 'valid' of 'parquet' cannot be loaded: .*\['train'\]"):
+    with pytest.raises(ValueError, match=r"split 'valid' of 'parquet' \(.*\) cannot be loaded: .*\['train'\]"):
         opened(files)
     with pytest.raises(ValueError, match="'parquet' has no column 'picture'; it has image, label"):
         opened(files, val_split="train", image_column="picture")
@@ -234,7 +279,7 @@ def test_streamed_text_labels(tmp_path):
     files = parquet(tmp_path / "hub", {"train": text, "valid": text[:3]}, datasets.Value("string"))
     data = streamed(files, "validate", classes=["zebra", "ant", "bee"])
     assert [sample["label"] for sample in data.datasets["val"]] == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"label 'zebra' of split 'valid' is not one of the 2 classes"):
+    with pytest.raises(ValueError, match=r"has the label 'zebra', none of the 2 classes"):
         list(streamed(files, "validate", classes=["ant", "bee"]).datasets["val"])
     with pytest.raises(ValueError, match="does not name its classes: set classes"):
         streamed(files, "validate")

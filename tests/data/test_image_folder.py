@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from miniature import PLAIN, picture
@@ -61,6 +64,10 @@ def test_labels_are_needed_to_train(tmp_path):
     write(tmp_path, "a.png")
     with pytest.raises(ValueError, match=r"train needs labels: set labelled to true"):
         opened(tmp_path, "fit")
+    with pytest.raises(ValueError, match=r"a\.png lies in no folder that names its class"):
+        opened(tmp_path, "predict", labelled=True)
+    (tmp_path / "a.png").rename(tmp_path / ".a.png")
+    write(tmp_path, "cat/a.png")
     with pytest.raises(FileNotFoundError, match=r"has no folder 'train', which fit needs"):
         opened(tmp_path, "fit", labelled=True)
 
@@ -128,3 +135,74 @@ def test_masks_that_do_not_match_are_named(tmp_path):
     write_mask(masks / "y" / "cat.png", 1)
     with pytest.raises(ValueError, match=r"found 2: x/cat\.png, y/cat\.png"):
         opened(tmp_path / "photos", masks=str(masks))
+
+
+def test_linked_folders_and_files_are_followed(tmp_path):
+    write(tmp_path / "photos", "train/cat/1.png", "val/cat/2.png")
+    write(tmp_path / "store", "dog/3.png", "4.png")
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "dog").symlink_to(tmp_path / "store" / "dog")
+    (tmp_path / "photos" / "val" / "cat" / "5.png").symlink_to(tmp_path / "store" / "4.png")
+    data = opened(tmp_path / "photos", "fit", labelled=True)
+    assert data.classes == ("cat", "dog")
+    assert sorted((s["path"], s["label"]) for s in samples(data.datasets["val"])) == [
+        ("val/cat/2.png", 0),
+        ("val/cat/5.png", 0),
+        ("val/dog/3.png", 1),
+    ]
+
+
+def test_links_that_lead_back_are_named_and_left_out(tmp_path, caplog):
+    write(tmp_path, "a/b/1.png")
+    (tmp_path / "a" / "b" / "back").symlink_to(tmp_path / "a")
+    assert [s["path"] for s in samples(opened(tmp_path).datasets["predict"])] == ["a/b/1.png"]
+    assert f"{tmp_path / 'a/b/back'} leads back to {tmp_path / 'a'}" in caplog.text
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    write(tmp_path, "a/1.png", "b/2.png")
+    scandir = os.scandir
+
+    def forbidding(folder):
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", forbidding)
+    with pytest.raises(PermissionError, match=r"folder cannot be read \(Permission denied\): .*: '.*/b'"):
+        opened(tmp_path)
+
+
+def test_results_below_the_root_are_left_out(tmp_path, caplog):
+    write(tmp_path, "1.png", "results/photos/overlays/rollout/1.png", "results/photos/comparison.png", "results/2.png")
+    (tmp_path / "results" / "photos" / "maps").mkdir()
+    (tmp_path / "results" / "photos" / "run.json").write_text('{"status": "complete"}')
+    assert [s["path"] for s in samples(opened(tmp_path).datasets["predict"])] == ["1.png", "results/2.png"]
+    assert f"{tmp_path / 'results/photos'} holds the results of a predict run: it is left out" in caplog.text
+    with pytest.raises(ValueError, match="holds the results of a predict run, not images to explain"):
+        opened(tmp_path / "results" / "photos")
+
+
+def test_what_is_no_file_is_refused_without_opening_it(tmp_path):
+    write(tmp_path, "1.png")
+    os.mkfifo(tmp_path / "bad.jpg")
+    with pytest.raises(ValueError, match=r"bad\.jpg is a named pipe, expected a file: remove or rename it"):
+        opened(tmp_path)
+    (tmp_path / "bad.jpg").unlink()
+    (tmp_path / "bad.jpg").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"bad\.jpg is a device"):
+        opened(tmp_path)
+    (tmp_path / "bad.jpg").unlink()
+    (tmp_path / "bad.jpg").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"bad\.jpg is a link to nowhere, which does not exist"):
+        opened(tmp_path)
+
+
+def test_paths_are_expanded(tmp_path, monkeypatch):
+    write(tmp_path, "photos/1.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PHOTOS", "photos")
+    for root in ("~/photos", "$HOME/${PHOTOS}"):
+        assert len(opened(root).datasets["predict"]) == 1
+    with pytest.raises(ValueError, match=r"\$ABSENT/photos names the environment variable \$ABSENT, which is not set"):
+        opened("$ABSENT/photos")

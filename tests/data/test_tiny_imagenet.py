@@ -187,3 +187,19 @@ def test_splits_that_are_not_needed_may_be_missing(tmp_path):
 def test_selection_fraction_out_of_range():
     with pytest.raises(ValueError, match="selection_fraction"):
         TinyImageNet(selection_fraction=1.0)
+
+
+def test_corrected_archive_is_not_hidden_by_what_was_extracted(tmp_path):
+    def archive(images):
+        root = tiny_imagenet(tmp_path / f"made{images}", train=images)
+        shutil.make_archive(str(tmp_path / "tiny"), "zip", root.parent)
+
+    archive(3)
+    opened(tmp_path / "tiny.zip", "fit")
+    opened(tmp_path / "tiny.zip", "fit")  # extracted before, from the same archive
+    archive(4)
+    with pytest.raises(ValueError, match=r"200 was extracted from another archive than .*tiny\.zip is now"):
+        opened(tmp_path / "tiny.zip", "fit")
+    shutil.rmtree(tmp_path / "tiny-imagenet-200")
+    data = opened(tmp_path / "tiny.zip", "fit", selection_fraction=0)
+    assert len(data.datasets["train"]) == 12

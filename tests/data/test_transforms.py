@@ -97,7 +97,7 @@ def test_preprocessing_of_a_foreign_network_says_what_to_do():
     [{"size": (0, 8)}, {"std": (1.0, 0.0, 1.0)}, {"interpolation": "lanczos"}, {"crop_pct": 1.2}, {"crop_mode": "pad"}],
 )
 def test_preprocessing_out_of_range(wrong):
-    with pytest.raises(ValueError, match=r"size|interpolation|crop"):
+    with pytest.raises(ValueError, match=r"size|std|interpolation|crop"):
         Preprocessing(**{"size": (8, 8), **IMAGENET, **wrong})
 
 
@@ -183,3 +183,56 @@ def test_policies_fill_with_the_mean_colour():
         image = transform(torch.full((3, 64, 64), 128, dtype=torch.uint8))["image"]
         filled += int((image.abs() < 0.05).all(dim=0).any())
     assert filled >= 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("scale", (0.5,)),
+        ("scale", (0.9, 0.5)),
+        ("scale", (math.nan, 1)),
+        ("horizontal_flip", -0.1),
+        ("horizontal_flip", math.nan),
+        ("erasing", 1.5),
+        ("policy", "autoaugment"),
+        ("operations", 0),
+        ("magnitude", -1),
+        ("magnitude", 99),
+    ],
+)
+def test_augmentation_out_of_range_is_named(option, value):
+    with pytest.raises(ValueError, match=f"augmentation: .*{option}"):
+        Augmentation(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("size", (32,)),
+        ("size", (32, 32, 32)),
+        ("size", (0, 32)),
+        ("size", (32, 32.5)),
+        ("size", (8, 10**6)),
+        ("mean", (0.5, 0.5)),
+        ("mean", (0.5, 0.5, math.nan)),
+        ("mean", (127.5, 127.5, 127.5)),
+        ("std", (0.5, 0.5, 0.0)),
+        ("std", (0.5, 0.5, math.inf)),
+        ("interpolation", "cubic"),
+        ("crop_pct", 0),
+        ("crop_mode", "border"),
+    ],
+)
+def test_preprocessing_out_of_range_is_named(option, value):
+    options = {"size": (32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), option: value}
+    with pytest.raises(ValueError, match=f"preprocessing: .*{option}"):
+        Preprocessing(**options)
+
+
+@pytest.mark.parametrize("magnitude", [0, 30])
+def test_both_ends_of_the_magnitudes_are_applied(magnitude):
+    augmentation = Augmentation(policy="randaugment", magnitude=magnitude)
+    transform = TrainingTransform(Preprocessing((8, 8), **IMAGENET), augmentation)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert transform(pil_to_tensor(picture(1)))["image"].isfinite().all()
