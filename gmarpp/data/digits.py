@@ -54,7 +54,7 @@ class Digits(TinyImageNet):
         **options: Any,
     ) -> None:
         options_here = {"train_images": train_images, "val_images": val_images, "digits_seed": digits_seed}
-        require_ranges(options_here, RANGES)
+        require_ranges(options_here, RANGES, "data: ")
         # the name holds all that the pictures depend on, so that other options never find them
         folder = expand_path(root) / f"digits-{train_images}-{val_images}-seed{digits_seed}"
         super().__init__(
@@ -95,7 +95,7 @@ def write_digits(folder: Path, train_images: int = 300, val_images: int = 50, se
         ModuleNotFoundError: scikit-learn is not installed.
         ValueError: a number of images, or the seed, is out of range.
     """
-    require_ranges({"train_images": train_images, "val_images": val_images, "digits_seed": seed}, RANGES)
+    require_ranges({"train_images": train_images, "val_images": val_images, "digits_seed": seed}, RANGES, "data: ")
     if importlib.util.find_spec("sklearn") is None:
         raise ModuleNotFoundError("the digits data needs scikit-learn: pip install 'gmarpp[demo]'", name="sklearn")
     logger.info("writing handwritten digits to %s", folder)

@@ -68,7 +68,7 @@ class HubDataset(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        require_ranges({"shuffle_buffer": shuffle_buffer}, {"shuffle_buffer": Range(1)})
+        require_ranges({"shuffle_buffer": shuffle_buffer}, {"shuffle_buffer": Range(1)}, "data: ")
         if streaming and self.images_per_class is not None:
             raise ValueError("images_per_class needs the whole data at hand: set streaming to false")
         self.path = _expanded(path)
@@ -172,6 +172,7 @@ class HubDataset(ImageDataModule):
             epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
             shuffle_buffer=self.shuffle_buffer,
             images=self._images(stream),
+            origin=self._origin,
             names=self._text_numbers() if _is_text(stream.features[self.label_column]) else None,
         )
 
@@ -201,7 +202,6 @@ class HubDataset(ImageDataModule):
     def _load(self, split: Split) -> Any:
         """The dataset of a split, images left encoded."""
         options = {name: value for name, value in self.load_options.items() if value is not None}
-        files = f" ({', '.join(self.data_files.values())})" if self.data_files else ""
         try:
             for file in map(Path, self.data_files.values()):
                 if file.exists():
@@ -212,11 +212,15 @@ class HubDataset(ImageDataModule):
                     raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features or ())}")
             return data.cast_column(self.image_column, datasets.Image(decode=False))
         except OSError as error:
-            raise OSError(f"dataset {self.path!r}{files} cannot be loaded: {error}") from error
+            raise OSError(f"dataset {self._origin} cannot be loaded: {error}") from error
         except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"split {self.splits[split]!r} of {self.path!r}{files} cannot be loaded: {error.__cause__ or error}"
+                f"split {self.splits[split]!r} of {self._origin} cannot be loaded: {error.__cause__ or error}"
             ) from error
+
+    @property
+    def _origin(self) -> str:
+        return f"{self.path!r} ({', '.join(self.data_files.values())})" if self.data_files else repr(self.path)
 
     def _images(self, data: Any) -> RowImages:
         """What reads images from the data's own places alone."""

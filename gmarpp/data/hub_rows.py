@@ -74,6 +74,7 @@ class HubStream(IterableDataset[Sample]):
         epoch: the epoch of the first pass when training, None for evaluation.
         shuffle_buffer: images held for shuffling when training.
         images: what reads the images of rows.
+        origin: what messages call the data set.
         names: class numbers by label, where labels are text.
     """
 
@@ -91,6 +92,7 @@ class HubStream(IterableDataset[Sample]):
         epoch: int | None,
         shuffle_buffer: int,
         images: RowImages,
+        origin: str,
         names: Mapping[str, int] | None = None,
     ) -> None:
         self.stream = stream
@@ -103,6 +105,7 @@ class HubStream(IterableDataset[Sample]):
         self.epoch = epoch
         self.shuffle_buffer = shuffle_buffer
         self.images = images
+        self.origin = origin
         self.names = names
 
     def __iter__(self) -> Iterator[Sample]:
@@ -135,8 +138,8 @@ class HubStream(IterableDataset[Sample]):
                 index, row = next(rows)
             except StopIteration:
                 return
-            except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
-                raise ValueError(f"split {self.split!r} of the data cannot be read on: {error}") from error
+            except (OSError, *DAMAGED, datasets.exceptions.DatasetsError) as error:
+                raise ValueError(f"split {self.split!r} of {self.origin} cannot be read on: {error}") from error
             name = f"{self.split}/{index}"
             label = self._label(class_number(self.names, row[self.label_column], name), name)
             if label != DROPPED:

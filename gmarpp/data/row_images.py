@@ -63,10 +63,14 @@ class RowImages:
         """What a path means below each root that it does not lead out of."""
         resolve = os.path.abspath if self.listed else os.path.realpath
         pairs = ((resolve(root), resolve(Path(root) / path)) for root in self.roots if "://" not in root)
-        return [file for root, file in pairs if Path(file).is_relative_to(root)]
+        try:
+            return [file for root, file in pairs if Path(file).is_relative_to(root)]
+        except ValueError:
+            # No file system has such a name.
+            return []
 
     def _foreign(self, path: str, name: str) -> ValueError:
         return ValueError(
-            f"row {name} names {path}, which is outside of the data: not read. Store the images in the data files, or "
+            f"row {name} names {path!r}, which is outside of the data: store the images in the data files, or "
             "below a folder that is given as path"
         )

@@ -59,6 +59,7 @@ class TinyImageNet(ImageDataModule):
         require_ranges(
             {"selection_fraction": selection_fraction, "selection_seed": selection_seed},
             {"selection_fraction": Range(0, 1, high_open=True), "selection_seed": SEEDS},
+            "data: ",
         )
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
