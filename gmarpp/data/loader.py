@@ -1,14 +1,10 @@
 """Samplers and loader whose order depends on seed and epoch only, on any number of ranks, also after a resume."""
 
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sized
 from itertools import chain, count
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
@@ -124,24 +120,3 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Takes effect when the epoch of the state is iterated next."""
         self._resumed = dict(state)
-
-
-def prepare_worker(worker: int) -> None:
-    """Seed a loader's process as Lightning does, and leave signals to the process that it loads for.
-
-    Schedulers and terminals signal all processes of a run: loaders that ended at once would be missed where the run
-    still stops in order.
-    """
-    pl_worker_init_function(worker)
-    if not hasattr(signal, "sigwaitinfo"):
-        # Without it, the process could not tell its parent's order to end from a signal to all.
-        return
-    stopping = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    threading.Thread(target=_end_by_parent, args=(stopping, os.getppid()), daemon=True).start()
-
-
-def _end_by_parent(signals: set[signal.Signals], parent: int) -> None:
-    while signal.sigwaitinfo(signals).si_pid != parent:
-        pass
-    os._exit(0)

@@ -16,13 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.cores import usable_cores
 from gmarpp.data.dataset import ImageDataset, Source
-from gmarpp.data.loader import (
-    EpochSampler,
-    ResumableLoader,
-    UnrepeatedSampler,
-    equal_batch_count,
-    prepare_worker,
-)
+from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, Transform
 from gmarpp.options import Range, require_ranges
 
@@ -225,7 +219,6 @@ class ImageDataModule(L.LightningDataModule):
             workers = min(8, usable_cores(ranks))
         return {
             "num_workers": workers,
-            "worker_init_fn": prepare_worker,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
             "persistent_workers": self.persistent_workers and workers > 0,
             # the loader's own draws leave the global generator alone: they would differ after a resume

@@ -32,20 +32,14 @@ _KINDS = {
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path with `~` and environment variables replaced by what they stand for.
-
-    A path with a `$` that exists as it is written is taken as it is.
+    """Return a path with ``~`` and environment variables replaced by what they stand for.
 
     Raises:
-        ValueError: there is no such user or variable.
+        ValueError: if there is no such user or variable.
     """
-    try:
-        home = Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"path {path} begins with ~, but there is no such user: write the folder out") from error
-    if os.path.lexists(home):
-        return home
-    expanded = os.path.expandvars(home)
+    expanded = os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111, an unknown user is named below
+    if expanded.startswith("~"):
+        raise ValueError(f"path {path} begins with ~, but there is no such user: write it out")
     if unknown := re.search(r"\$(\w+|\{\w+\})", expanded):
         raise ValueError(f"path {path} names the environment variable {unknown[0]}, which is not set: set it")
     return Path(expanded)
