@@ -1,6 +1,10 @@
 """The command lines: `train.py fit|validate|test` and `explain.py predict`."""
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,8 +124,22 @@ class LatestCheckpoint(ModelCheckpoint):
             self._last_global_step_saved = -1
         if self._should_save_on_exception(trainer):
             path = self.format_checkpoint_name(self._monitor_candidates(trainer))
-            self._save_checkpoint(trainer, path)
+            with _undisturbed():
+                self._save_checkpoint(trainer, path)
             rank_zero_info(f"Saved step {trainer.global_step}: continue with --ckpt_path {path}")
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep torch from reporting a killed loader process, which it does by an exception wherever the program is."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class CommandLine(LightningCLI):

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from gmarpp.callbacks.background import BackgroundTasks
 from gmarpp.callbacks.batches import batch_loader, pending_batches
@@ -133,6 +133,11 @@ class ExplanationWriter(BasePredictionWriter):
             raise ValueError(
                 f"{type(trainer.datamodule).__name__}.predict_dataloader must give one DataLoader with a batch size, "  # type: ignore[attr-defined]
                 f"not {loader!r}"
+            )
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError(
+                "streamed images have no numbers by which a run could be divided and resumed: set --data.streaming "
+                "false, and for a part of the data a slice such as --data.predict_split 'valid[:100]'"
             )
         images = len(loader.dataset)  # type: ignore[arg-type]
         finished = self._prepare(trainer, module, loader.dataset)

@@ -1,12 +1,15 @@
 """Archives: verified download, and extraction that is complete or leaves nothing."""
 
+import errno
 import hashlib
 import logging
+import lzma
 import os
 import shutil
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,12 +17,21 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from gmarpp.data.walk import require_regular_file
+
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 # Lies in an extracted folder: the fingerprint of the archive that it came from.
 _RECORD = ".archive"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, RuntimeError),
+    *(ValueError, LookupError, OverflowError),
+)
+# Names that cannot be files, or are file and folder at once; without a number, what a decompressor says.
+_ERRORS_OF_NAMES = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+# Tiny-ImageNet has 120,000 files of 0.24 GiB: what unfolds to much more than that is not meant to be used.
+MAX_FILES, MAX_BYTES = 1 << 20, 32 << 30
 
 
 def download(url: str, target: Path, md5: str) -> None:
@@ -63,15 +75,21 @@ def fingerprint(archive: Path) -> str:
 
 
 def require_same_archive(archive: Path, folder: Path) -> None:
-    """Check that an extracted folder came from an archive as it is now, where the folder or the archive can tell.
+    """Check that an extracted folder came from an archive as it is now, where the archive is still there.
+
+    A folder that does not say where it came from is used with a warning.
 
     Raises:
         ValueError: the archive holds something else than what was extracted.
     """
     record = folder / _RECORD
-    if not record.is_file() or not archive.is_file():
-        logger.info("%s was extracted before: delete it to extract %s again", folder, archive)
-    elif record.read_text(encoding="utf-8").strip() != fingerprint(archive):
+    if not archive.is_file():
+        logger.info("%s was extracted before, and %s is gone", folder, archive)
+    elif not record.is_file():
+        logger.warning(
+            "%s does not say whether it comes from %s, and is used as it is: delete it to extract that", folder, archive
+        )
+    elif record.read_text(encoding="utf-8", errors="replace").strip() != fingerprint(archive):
         raise ValueError(
             f"{folder} was extracted from another archive than {archive} is now: delete the folder to extract it again"
         )
@@ -82,16 +100,17 @@ def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
 
     Args:
         archive: the zip file; never changed.
-        target: the folder to make. One made by another process in the meantime is accepted.
+        target: the folder to make. One made by another process in the meantime, from the same archive, is accepted.
         find: finds the data folder among what was extracted; raises FileNotFoundError.
 
     Raises:
         FileNotFoundError: there is no such archive, or no data folder in it.
         OSError: no room for it, or no right to write.
-        ValueError: the archive is damaged, or a path in it leads outside.
+        ValueError: the archive is damaged or too large, or a path in it leads outside.
     """
-    if not archive.is_file():
+    if not archive.exists():
         raise FileNotFoundError(f"{archive} does not exist")
+    require_regular_file(archive)
     logger.info("extracting %s to %s", archive, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +126,7 @@ def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
             except OSError:
                 if not target.is_dir():
                     raise
+                require_same_archive(archive, target)
     except PermissionError as error:
         raise PermissionError(f"{archive} cannot be extracted to {target} ({error}): choose another folder") from error
 
@@ -117,7 +137,15 @@ def _extract_all(archive: Path, folder: Path) -> None:
         path = PurePosixPath(member.filename)
         if path.is_absolute() or PureWindowsPath(member.filename).drive or ".." in path.parts:
             raise ValueError(f"{archive} is not safe to extract: {member.filename!r} leads outside of its folder")
+    twice = [name for name, times in Counter(member.filename for member in members).items() if times > 1]
+    if twice:
+        raise ValueError(f"{archive} holds {twice[0]!r} twice: expected every file once")
     size, free = sum(member.file_size for member in members), shutil.disk_usage(folder).free
+    if len(members) > MAX_FILES or size > MAX_BYTES:
+        raise ValueError(
+            f"{archive} holds {len(members)} files of {size >> 20} MiB, expected at most {MAX_FILES} of "
+            f"{MAX_BYTES >> 20} MiB: extract it yourself, and give the folder as root"
+        )
     if size > free:
         raise OSError(f"{archive} needs {size >> 20} MiB in {folder.parent}, but {free >> 20} MiB are free")
     with _named_if_damaged(archive), zipfile.ZipFile(archive) as file:
@@ -133,7 +161,9 @@ def _members(archive: Path) -> list[zipfile.ZipInfo]:
 def _named_if_damaged(archive: Path) -> Iterator[None]:
     try:
         yield
-    except _DAMAGED as error:
+    except (*_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _ERRORS_OF_NAMES:
+            raise
         raise ValueError(f"{archive} is damaged or not a zip file ({error}): get it again") from error
 
 

@@ -69,11 +69,18 @@ class Files:
 
         Raises:
             FileNotFoundError: the image or mask does not exist.
-            ValueError: the image or mask is damaged, or the mask has another aspect ratio than the image.
+            ValueError: the image or mask is damaged, the mask has another aspect ratio than the image, or the box lies
+                outside of the image.
         """
         path = self.path(row)
         image = read_image(self.root / path)
         box = None if self.boxes is None else torch.from_numpy(self.boxes[row].astype(np.float32)) + _INCLUSIVE_TO_EDGES
+        height, width = image.shape[-2:]
+        if box is not None and self.boxes is not None and (box < 0).any() | (box[2] > width) | (box[3] > height):
+            raise ValueError(
+                f"the box of {self.root / path} has corners {self.boxes[row].tolist()}, expected x0, y0, x1, y1 in its "
+                f"{width}x{height} pixels: correct its annotation"
+            )
         mask = None if self.masks is None else _fitted_mask(os.fsdecode(self.masks[row]), image, path)
         return Record(image, path, box, mask)
 

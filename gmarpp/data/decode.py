@@ -24,7 +24,9 @@ _DAMAGED = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
     *(EOFError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281
+_BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION, _MAX_SAMPLE_VALUE = 258, 262, 281
+# A longer strip would have millions of pixels once its short edge is resized to a network's input.
+_MAX_ASPECT_RATIO = 100
 _TWELVE_BITS = 4095
 
 
@@ -41,7 +43,8 @@ def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Tensor
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, not an image, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: the file is damaged, not an image or no regular file, has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or is a strip more than 100 times as long as wide.
     """
     with _opened(source, name, "image") as image:
         return to_tensor(image)
@@ -77,14 +80,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     in [0, 255].
 
     Raises:
-        ValueError: the values of a 32-bit image are outside these ranges.
+        ValueError: the values of a 32-bit image are outside these ranges, or 16-bit colors use fewer bits: only the
+            high 8 of them can be read.
     """
-    largest = _largest_value(image) if image.mode.startswith("I") else 0
+    largest = _largest_value(image)
+    inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_INTERPRETATION) == 0
     image = ImageOps.exif_transpose(image)
-    if largest:
-        image = _integers_to_grey(image, largest)
+    if image.mode.startswith("I"):
+        image = _integers_to_grey(image, largest, inverted)
     elif image.mode == "F":
         image = _float_to_grey(image)
+    elif largest < 65535:
+        raise ValueError(f"of 16-bit colors only the high 8 bits can be read, but these end at {largest}: scale them")
     elif image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
@@ -95,18 +102,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _largest_value(image: Image.Image) -> int:
     """Return the value that is white: what a TIFF's tags say, else that of 16 bits."""
     tags = getattr(image, "tag_v2", {})
-    stated = (tags.get(_MAX_SAMPLE_VALUE) or (0,))[0]
-    bits = (tags.get(_BITS_PER_SAMPLE) or (16,))[0]
-    in_sixteen_bits = int(stated) if 255 < int(stated) <= 65535 else 65535
+    stated, bits = (int(np.max(tags.get(tag, 0))) for tag in (_MAX_SAMPLE_VALUE, _BITS_PER_SAMPLE))
+    in_sixteen_bits = stated if bits >= 16 and 255 < stated <= 65535 else 65535
     return (1 << bits) - 1 if 8 < bits < 16 else in_sixteen_bits
 
 
-def _integers_to_grey(image: Image.Image, largest: int) -> Image.Image:
+def _integers_to_grey(image: Image.Image, largest: int, inverted: bool) -> Image.Image:
+    """Scale integers to 8 bits; Pillow leaves it to us to invert those of a TIFF whose zero is white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > largest:
         raise ValueError(f"integers outside 0 to {largest} have no defined brightness")
     if largest == 65535 and 255 < values.max() <= _TWELVE_BITS:
         _warn_of_twelve_bits()
+    values = largest - values if inverted else values
     return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))
 
 
@@ -138,9 +146,7 @@ def _opened(source: str | Path | BinaryIO, name: str | None, kind: str) -> Itera
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(source)
         with image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than the {limit} of Pillow's limit")
+            _require_safe(image)
             yield image
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{kind} {called} does not exist") from error
@@ -148,3 +154,13 @@ def _opened(source: str | Path | BinaryIO, name: str | None, kind: str) -> Itera
         raise ValueError(
             f"{kind} {called} cannot be read ({error or type(error).__name__}): replace or remove it"
         ) from error
+
+
+def _require_safe(image: Image.Image) -> None:
+    limit, size = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height} pixels"
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{size} are more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS")
+    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"{size} are more than {_MAX_ASPECT_RATIO} times as long as wide")
+    if image.format == "EPS":
+        raise ValueError("Encapsulated PostScript is a program, which is not run")

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from gmarpp.data.module import SEEDS
 from gmarpp.data.tiny_imagenet import TinyImageNet
+from gmarpp.options import Range, require_ranges
 from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 EDGE = 64
 CONTRAST = 110.0  # least difference in luma, of 255, between a digit and what it covers
+RANGES = {"train_images": Range(1, 100_000), "val_images": Range(1, 100_000), "digits_seed": SEEDS}
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -31,10 +34,10 @@ class Digits(TinyImageNet):
     Written under `root` once, in a few seconds, and reused. No handwritten sample is in both training and validation.
 
     Args:
-        root: folder to write below.
-        train_images: training images per class, `fit`'s selection split included.
+        root: folder to write below; `~` and environment variables are expanded.
+        train_images: training images per class, `fit`'s selection split included; 1 to 100,000, as the next.
         val_images: validation images per class.
-        digits_seed: of the pictures.
+        digits_seed: of the pictures, 0 to 2**32 - 1.
         selection_fraction: see `TinyImageNet`.
         split: what `predict` explains.
         **options: of `ImageDataModule`.
@@ -50,6 +53,8 @@ class Digits(TinyImageNet):
         split: Literal["val", "train", "selection"] = "val",
         **options: Any,
     ) -> None:
+        options_here = {"train_images": train_images, "val_images": val_images, "digits_seed": digits_seed}
+        require_ranges(options_here, RANGES, "data: ")
         # the name holds all that the pictures depend on, so that other options never find them
         folder = expand_path(root) / f"digits-{train_images}-{val_images}-seed{digits_seed}"
         super().__init__(
@@ -88,10 +93,9 @@ def write_digits(folder: Path, train_images: int = 300, val_images: int = 50, se
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
-        ValueError: a number of images is not positive.
+        ValueError: a number of images, or the seed, is out of range.
     """
-    if min(train_images, val_images) < 1:
-        raise ValueError(f"digits need at least one image per class and split, found {train_images} and {val_images}")
+    require_ranges({"train_images": train_images, "val_images": val_images, "digits_seed": seed}, RANGES, "data: ")
     if importlib.util.find_spec("sklearn") is None:
         raise ModuleNotFoundError("the digits data needs scikit-learn: pip install 'gmarpp[demo]'", name="sklearn")
     logger.info("writing handwritten digits to %s", folder)

@@ -1,19 +1,22 @@
 """Any Hugging Face dataset with an image and a label column: on the Hub, or local parquet files or image folders."""
 
+import glob
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.data.hub_rows import HubRows, HubStream, class_number
+from gmarpp.data.hub_rows import DAMAGED, HubRows, HubStream, class_number
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-from gmarpp.data.walk import linked_folder
+from gmarpp.data.row_images import RowImages
+from gmarpp.data.walk import files_below, require_regular_file
+from gmarpp.options import Range, require_ranges
 from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
@@ -23,10 +26,11 @@ class HubDataset(ImageDataModule):
     """Images and labels read through `datasets`. The preset is Tiny-ImageNet on the Hub, which has no boxes.
 
     Classes are the names of the label column in their own order, or the sorted values of a text column's training and
-    validation split.
+    validation split. A row holds its image, or names a file below the data's own folder: others are not read.
 
     Args:
-        path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`.
+        path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`. Here, in
+            `data_files` and `cache_dir`, `~` and environment variables are expanded.
         name: configuration of the dataset.
         data_files: files by split, for a loader's name.
         revision: branch, tag or commit on the Hub.
@@ -42,7 +46,7 @@ class HubDataset(ImageDataModule):
         streaming: read while training instead of downloading first. Then epochs have no known length (give the
             trainer max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run begins with
             the order of the first epoch again. On several ranks an epoch ends with limit_train_batches alone.
-        shuffle_buffer: images held for shuffling a stream, per process.
+        shuffle_buffer: images held for shuffling a stream, per process, at least 1.
         **options: of `ImageDataModule`.
     """
 
@@ -65,18 +69,16 @@ class HubDataset(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        require_ranges({"shuffle_buffer": shuffle_buffer}, {"shuffle_buffer": Range(1)}, "data: ")
         if streaming and self.images_per_class is not None:
             raise ValueError("images_per_class needs the whole data at hand: set streaming to false")
-        if shuffle_buffer < 1:
-            raise ValueError(f"data: shuffle_buffer must be at least 1, got {shuffle_buffer}")
-        self.path = _local(path)
-        data_files = None if data_files is None else {split: _local(files) for split, files in data_files.items()}
-        cache_dir = None if cache_dir is None else _local(cache_dir)
-        self.load_options: dict[str, Any] = {
+        self.path = _expanded(path)
+        self.data_files = {split: _expanded(file) for split, file in (data_files or {}).items()}
+        self.load_options = {
             "name": name,
-            "data_files": data_files,
+            "data_files": self.data_files or None,
             "revision": revision,
-            "cache_dir": cache_dir,
+            "cache_dir": None if cache_dir is None else _expanded(cache_dir),
         }
         self.image_column = image_column
         self.label_column = label_column
@@ -101,11 +103,21 @@ class HubDataset(ImageDataModule):
         """Downloads into the cache, unless streaming.
 
         Raises:
-            OSError: the dataset is not there, or the Hub cannot be reached.
-            ValueError: it has no such split.
+            OSError: the dataset is not there, a folder of it cannot be read, or the Hub cannot be reached.
+            ValueError: it has no such split, or `datasets` would leave out a linked folder or take results for data.
         """
+        self._check_folder()
         if not self.streaming:
             self._load("val")
+
+    def setup(self, stage: str) -> None:
+        """See `ImageDataModule`; a local folder is checked as in `prepare_data`."""
+        self._check_folder()
+        super().setup(stage)
+
+    def _check_folder(self) -> None:
+        if Path(self.path).is_dir():
+            files_below(Path(self.path), None, strict=True)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Names of the label column, as ids, and as people read them."""
@@ -116,7 +128,8 @@ class HubDataset(ImageDataModule):
         elif self.expected_classes is not None:
             classes = self.expected_classes
         elif _is_text(feature) and not self.streaming:
-            classes = sorted(set(data.unique(self.label_column)) | set(self._load("train").unique(self.label_column)))
+            found = {*data.unique(self.label_column), *self._load("train").unique(self.label_column)}
+            classes = sorted(name for name in found if name is not None)
         else:
             raise ValueError(f"column {self.label_column!r} of {self.path} does not name its classes: set classes")
         if self.expected_classes is not None and classes != self.expected_classes:
@@ -131,14 +144,16 @@ class HubDataset(ImageDataModule):
             logger.warning("classes of %s are not sorted: folders of the same images number them otherwise", self.path)
         return classes, readable_names(classes)
 
-    def read_split(self, split: Split) -> tuple["HubRows", Labels]:
+    def read_split(self, split: Split) -> tuple[HubRows, Labels]:
         """See `ImageDataModule`."""
         data = self._load(split)
         names = self._text_numbers() if _is_text(data.features[self.label_column]) else None
         values = data.select_columns([self.label_column])[:][self.label_column]
         numbers = [class_number(names, value, f"{self.splits[split]}/{row}") for row, value in enumerate(values)]
-        source = HubRows(data, self.image_column, self.splits[split], self._folders())
-        return source, np.array(numbers, dtype=np.int64)
+        if numbers and max(map(abs, numbers)) > np.iinfo(np.int64).max:
+            raise ValueError(f"split {self.splits[split]!r} has the label {max(numbers, key=abs)}, which is no class")
+        labels = np.array(numbers, dtype=np.int64)
+        return HubRows(data, self.image_column, self.splits[split], self._images(data)), labels
 
     def open_split(self, split: Split) -> Dataset[Any]:
         """A map-style dataset, or an iterable one when streaming."""
@@ -157,8 +172,9 @@ class HubDataset(ImageDataModule):
             world_size=self.world_size,
             epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
             shuffle_buffer=self.shuffle_buffer,
+            images=self._images(stream),
+            origin=self._origin,
             names=self._text_numbers() if _is_text(stream.features[self.label_column]) else None,
-            folders=self._folders(),
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -186,30 +202,41 @@ class HubDataset(ImageDataModule):
 
     def _load(self, split: Split) -> Any:
         """The dataset of a split, images left encoded."""
-        if Path(self.path).is_dir() and (linked := linked_folder(Path(self.path))) is not None:
-            raise ValueError(
-                f"{linked} is a linked folder, which `datasets` leaves out: use --data ImageFolder, or move it"
-            )
         options = {name: value for name, value in self.load_options.items() if value is not None}
         try:
+            for file in map(Path, self.data_files.values()):
+                if file.exists():
+                    require_regular_file(file)
             data = datasets.load_dataset(self.path, split=self.splits[split], streaming=self.streaming, **options)
+            for column in (self.image_column, self.label_column):
+                if column not in (data.features or ()):
+                    raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features or ())}")
+            return data.cast_column(self.image_column, datasets.Image(decode=False))
         except OSError as error:
-            raise OSError(f"dataset {self.path!r} cannot be loaded: {error}") from error
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"split {self.splits[split]!r} of {self.path!r} cannot be loaded: {error}") from error
-        for column in (self.image_column, self.label_column):
-            if column not in data.features:
-                raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features)}")
-        return data.cast_column(self.image_column, datasets.Image(decode=False))
+            raise OSError(f"dataset {self._origin} cannot be loaded: {error}") from error
+        except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(
+                f"split {self.splits[split]!r} of {self._origin} cannot be loaded: {error.__cause__ or error}"
+            ) from error
 
-    def _folders(self) -> tuple[Path, ...]:
-        """Return where files may lie that rows name: the data set's own folder, and what `datasets` downloaded."""
-        folders = [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, self.load_options["cache_dir"]]
-        if Path(self.path).is_dir():
-            folders.append(self.path)
-        elif self.path == "imagefolder":
-            folders += [_beginning(files) for files in (self.load_options["data_files"] or {}).values()]
-        return tuple(Path(folder).resolve() for folder in folders if folder is not None)
+    @property
+    def _origin(self) -> str:
+        return f"{self.path!r} ({', '.join(self.data_files.values())})" if self.data_files else repr(self.path)
+
+    def _images(self, data: Any) -> RowImages:
+        """What reads images from the data's own places alone."""
+        listed = data.info.builder_name == "imagefolder"
+        local = Path(self.path).is_dir()
+        roots = [self.path] if local else []
+        if listed:
+            roots += [_folder_of(file) for file in self.data_files.values()]
+        if not local and not self.data_files:
+            roots += [f"hf://datasets/{self.path}@", f"hf://datasets/{self.path}/"]
+        if listed or not (local or self.data_files):
+            caches = [self.load_options["cache_dir"], datasets.config.HF_DATASETS_CACHE]
+            caches += [datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH]
+            roots += [str(cache) for cache in (*caches, huggingface_hub.constants.HF_HUB_CACHE) if cache is not None]
+        return RowImages(roots, listed)
 
     def _text_numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.read_classes()[0])}
@@ -219,12 +246,16 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _local(path: str) -> str:
-    """Return a path with `~` and variables expanded; names on the Hub and addresses have neither."""
+def _expanded(path: str) -> str:
+    """A path with its folder spelt out; other names are left as they are, which `datasets` tells from folders."""
     return str(expand_path(path)) if path.startswith("~") or "$" in path else path
 
 
-def _beginning(pattern: str) -> Path:
-    """Return the folder of a file, or the part of a pattern before its first wildcard."""
-    fixed = re.split(r"[*?\[{]", pattern)[0]
-    return Path(fixed) if fixed.endswith("/") else Path(fixed).parent
+def _folder_of(file: str) -> str:
+    """Folder, or beginning of the addresses, of data files."""
+    if "://" in file:
+        return file.rpartition("/")[0] + "/"
+    folder = Path(file).absolute().parent
+    while glob.has_magic(str(folder)):
+        folder = folder.parent
+    return str(folder)

@@ -1,23 +1,32 @@
 """Rows of Hugging Face datasets as samples: downloaded ones by number, streamed ones in their order."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gmarpp.data.dataset import Record, Sample, drawing_from
-from gmarpp.data.decode import read_image, to_tensor
 from gmarpp.data.module import DROPPED, Labels
+from gmarpp.data.row_images import RowImages
 from gmarpp.data.transforms import Transform
+
+# What `datasets` and its readers raise on damaged files, besides OSError and its own errors.
+DAMAGED = (
+    *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError),
+    pa.ArrowException,
+)
 
 
 def class_number(names: Mapping[str, int] | None, value: Any, row: str) -> int:
-    """Return the number of a row's class, by its name where there are names; -1 where the label is missing."""
+    """Return the number of a row's class, by its name where there are names; -1 where the label is missing.
+
+    Raises:
+        ValueError: the label is no number, or none of the names.
+    """
     if value is None:
         return -1
     if names is None:
@@ -31,32 +40,18 @@ def class_number(names: Mapping[str, int] | None, value: Any, row: str) -> int:
     return names[value]
 
 
-def _record(image: Any, name: str, folders: Sequence[Path]) -> Record:
-    """Decode a row's image: bytes, or a file below one of the folders; a data file is not to choose what is read."""
-    content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
-    if content is not None:
-        return Record(read_image(io.BytesIO(content), path or name), path or name)
-    if path is None:
-        raise ValueError(f"row {name} has no image")
-    if path.rpartition("::")[2].startswith("hf://"):
-        return Record(to_tensor(datasets.Image().decode_example(image)), path)
-    if not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
-        raise ValueError(f"row {name} names {path}, which is outside of the data: store the images in the data files")
-    return Record(read_image(path, path), path)
-
-
 class HubRows:
     """Rows of a downloaded dataset as a source; see `gmarpp.data.dataset.Source`."""
 
-    def __init__(self, data: Any, image_column: str, split: str, folders: Sequence[Path] = ()) -> None:
+    def __init__(self, data: Any, image_column: str, split: str, images: RowImages) -> None:
         self.data = data.select_columns([image_column])
         self.image_column = image_column
         self.split = split
-        self.folders = folders
+        self.images = images
 
     def read(self, row: int) -> Record:
         """Reads and decodes one row."""
-        return _record(self.data[row][self.image_column], f"{self.split}/{row}", self.folders)
+        return self.images.read(self.data[row][self.image_column], f"{self.split}/{row}")
 
 
 class HubStream(IterableDataset[Sample]):
@@ -78,8 +73,9 @@ class HubStream(IterableDataset[Sample]):
         world_size: number of ranks.
         epoch: the epoch of the first pass when training, None for evaluation.
         shuffle_buffer: images held for shuffling when training.
+        images: what reads the images of rows.
+        origin: what messages call the data set.
         names: class numbers by label, where labels are text.
-        folders: where files may lie that rows name.
     """
 
     def __init__(
@@ -95,8 +91,9 @@ class HubStream(IterableDataset[Sample]):
         world_size: int,
         epoch: int | None,
         shuffle_buffer: int,
+        images: RowImages,
+        origin: str,
         names: Mapping[str, int] | None = None,
-        folders: Sequence[Path] = (),
     ) -> None:
         self.stream = stream
         self.image_column, self.label_column = image_column, label_column
@@ -107,8 +104,9 @@ class HubStream(IterableDataset[Sample]):
         self.rank, self.world_size = rank, world_size
         self.epoch = epoch
         self.shuffle_buffer = shuffle_buffer
+        self.images = images
+        self.origin = origin
         self.names = names
-        self.folders = folders
 
     def __iter__(self) -> Iterator[Sample]:
         """Yields this process's samples of an epoch."""
@@ -135,14 +133,28 @@ class HubStream(IterableDataset[Sample]):
                 return
 
     def _samples(self, rows: Iterator[tuple[int, Any]], turn: int) -> Iterator[Sample]:
-        for index, row in rows:
+        while True:
+            try:
+                index, row = next(rows)
+            except StopIteration:
+                return
+            except (OSError, *DAMAGED, datasets.exceptions.DatasetsError) as error:
+                raise ValueError(f"split {self.split!r} of {self.origin} cannot be read on: {error}") from error
             name = f"{self.split}/{index}"
-            number = class_number(self.names, row[self.label_column], name)
-            if not -1 <= number < len(self.numbers) - 1:
-                raise ValueError(f"row {name} has the label {number}, expected -1 to {len(self.numbers) - 2}")
-            label = int(self.numbers[number])
+            label = self._label(class_number(self.names, row[self.label_column], name), name)
             if label != DROPPED:
-                record = _record(row[self.image_column], name, self.folders)
+                record = self.images.read(row[self.image_column], name)
                 with drawing_from(hash((self.seed, turn, index))):
                     tensors = self.transform(record.image)
                 yield {**tensors, "label": label, "index": index, "path": record.path}
+
+    def _label(self, number: int, row: str) -> int:
+        classes = len(self.numbers) - 1
+        if not -1 <= number < classes:
+            raise ValueError(
+                f"row {row} has the label {number}, expected 0 to {classes - 1} for {classes} classes, or -1 if it is "
+                "unknown: correct the labels, or set classes to all there are"
+            )
+        if number == -1 and self.epoch is not None:
+            raise ValueError(f"row {row} has no label: expected one of every training image")
+        return int(self.numbers[number])

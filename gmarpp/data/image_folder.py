@@ -10,7 +10,7 @@ import numpy as np
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
-from gmarpp.data.walk import SUFFIXES, image_files
+from gmarpp.data.walk import SUFFIXES, files_below, require_regular_file
 from gmarpp.storage import expand_path
 
 
@@ -19,10 +19,11 @@ class ImageFolder(ImageDataModule):
 
     Without labels, for `predict`: every image below `root`, or `root` itself if it is one. With labels: the name of
     the folder that directly holds an image is its class, in `root/train` and `root/val` (`root/test` where it exists)
-    or, for all but `fit`, in `root` itself.
+    or, for all but `fit`, in `root` itself. Links are followed; hidden files are left out, and so, with a warning, are
+    folders that hold results of this project. What cannot be read is an error.
 
     Args:
-        root: the folder. Linked folders are followed; hidden files and the results of predict runs are left out.
+        root: the folder, or one image. Here and in `masks`, `~` and environment variables are expanded.
         labelled: whether parent folders are class ids.
         masks: folder of segmentation masks. An image's mask has the same relative path, or else the same name, up to
             the suffix. Everything but black, or palette index 0, is object.
@@ -40,7 +41,13 @@ class ImageFolder(ImageDataModule):
         if not self.labelled:
             return (), ()
         folder = self._split_folder("train") if (self.root / "train").is_dir() else self._split_folder("val")
-        classes = sorted({Path(path).parent.name for path in self._images(folder)})
+        paths = self._images(folder)
+        bare = next((path for path in paths if not Path(path).parent.name), None)
+        if bare is not None:
+            raise ValueError(
+                f"{folder / bare} lies in no folder that names its class: move it into one, or out of here"
+            )
+        classes = sorted({Path(path).parent.name for path in paths})
         return classes, readable_names(classes)
 
     def read_split(self, split: Split) -> tuple[Files, Labels]:
@@ -69,6 +76,8 @@ class ImageFolder(ImageDataModule):
     def _split_folder(self, split: Split) -> Path:
         if not self.root.exists():
             raise FileNotFoundError(f"image folder {self.root.absolute()} does not exist")
+        if not self.root.is_dir():
+            require_regular_file(self.root)
         if not self.labelled:
             return self._base
         choices = {"train": ["train"], "selection": ["val"], "test": ["test", "val", ""]}.get(split, ["val", ""])
@@ -80,7 +89,7 @@ class ImageFolder(ImageDataModule):
     def _images(self, folder: Path) -> list[str]:
         if self.root.is_file():
             return [self.root.name]
-        paths = image_files(folder, besides=self.masks)
+        paths = files_below(folder, SUFFIXES, besides=self.masks)
         if not paths:
             raise ValueError(f"no image in {folder.absolute()} or its subfolders (suffixes {' '.join(SUFFIXES)})")
         return paths
@@ -91,7 +100,7 @@ def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
     if not masks.is_dir():
         raise FileNotFoundError(f"mask folder {masks.absolute()} does not exist")
     by_path, by_stem = defaultdict(list), defaultdict(list)
-    for path in image_files(masks):
+    for path in files_below(masks, SUFFIXES):
         by_path[str(Path(path).with_suffix(""))].append(path)
         by_stem[Path(path).stem].append(path)
     chosen = []

@@ -3,6 +3,7 @@
 import inspect
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
@@ -15,14 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.cores import usable_cores
 from gmarpp.data.dataset import ImageDataset, Source
-from gmarpp.data.loader import (
-    EpochSampler,
-    ResumableLoader,
-    UnrepeatedSampler,
-    equal_batch_count,
-    prepare_worker,
-)
+from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count, prepare_worker
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, Transform
+from gmarpp.options import Range, require_ranges
 
 # "selection" is what `fit` validates on, "val" what `validate` reports
 Split: TypeAlias = Literal["train", "selection", "val", "test", "predict"]
@@ -34,6 +30,7 @@ STAGES: dict[str, tuple[Split, ...]] = {
     "predict": ("predict",),
 }
 DEFAULT_AUGMENTATION = Augmentation()
+SEEDS = Range(0, 2**32 - 1)
 DROPPED = -2
 
 
@@ -44,16 +41,16 @@ class ImageDataModule(L.LightningDataModule):
     (sorted ids). Subclasses say what there is to read; `prepare_data` makes it available, `setup` only opens it.
 
     Args:
-        batch_size: images per batch and rank.
-        num_workers: loader processes per rank; None takes the CPUs that this process may use, shared among the
-            node's ranks, up to 8.
+        batch_size: images per batch and rank, at least 1.
+        num_workers: loader processes per rank, 0 for none of its own; None takes the CPUs that this process may use,
+            shared among the node's ranks, up to 8.
         pin_memory: stage batches in page-locked memory, where there is an accelerator to copy them to.
         persistent_workers: keep loader processes over epochs.
         preprocessing: what the network expects; None takes `preprocessing` from the trainer's LightningModule.
         augmentation: random changes of training images.
         only_classes: the first so many classes, or a list of class ids; None keeps all.
-        images_per_class: upper limit of training images per class; None keeps all.
-        seed: of the order and augmentation of training images; None takes `seed_everything`'s.
+        images_per_class: upper limit of training images per class, at least 1; None keeps all.
+        seed: of the order and augmentation of training images, 0 to 2**32 - 1; None takes `seed_everything`'s.
 
     Attributes:
         classes: class ids in the order of the labels, after `setup`; empty when the images are unlabelled.
@@ -74,14 +71,25 @@ class ImageDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("images_per_class", images_per_class, 1),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"data: {name} must be at least {least}, got {value}")
+        require_ranges(
+            {
+                "batch_size": batch_size,
+                "num_workers": num_workers,
+                "images_per_class": images_per_class,
+                "seed": seed,
+                "only_classes": only_classes if isinstance(only_classes, int) else None,
+            },
+            {
+                "batch_size": Range(1),
+                "num_workers": Range(0, 1024),
+                "images_per_class": Range(1),
+                "seed": SEEDS,
+                "only_classes": Range(1),
+            },
+            "data: ",
+        )
+        if only_classes == []:
+            raise ValueError("only_classes: expected at least one class, got none")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -108,8 +116,8 @@ class ImageDataModule(L.LightningDataModule):
         """Opens the splits of a stage ("fit", "validate", "test" or "predict").
 
         Raises:
-            ValueError: a class is unknown to the data or the network or has no training image, the preprocessing is
-                unknown, a split is empty or has fewer images than there are ranks.
+            ValueError: a class is unknown to the data or the network or has no training image, a label is none of a
+                class, the preprocessing is unknown, a split is empty or has fewer images than there are ranks.
         """
         if self._follows_network:
             self.preprocessing = getattr(self._network, "preprocessing", self.preprocessing)
@@ -127,7 +135,8 @@ class ImageDataModule(L.LightningDataModule):
     def open_split(self, split: Split) -> Dataset[Any]:
         """Opens one split, restricted to the chosen classes and number of images."""
         source, labels = self.read_split(split)
-        labels = self._numbers[self._checked(labels, split)]
+        self._check_labels(split, labels)
+        labels = self._numbers[labels]
         rows = np.flatnonzero(labels != DROPPED)
         if split == "train" and self.images_per_class is not None:
             rows = np.sort(
@@ -219,6 +228,9 @@ class ImageDataModule(L.LightningDataModule):
 
     def _number_classes(self, ids: Sequence[str], names: Sequence[str]) -> None:
         """Sets the classes, and the table from the data's own numbers to labels."""
+        twice = [name for name, count in Counter(ids).items() if count > 1]
+        if twice:
+            raise ValueError(f"{type(self).__name__} has class {twice[0]!r} twice: expected every class once")
         kept = self._chosen(ids)
         known = tuple(getattr(self._network, "classes", ()) or ())
         if ids and known:
@@ -242,7 +254,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.only_classes is None:
             return list(ids)
         if isinstance(self.only_classes, int):
-            if not 1 <= self.only_classes <= len(ids):
+            if self.only_classes > len(ids):
                 raise ValueError(f"only_classes={self.only_classes}, but the data has {len(ids)} classes")
             return list(ids[: self.only_classes])
         for name in self.only_classes:
@@ -261,18 +273,6 @@ class ImageDataModule(L.LightningDataModule):
                 f"to {len(self.classes)}, or use the data it was trained on"
             )
 
-    def _checked(self, labels: Labels, split: str) -> Labels:
-        """Return the data's class numbers, none of which the last entry of the table would answer by mistake."""
-        classes = len(self._numbers) - 1
-        wrong = np.flatnonzero((labels < -1) | (labels >= classes))
-        if len(wrong):
-            raise ValueError(
-                f"{type(self).__name__}: row {wrong[0]} of {split} has the label {labels[wrong[0]]}, but the data has "
-                f"{classes} classes: expected 0 to {classes - 1}, or -1 where the class is unknown "
-                f"({len(wrong)} of {len(labels)} labels are others)"
-            )
-        return labels
-
     def _check_size(self, split: Split, images: int) -> None:
         if images == 0:
             raise ValueError(f"{type(self).__name__} found no image for {split}")
@@ -281,6 +281,25 @@ class ImageDataModule(L.LightningDataModule):
                 f"{type(self).__name__} has {images} images for {split}, fewer than the {self.world_size} ranks: "
                 "use fewer devices, or more images"
             )
+
+    def _check_labels(self, split: Split, labels: Labels) -> None:
+        classes = len(self._numbers) - 1
+        wrong = np.flatnonzero((labels < -1) | (labels >= classes))
+        if len(wrong):
+            hint = ", and seem to count from 1" if labels.min() == 1 and labels.max() == classes else ""
+            raise ValueError(
+                f"{type(self).__name__}: row {wrong[0]} of {split} has the label {labels[wrong[0]]}, expected 0 to "
+                f"{classes - 1} for {classes} classes, or -1 where it is unknown ({len(wrong)} of {len(labels)} labels "
+                f"are others{hint}): correct the labels, or set classes to all there are"
+            )
+        unknown = np.flatnonzero(labels == -1)
+        if split == "train" and len(unknown):
+            raise ValueError(
+                f"{type(self).__name__}: row {unknown[0]} of {split} has no label, as {len(unknown)} of {len(labels)}: "
+                "expected one of every training image"
+            )
+        if split in ("selection", "val", "test") and 0 < len(labels) == len(unknown):
+            raise ValueError(f"{type(self).__name__}: no image of {split} has a label, so there is nothing to measure")
 
     def _check_classes(self, labels: Labels) -> None:
         wanted = set(self._numbers.tolist()) - {DROPPED, -1}

@@ -1,7 +1,7 @@
 """Tiny-ImageNet (Le & Yang 2015) in its official layout, with boxes."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from gmarpp.data.archive import download, extract, require_same_archive
 from gmarpp.data.dataset import Files
-from gmarpp.data.module import ImageDataModule, Labels, Split
-from gmarpp.data.walk import entries, require_regular_file
+from gmarpp.data.module import SEEDS, ImageDataModule, Labels, Split
+from gmarpp.data.walk import files_in, require_regular_file
+from gmarpp.options import Range, require_ranges
 from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 FOLDER = "tiny-imagenet-200"
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+SPLITS = ("val", "train", "selection", "test")
+SUFFIXES = (".jpeg",)
+# The official files of names and boxes take less than 3 MiB.
+MAX_TEXT_BYTES = 64 << 20
 
 
 class TinyImageNet(ImageDataModule):
@@ -31,12 +36,12 @@ class TinyImageNet(ImageDataModule):
 
     Args:
         root: the folder `tiny-imagenet-200`, a folder that holds it, or a zip file of it. A zip or folder with a part
-            of the images will do.
+            of the images will do. Here and in `extract_to`, `~` and environment variables are expanded.
         download: download the official archive into `root` (248 MB) and verify it, when the data is not there.
         extract_to: folder to extract a zip file into; the zip file's own by default.
-        selection_fraction: part of the training images, per class, that `fit` validates on. 0 trains on all of them
-            and validates on the official validation split, which is then both selected on and reported.
-        selection_seed: which images these are.
+        selection_fraction: part of the training images, per class, that `fit` validates on, in [0, 1). 0 trains on all
+            of them and validates on the official validation split, which is then both selected on and reported.
+        selection_seed: which images these are, 0 to 2**32 - 1.
         split: what `predict` explains: "val", "train", "selection", or the unlabelled "test".
         **options: of `ImageDataModule`.
     """
@@ -52,8 +57,13 @@ class TinyImageNet(ImageDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not 0 <= selection_fraction < 1:
-            raise ValueError(f"selection_fraction must be in [0, 1), found {selection_fraction}")
+        require_ranges(
+            {"selection_fraction": selection_fraction, "selection_seed": selection_seed},
+            {"selection_fraction": Range(0, 1, high_open=True), "selection_seed": SEEDS},
+            "data: ",
+        )
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
         self.root = expand_path(root)
         self.download = download
         self.extract_to = None if extract_to is None else expand_path(extract_to)
@@ -67,13 +77,14 @@ class TinyImageNet(ImageDataModule):
         Raises:
             FileNotFoundError: there is no data, and `download` is off.
             OSError: the download failed, or the data cannot be written.
-            ValueError: the archive is damaged, or a path in it leads outside.
+            ValueError: the archive is damaged, a path in it leads outside, or the folder that it would be extracted to
+                comes from another archive.
         """
-        if self.root.suffix.lower() == ".zip":
-            if not self.folder.is_dir():
-                extract(self.root, self.folder, _locate)
-            else:
+        if self._is_archive:
+            if self.folder.is_dir():
                 require_same_archive(self.root, self.folder)
+            else:
+                extract(self.root, self.folder, _locate)
             return
         try:
             self.folder  # noqa: B018
@@ -91,14 +102,18 @@ class TinyImageNet(ImageDataModule):
         Raises:
             FileNotFoundError: there is none.
         """
-        if self.root.suffix.lower() == ".zip":
+        if self._is_archive:
             return (self.extract_to or self.root.parent) / FOLDER
         return _locate(self.root)
+
+    @property
+    def _is_archive(self) -> bool:
+        return self.root.suffix.lower() == ".zip" and not self.root.is_dir()
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Sorted WordNet ids, and the first synonym of each."""
         classes = _classes(self.folder)
-        words = dict(line.split("\t", 1) for line in _lines(self.folder / "words.txt") if "\t" in line)
+        words = dict(line.split("\t", 1) for _, line in _lines(self.folder / "words.txt") if "\t" in line)
         return classes, [words.get(wnid, wnid).split(",")[0] for wnid in classes]
 
     def read_split(self, split: Split) -> tuple[Files, Labels]:
@@ -154,19 +169,32 @@ def _locate(root: Path) -> Path:
     )
 
 
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """Number and text of each line that is not blank."""
+    if not file.exists():
         raise FileNotFoundError(f"{file} is missing")
-    return [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    try:
+        require_regular_file(file)
+        size = file.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(f"expected at most {MAX_TEXT_BYTES >> 20} MiB, got {size >> 20} MiB")
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _classes(folder: Path) -> list[str]:
-    classes = sorted(line.strip() for line in _lines(folder / "wnids.txt"))
-    if not classes or len(set(classes)) < len(classes):
-        raise ValueError(
-            f"{folder / 'wnids.txt'} lists {'a class twice' if classes else 'no class'}: get the data again"
-        )
-    return classes
+    file = folder / "wnids.txt"
+    classes: set[str] = set()
+    for number, line in _lines(file):
+        wnid = line.strip()
+        if wnid in classes or wnid in (".", "..") or not wnid.isprintable() or {"/", "\\"} & set(wnid):
+            raise ValueError(f"{file}, line {number}: expected the name of a folder, each once, got {wnid!r}")
+        classes.add(wnid)
+    if not classes:
+        raise ValueError(f"{file} names no class")
+    return sorted(classes)
 
 
 def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
@@ -176,23 +204,20 @@ def _read_train(folder: Path, classes: Sequence[str]) -> _Table:
     for label, wnid in enumerate(classes):
         if not (folder / "train" / wnid).is_dir():
             raise FileNotFoundError(f"class {wnid} of {folder / 'wnids.txt'} has no folder {folder / 'train' / wnid}")
-        rows = _read_boxes(folder / "train" / wnid / f"{wnid}_boxes.txt", f"train/{wnid}/images", folder, fields=1)
+        rows = _read_boxes(folder / "train" / wnid / f"{wnid}_boxes.txt", f"train/{wnid}/images", folder)
         if not rows:
             raise ValueError(f"{folder / 'train' / wnid} has no image")
         rows.sort()
         paths += [path for path, _, _ in rows]
         labels += [label] * len(rows)
         boxes += [box for _, _, box in rows]
-    return _Table(paths, np.array(labels, dtype=np.int64), np.array(boxes, dtype=np.int16).reshape(-1, 4))
+    return _Table(paths, np.array(labels), np.array(boxes, dtype=np.int16))
 
 
 def _read_val(folder: Path, classes: Sequence[str]) -> _Table:
     file = folder / "val" / "val_annotations.txt"
-    rows = _read_boxes(file, "val/images", folder, fields=2)
     labels = {wnid: label for label, wnid in enumerate(classes)}
-    for number, (_, wnid, _) in enumerate(rows, 1):
-        if wnid not in labels:
-            raise ValueError(f"{file}, line {number}: class {wnid!r} is not in {folder / 'wnids.txt'}")
+    rows = _read_boxes(file, "val/images", folder, labels)
     boxes = np.array([box for _, _, box in rows], dtype=np.int16).reshape(-1, 4)
     return _Table([path for path, _, _ in rows], np.array([labels[wnid] for _, wnid, _ in rows], dtype=int), boxes)
 
@@ -200,27 +225,25 @@ def _read_val(folder: Path, classes: Sequence[str]) -> _Table:
 def _read_test(folder: Path) -> _Table:
     if not (folder / "test" / "images").is_dir():
         raise FileNotFoundError(f"{folder / 'test' / 'images'} is missing")
-    paths = [f"test/images/{name}" for name in sorted(_images(folder / "test" / "images"))]
+    paths = [f"test/images/{name}" for name in files_in(folder / "test" / "images", SUFFIXES)]
     return _Table(paths, np.full(len(paths), -1), None)
 
 
-def _images(folder: Path) -> set[str]:
-    found = {entry.name for entry in entries(folder) if entry.name.endswith(".JPEG")} if folder.is_dir() else set()
-    for name in found:
-        require_regular_file(folder / name)
-    return found
-
-
-def _read_boxes(file: Path, images: str, folder: Path, fields: int) -> list[tuple[str, str, list[int]]]:
-    """Rows of an annotation file: path, class id (the file name where there is none), corners."""
-    present = _images(folder / images)
+def _read_boxes(
+    file: Path, images: str, folder: Path, classes: Collection[str] | None = None
+) -> list[tuple[str, str, list[int]]]:
+    """Rows of an annotation file: path, class id (of the given ones, or else a corner), corners."""
+    fields = 1 if classes is None else 2
+    present = set(files_in(folder / images, SUFFIXES))
     rows = []
-    for number, line in enumerate(_lines(file), 1):
+    for number, line in _lines(file):
         name, *parts = line.split("\t")
         corners = [int(part) for part in parts[fields - 1 :] if part.isdecimal() and len(part) < 5]
         if len(parts) != fields + 3 or len(corners) != 4 or corners[0] > corners[2] or corners[1] > corners[3]:
             columns = "file, class, x0, y0, x1, y1" if fields == 2 else "file, x0, y0, x1, y1"
-            raise ValueError(f"{file}, line {number}: expected {columns} between tabs, found {line!r}")
+            raise ValueError(f"{file}, line {number}: expected {columns} between tabs, got {line[:200]!r}")
+        if classes is not None and parts[0] not in classes:
+            raise ValueError(f"{file}, line {number}: class {parts[0]!r} is not in {folder / 'wnids.txt'}")
         if name not in present:
             raise FileNotFoundError(f"{folder / images / name} is missing, or listed twice: {file}, line {number}")
         present.remove(name)

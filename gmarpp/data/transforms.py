@@ -15,6 +15,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 Policy: TypeAlias = Literal["none", "randaugment", "trivialaugment"]
 # torchvision's RandAugment has so many bins, and a magnitude is one of them.
 MAX_MAGNITUDE = 30
+MAX_EDGE = 16384
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Preprocessing:
     """What a network expects of its input.
 
     Args:
-        size: height and width in pixels.
+        size: height and width in pixels, up to 16384.
         mean: per channel, of RGB values in [0, 1].
-        std: per channel, of RGB values in [0, 1].
+        std: per channel, of RGB values in [0, 1], above 0.
         interpolation: "nearest", "bilinear" or "bicubic"; the last two with antialiasing.
         crop_pct: part of the resized image's edge that the central crop keeps, in (0, 1].
         crop_mode: "center" keeps the aspect ratio, "squash" resizes both edges and loses it, as timm defines them.
@@ -41,11 +42,13 @@ class Preprocessing:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or not all(isinstance(edge, int) and edge >= 1 for edge in self.size):
-            raise ValueError(f"preprocessing: size must be two positive integers (height, width), got {self.size}")
+        if len(self.size) != 2 or not all(isinstance(edge, int) and 1 <= edge <= MAX_EDGE for edge in self.size):
+            raise ValueError(
+                f"preprocessing: size must be two integers (height, width) from 1 to {MAX_EDGE}, got {self.size}"
+            )
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not all(math.isfinite(value) for value in values):
-                raise ValueError(f"preprocessing: {name} must be three finite numbers, got {values}")
+            if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+                raise ValueError(f"preprocessing: {name} must be three numbers in [0, 1], got {values}")
         if min(self.std) <= 0:
             raise ValueError(f"preprocessing: std must be positive, got {self.std}")
         if self.interpolation not in INTERPOLATIONS:

@@ -3,7 +3,9 @@
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -12,100 +14,156 @@ SUFFIXES = (
     *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp"),
 )
-_KINDS = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+# Files that only a folder of results holds together: of a predict run, and of the sanity check.
+_RESULTS = {
+    "predict run": ({"run.json", "maps"}, {"run.json", "parts"}, {"run.json", "overlays"}),
+    "sanity check": ({"sanity.csv", "sanity.png"},),
+}
+# Links among folders multiply the ways to each of them: beyond this many, somebody has linked in circles.
+MAX_WAYS = 64
+_KINDS = {
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+    stat.S_IFDIR: "folder",
+}
 
 
 def require_regular_file(path: Path) -> None:
-    """Check that a path leads to a regular file: opening a named pipe or a device could wait for ever.
+    """Make sure that a path leads to a regular file, because opening a pipe or a device may wait forever.
 
     Raises:
-        FileNotFoundError: nothing is there, or a link leads nowhere.
-        ValueError: it is something else.
+        FileNotFoundError: there is nothing.
+        ValueError: there is something else, which the message names.
     """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which does not exist") from None
-        raise
-    if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else _KINDS.get(stat.S_IFMT(mode), "special file")
-        raise ValueError(f"{path} is a {kind}, expected a file: remove or rename it")
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{path} is a {_KINDS.get(kind, 'special file')}, expected a file: remove or rename it")
 
 
-def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what a folder holds, by name.
+def files_in(folder: Path, suffixes: Collection[str]) -> list[str]:
+    """Return the names, sorted, of the files in a folder that have one of some suffixes; see `files_below`."""
+    kinds = ((entry, _kind(entry)) for entry in _visible_entries(str(folder)))
+    return sorted(entry.name for entry, kind in kinds if _is_wanted(entry, kind, suffixes))
+
+
+def files_below(
+    folder: Path, suffixes: Collection[str] | None, besides: Path | None = None, strict: bool = False
+) -> list[str]:
+    """Return the relative paths, sorted, of the files below a folder that have one of some suffixes.
+
+    Links are followed. What is hidden is left out; so are folders of this project's own results, and links back to a
+    folder on the way to them, which show what is listed anyway: both with a warning.
+
+    Args:
+        folder: where to begin.
+        suffixes: in lower case, or None for files of any name.
+        besides: a folder to leave out.
+        strict: linked folders and results are errors, as they are for a reader that does not treat them like this.
 
     Raises:
-        OSError: the folder cannot be read; the message names it.
+        OSError: a folder cannot be read, or a link leads nowhere.
+        ValueError: a pipe, socket or device has such a suffix, the folder itself holds results, or links among folders
+            multiply without end.
     """
+    excluded = None if besides is None or not besides.exists() else _identity(str(besides))
+    base = str(folder)
+    found: list[str] = []
+    ways: Counter[tuple[int, int]] = Counter()
+    pending = [(base, {_identity(base): base})]
+    while pending:
+        parent, above = pending.pop()
+        entries = _visible_entries(parent)
+        if _holds_results({entry.name for entry in entries}, parent, refused=strict or parent == base):
+            continue
+        for entry in entries:
+            kind = _kind(entry)
+            if kind == stat.S_IFDIR:
+                identity = _identity(entry.path)
+                if identity == excluded or _leads_back(entry, identity, above, strict):
+                    continue
+                ways[identity] += 1
+                if ways[identity] > MAX_WAYS:
+                    raise ValueError(
+                        f"{entry.path} is way {MAX_WAYS + 1} to the same folder: remove links among folders"
+                    )
+                pending.append((entry.path, {**above, identity: entry.path}))
+            elif _is_wanted(entry, kind, suffixes):
+                found.append(entry.path[len(base) :].lstrip(os.sep))
+    return sorted(found)
+
+
+def _visible_entries(folder: str) -> list["os.DirEntry[str]"]:
     try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise type(error)(
             error.errno,
             f"folder cannot be read ({error.strerror}): change its permissions or take it away",
-            str(folder),
+            folder,
         ) from error
 
 
-def image_files(folder: Path, besides: Path | None = None) -> list[str]:
-    """Return the relative paths of all images below a folder, sorted.
-
-    Linked folders are followed. Left out are hidden files and folders, links that lead back to a folder above them, and
-    results of predict runs; for the latter two a message says so.
-
-    Args:
-        folder: where to look.
-        besides: a folder to leave out.
-
-    Raises:
-        OSError: a folder cannot be read.
-        FileNotFoundError: an image is a link that leads nowhere.
-        ValueError: `folder` holds the results of a run, or what is named like an image is a pipe, device or folder.
-    """
-    if _is_run(folder):
-        raise ValueError(f"{folder} holds the results of a predict run, not images to explain: choose another root")
-    excluded = None if besides is None else besides.resolve()
-    found = _walk(folder, excluded, {_identity(folder): folder})
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+def _kind(entry: "os.DirEntry[str]") -> int:
+    """Type bits of what an entry is or leads to; only links cost a call of the system."""
+    try:
+        if not entry.is_symlink():
+            if entry.is_file(follow_symlinks=False):
+                return stat.S_IFREG
+            if entry.is_dir(follow_symlinks=False):
+                return stat.S_IFDIR
+        return stat.S_IFMT(entry.stat().st_mode)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        why = "does not exist" if missing else f"cannot be reached ({error.strerror})"
+        target = os.readlink(entry.path)  # noqa: PTH115
+        raise type(error)(
+            f"{entry.path} is a link to {target}, which {why}: restore that, or remove the link"
+        ) from error
 
 
-def linked_folder(folder: Path) -> Path | None:
-    """Return a linked folder at or below another one, or None if there is none."""
-    for entry in entries(folder):
-        if entry.is_dir():
-            if entry.is_symlink():
-                return Path(entry.path)
-            if (linked := linked_folder(Path(entry.path))) is not None:
-                return linked
-    return None
-
-
-def _walk(folder: Path, excluded: Path | None, above: dict[tuple[int, int], Path]) -> Iterator[Path]:
-    for entry in entries(folder):
-        path = Path(entry.path)
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            if path.suffix.lower() in SUFFIXES:
-                require_regular_file(path)
-                yield path
-        elif path.resolve() == excluded:
-            continue
-        elif (identity := _identity(path)) in above:
-            logger.warning("%s leads back to %s, which is above it: this link is left out", path, above[identity])
-        elif _is_run(path):
-            logger.warning("%s holds the results of a predict run: it is left out", path)
-        else:
-            yield from _walk(path, excluded, {**above, identity: path})
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116
     return status.st_dev, status.st_ino
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file() and (folder / "maps").is_dir()
+def _leads_back(
+    entry: "os.DirEntry[str]", identity: tuple[int, int], above: dict[tuple[int, int], str], strict: bool
+) -> bool:
+    if strict and entry.is_symlink():
+        raise ValueError(
+            f"{entry.path} is a linked folder, which `datasets` leaves out: use --data ImageFolder, or move it"
+        )
+    if identity not in above:
+        return False
+    _warn_once(
+        f"{entry.path} leads back to {above[identity]}, a folder on the way to it: its images are listed once, below "
+        "that"
+    )
+    return True
+
+
+def _is_wanted(entry: "os.DirEntry[str]", kind: int, suffixes: Collection[str] | None) -> bool:
+    if suffixes is not None and os.path.splitext(entry.name)[1].lower() not in suffixes:  # noqa: PTH122
+        return False
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        require_regular_file(Path(entry.path))
+    return kind == stat.S_IFREG
+
+
+def _holds_results(names: set[str], folder: str, refused: bool) -> bool:
+    kinds = [kind for kind, marks in _RESULTS.items() if any(mark <= names for mark in marks)]
+    if not kinds:
+        return False
+    message = f"{folder} holds the results of a {kinds[0]}"
+    if refused:
+        raise ValueError(f"{message}, not images to explain: choose another folder, or move the results out of it")
+    _warn_once(f"{message}: it is left out")
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,11 +1,12 @@
 import hashlib
+import os
 import zipfile
 
 import pytest
 from miniature import tiny_imagenet
 
 from gmarpp.data import archive
-from gmarpp.data.archive import download, extract
+from gmarpp.data.archive import download, extract, require_same_archive
 
 
 def find(folder):
@@ -32,13 +33,63 @@ def test_extracts_to_a_new_name_and_leaves_nothing_else(tmp_path):
     assert (tmp_path / "target" / "name" / "b" / "c").read_text() == "2"
 
 
-def test_made_in_the_meantime_by_another_process(tmp_path):
+@pytest.mark.parametrize("content", ["1", "2"])
+def test_made_in_the_meantime_by_another_process(tmp_path, content):
     source = zipped(tmp_path / "source.zip", data__a="1")
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "theirs").touch()
-    extract(source, tmp_path / "target", find)
-    assert names(tmp_path) == ["source.zip", "target"]
-    assert names(tmp_path / "target") == ["theirs"]
+
+    def find_late(folder):
+        # the other process ends while this one extracts
+        extract(zipped(tmp_path / "theirs.zip", data__a=content), tmp_path / "target", find)
+        return find(folder)
+
+    if content == "1":
+        (tmp_path / "theirs.zip").write_bytes(source.read_bytes())
+        extract(source, tmp_path / "target", find_late)
+    else:
+        with pytest.raises(ValueError, match=r"target was extracted from another archive than .*source\.zip"):
+            extract(source, tmp_path / "target", find_late)
+    assert names(tmp_path) == ["source.zip", "target", "theirs.zip"]
+    assert (tmp_path / "target" / "a").read_text() == content
+
+
+def test_a_folder_of_unknown_origin_is_used_with_a_warning(tmp_path, caplog):
+    source, target = zipped(tmp_path / "source.zip", data__a="1"), tmp_path / "target"
+    extract(source, target, find)
+    require_same_archive(source, target)
+    assert not caplog.text
+    (target / ".archive").unlink()
+    require_same_archive(source, target)
+    assert "target does not say whether it comes from" in caplog.text
+
+
+def test_archives_that_are_not_sound(tmp_path, monkeypatch):
+    def refused(message, target="target"):
+        with pytest.raises(ValueError, match=message):
+            extract(tmp_path / "source.zip", tmp_path / "out" / target, find)
+        assert names(tmp_path / "out") == []
+
+    with zipfile.ZipFile(tmp_path / "source.zip", "w") as file:
+        file.writestr("data/a", "1")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            file.writestr("data/a", "2")
+    refused(r"source\.zip holds 'data/a' twice")
+    zipped(tmp_path / "source.zip", data="1", data__a="2")
+    refused(r"source\.zip is damaged or not a zip file")
+    zipped(tmp_path / "source.zip", **{"data__" + "a" * 300: "1"})
+    refused(r"source\.zip is damaged or not a zip file .*name too long")
+    # a member whose header promises less than it holds
+    whole = zipped(tmp_path / "source.zip", data__a="1" * 1000).read_bytes()
+    (tmp_path / "source.zip").write_bytes(whole.replace((1000).to_bytes(4, "little"), (10).to_bytes(4, "little")))
+    refused(r"source\.zip is damaged or not a zip file")
+    zipped(tmp_path / "source.zip", data__a="1", data__b="2")
+    monkeypatch.setattr(archive, "MAX_FILES", 1)
+    refused(r"source\.zip holds 2 files of 0 MiB, expected at most 1 of")
+    monkeypatch.undo()
+    monkeypatch.setattr(archive, "MAX_BYTES", 1)
+    refused(r"source\.zip holds 2 files of 0 MiB")
+    (tmp_path / "source.zip").unlink()
+    os.mkfifo(tmp_path / "source.zip")
+    refused(r"source\.zip is a named pipe, expected a file")
 
 
 @pytest.mark.parametrize("name", ["../escaped", "data/../../escaped", "/escaped", "C:\\escaped"])

@@ -226,3 +226,47 @@ def test_command_line_sets_all_options(name):
     assert told.keys() == given.keys() | ({"download", "extract_to", "selection_seed"} if name == "Digits" else set())
     resolved = {"root", "preprocessing", "augmentation", "test_split", "predict_split"}
     assert all(told[key] == given[key] for key in given.keys() - resolved)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", -1), ("num_workers", -1), ("images_per_class", -3), ("seed", -1), ("seed", 2**32)],
+)
+def test_options_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=rf"^data: {option}: expected a number .*, got {value}"):
+        PointData(preprocessing=PLAIN, **{option: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, []])
+def test_no_classes_at_all(value):
+    with pytest.raises(ValueError, match="only_classes: expected"):
+        PointData(preprocessing=PLAIN, only_classes=value)
+
+
+def labelled(monkeypatch, labels):
+    monkeypatch.setattr(PointData, "read_split", lambda self, split: (Points(), np.array(labels)))
+
+
+def test_labels_that_count_from_one(monkeypatch):
+    labelled(monkeypatch, [1, 2, 3, 3])
+    message = r"row 2 of val has the label 3, expected 0 to 2 .*\(2 of 4 labels are others, and seem to count from 1\)"
+    with pytest.raises(ValueError, match=message):
+        points("validate")
+
+
+def test_missing_labels_are_for_predicting_only(monkeypatch):
+    labelled(monkeypatch, [0, 1, 2, -1])
+    for stage in ("validate", "test", "predict"):
+        assert len(points(stage).datasets[stage.replace("validate", "val")]) == 4
+    with pytest.raises(ValueError, match=r"row 3 of train has no label, as 1 of 4"):
+        points("fit")
+    labelled(monkeypatch, [-1, -1, -1])
+    with pytest.raises(ValueError, match=r"no image of val has a label, so there is nothing to measure"):
+        points("validate")
+    assert len(points("predict").datasets["predict"]) == 3
+
+
+def test_classes_of_the_same_name(monkeypatch):
+    monkeypatch.setattr(PointData, "read_classes", lambda self: (("ant", "bee", "ant"), ("Ant", "Bee", "Ant")))
+    with pytest.raises(ValueError, match="PointData has class 'ant' twice"):
+        points()

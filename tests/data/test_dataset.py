@@ -64,3 +64,11 @@ def test_masks_of_another_size_are_fitted(tmp_path):
     assert mask("mask.png").tolist() == [[True] * 16] * 8 + [[False] * 16] * 8
     with pytest.raises(ValueError, match=r"upright\.png is 10x20 but image image\.png is 40x20"):
         mask("upright.png")
+
+
+@pytest.mark.parametrize("box", [[0, 0, 64, 63], [0, 0, 63, 64], [-1, 0, 5, 5], [0, 9000, 10, 9001]])
+def test_boxes_outside_of_their_image_are_named(tmp_path, box):
+    picture(0).save(tmp_path / "image.png")
+    files = Files(tmp_path, ["image.png"], np.array([box]))
+    with pytest.raises(ValueError, match=rf"box of .*image\.png has corners \[{box[0]}, .* in its 64x64 pixels"):
+        files.read(0)

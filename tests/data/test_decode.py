@@ -1,4 +1,6 @@
 import io
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -127,3 +129,54 @@ def test_pictures_beyond_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
     with pytest.raises(ValueError, match=r"picture cannot be read \(10 x 10 pixels are more than the 99 of"):
         pixels(grey(0, (10, 10)), format="PNG")
+
+
+def test_a_stated_range_bounds_the_values():
+    assert tiff([0, 300], _281=300) == [[0, 255]]
+    with pytest.raises(ValueError, match=r"integers outside 0 to 4095 have no defined brightness"):
+        tiff([0, 5000], _281=4095)
+
+
+def twelve_bit_tiff(first, second):
+    """A TIFF of two samples packed in 12 bits each, which Pillow reads but does not write."""
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    strip = ((first << 12) | second).to_bytes(3, "big")
+    return io.BytesIO(b"II*\0" + struct.pack("<I", 12) + strip + b"\0" + struct.pack("<H", 9) + entries + bytes(4))
+
+
+def test_packed_twelve_bits_have_their_own_range():
+    assert read_image(twelve_bit_tiff(0, 4095), "picture")[0].tolist() == [[0, 255]]
+    assert read_image(twelve_bit_tiff(4095, 1000), "picture")[0].tolist() == [[255, 62]]  # 62.27
+
+
+def test_zero_may_be_white():
+    """In 16 bits Pillow does not invert; in 8 it does."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[262] = 0
+    for dtype, largest in ((np.uint8, 255), (np.uint16, 65535)):
+        file = io.BytesIO()
+        Image.fromarray(np.array([[0, largest]], dtype)).save(file, format="TIFF")
+        content = file.getvalue()
+        # the tag's entry: 262, type short, one value, 1 (zero is black)
+        entry = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+        assert content.count(entry) == 1
+        content = content.replace(entry, struct.pack("<HHIHH", 262, 3, 1, 0, 0))
+        assert read_image(io.BytesIO(content), "picture")[0].tolist() == [[255, 0]]
+
+
+def test_strips_and_programs_are_refused():
+    with pytest.raises(ValueError, match=r"picture cannot be read \(1 x 101 pixels are more than 100 times as long"):
+        pixels(grey(0, (1, 101)), format="PNG")
+    assert len(pixels(grey(0, (1, 100)), format="PNG")[0]) == 100
+    with pytest.raises(ValueError, match=r"picture cannot be read \(Encapsulated PostScript is a program"):
+        pixels(Image.new("RGB", (4, 4)), format="EPS")
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_pipes_and_devices_are_not_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name, kind in (("pipe.png", "named pipe"), ("zero.png", "device"), (".", "folder")):
+        with pytest.raises(ValueError, match=rf"cannot be read \(.* is a {kind}, expected a file"):
+            read(tmp_path / name)

@@ -133,5 +133,11 @@ def test_scikit_learn_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match=r"val_images: expected a number in \[1, 100000\], got 0"):
         write_digits(None, val_images=0)
+
+
+@pytest.mark.parametrize(("option", "value"), [("train_images", 0), ("val_images", -1), ("digits_seed", -1)])
+def test_options_out_of_range_are_named(tmp_path, option, value):
+    with pytest.raises(ValueError, match=rf"^data: {option}: expected a number in .*, got {value}"):
+        Digits(str(tmp_path), **{option: value})

@@ -1,4 +1,5 @@
 import io
+import os
 from itertools import islice
 
 import datasets
@@ -10,6 +11,7 @@ import torch
 from miniature import PLAIN, WNIDS, picture, tiny_imagenet, trainer
 from PIL import Image
 
+from gmarpp.callbacks import ExplanationWriter
 from gmarpp.data import Augmentation, HubDataset, TinyImageNet
 from gmarpp.module import ViTClassifier
 
@@ -210,7 +212,7 @@ def test_image_folder_of_the_library(tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path):
     files = parquet(tmp_path / "hub", {"train": ten()})
-    with pytest.raises(ValueError, match=r"split 'valid' of 'parquet' cannot be loaded: .*\['train'\]"):
+    with pytest.raises(ValueError, match=r"split 'valid' of 'parquet' \(.*\) cannot be loaded: .*\['train'\]"):
         opened(files)
     with pytest.raises(ValueError, match="'parquet' has no column 'picture'; it has image, label"):
         opened(files, val_split="train", image_column="picture")
@@ -328,3 +330,105 @@ def test_schedule_of_a_streamed_run_needs_a_number_of_steps(tmp_path):
     assert run.callback_metrics["train/lr"].item() == pytest.approx(0.25e-3)
     with pytest.raises(ValueError, match=r"streamed data has no length and needs --trainer\.max_steps"):
         fit(max_epochs=2)
+
+
+def test_files_that_rows_name_below_a_folder_of_data(tmp_path):
+    """Relative to the folder, with all links resolved, and from nowhere else."""
+    picture(0, (16, 16)).save(tmp_path / "secret.png")
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    picture(1, (16, 16)).save(folder / "images" / "1.png")
+    (folder / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    names = [
+        "images/1.png",
+        str(folder / "images" / "1.png"),
+        "../secret.png",
+        "images/link.png",
+        "/etc/hostname",
+        None,
+    ]
+    images = [name and {"bytes": None, "path": name} for name in names]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(SORTED))})
+    table = {"image": images, "label": [0] * len(names)}
+    # The library's own writer would store the files' content.
+    pyarrow.parquet.write_table(
+        datasets.Dataset.from_dict(table, features=features).data.table, folder / "train.parquet"
+    )
+    data = HubDataset(str(folder), val_split="train", preprocessing=PLAIN, num_workers=0)
+    data.setup("validate")
+    dataset = data.datasets["val"]
+    expected = torch.from_numpy(np.array(picture(1, (16, 16)))).permute(2, 0, 1) / 255
+    assert torch.allclose(dataset[0]["image"], expected)
+    assert torch.allclose(dataset[1]["image"], expected)
+    for row in (2, 3, 4):
+        with pytest.raises(ValueError, match=rf"row train/{row} names .*, which is outside of the data"):
+            dataset[row]
+    with pytest.raises(ValueError, match="row train/5 has no image"):
+        dataset[5]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "text", "pipe"])
+def test_damaged_data_files_are_named(tmp_path, damage, streaming):
+    files = parquet(tmp_path / "hub", {"valid": ten()})
+    path = tmp_path / "hub" / "valid.parquet"
+    if damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if damage == "cut" else b"text")
+    with pytest.raises((ValueError, OSError), match=r"valid\.parquet"):
+        list(opened(files, "validate", streaming=streaming).datasets["val"])
+
+
+def test_results_and_pipes_below_a_local_folder_are_refused(tmp_path):
+    for name in ("validation/ant/1.png", "validation/bee/2.png", "results/overlays/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(tmp_path / name)
+    data = HubDataset(str(tmp_path), val_split="validation", preprocessing=PLAIN)
+    (tmp_path / "results" / "run.json").touch()
+    with pytest.raises(ValueError, match="results holds the results of a predict run, not images"):
+        data.prepare_data()
+    (tmp_path / "results" / "run.json").unlink()
+    os.mkfifo(tmp_path / "validation" / "ant" / "4.png")
+    with pytest.raises(ValueError, match=r"ant/4\.png is a named pipe"):
+        data.setup("validate")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_images_need_labels(tmp_path, streaming):
+    files = parquet(tmp_path / "hub", {"train": [*ten(), (picture(3), -1)], "valid": ten()})
+    with pytest.raises(ValueError, match=r"row .* has no label"):
+        list(opened(files, "fit", streaming=streaming, batch_size=1).train_dataloader())
+
+
+def test_streamed_images_are_not_explained_before_anything_is_written(tmp_path):
+    class Explaining(L.LightningModule):
+        def predict_step(self, batch, batch_idx):
+            raise AssertionError
+
+    files = parquet(tmp_path / "hub", {"valid": ten()})
+    data = HubDataset("parquet", data_files=files, preprocessing=PLAIN, num_workers=0, streaming=True)
+    run = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[ExplanationWriter(tmp_path / "results")],
+    )
+    with pytest.raises(ValueError, match=r"streamed images have no numbers .*--data\.streaming false"):
+        run.predict(Explaining(), data, return_predictions=False)
+    assert not (tmp_path / "results").exists()
+
+
+def test_shuffle_buffer_out_of_range():
+    with pytest.raises(ValueError, match=r"^data: shuffle_buffer: expected a number of at least 1, got 0"):
+        HubDataset(shuffle_buffer=0)
+
+
+def test_paths_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HUB", "hub")
+    parquet(tmp_path / "hub", {"valid": ten()})
+    files = {"valid": "$HOME/${HUB}/valid.parquet"}
+    assert len(opened(files, "validate", cache_dir="~/other").datasets["val"]) == 10
+    assert (tmp_path / "other").is_dir()

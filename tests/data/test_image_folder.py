@@ -64,6 +64,10 @@ def test_labels_are_needed_to_train(tmp_path):
     write(tmp_path, "a.png")
     with pytest.raises(ValueError, match=r"train needs labels: set labelled to true"):
         opened(tmp_path, "fit")
+    with pytest.raises(ValueError, match=r"a\.png lies in no folder that names its class"):
+        opened(tmp_path, "predict", labelled=True)
+    (tmp_path / "a.png").rename(tmp_path / ".a.png")
+    write(tmp_path, "cat/a.png")
     with pytest.raises(FileNotFoundError, match=r"has no folder 'train', which fit needs"):
         opened(tmp_path, "fit", labelled=True)
 

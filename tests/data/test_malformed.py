@@ -4,12 +4,14 @@ import io
 import shutil
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
 from miniature import PLAIN, picture, tiny_imagenet
 from PIL import Image
 
-from gmarpp.data import ImageFolder, TinyImageNet
+from gmarpp.data import HubDataset, ImageFolder, TinyImageNet
+from gmarpp.data.row_images import RowImages
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX", "SGI", "JPEG2000")
 
@@ -35,13 +37,13 @@ def damaged(content, generator):
     return bytes(content)
 
 
-def outcome(name, act):
+def outcome(act, *names):
     """Return "read", or "refused" for an error that names the file; anything else is a failure."""
     try:
         act()
     except (ValueError, OSError) as error:
-        if name not in str(error):
-            raise AssertionError(f"the error does not name {name}") from error
+        if not any(name in str(error) for name in names):
+            raise AssertionError(f"{error!r} names none of {names}") from error
         return "refused"
     return "read"
 
@@ -56,7 +58,7 @@ def count_images(folder, cases, seed=0):
         (folder / "case.png").write_bytes(damaged(buffer.getvalue(), generator))
         data = ImageFolder(str(folder), preprocessing=PLAIN, num_workers=0)
         data.setup("predict")
-        counts[outcome("case.png", lambda data=data: data.datasets["predict"][0])] += 1
+        counts[outcome(lambda data=data: data.datasets["predict"][0], "case.png")] += 1
     return counts
 
 
@@ -75,7 +77,7 @@ def count_annotations(folder, cases, seed=0):
             data.setup("fit")
             data.setup("validate")
 
-        counts[outcome("tiny-imagenet-200", act)] += 1
+        counts[outcome(act, "tiny-imagenet-200")] += 1
         file.write_bytes(whole)
     return counts
 
@@ -95,10 +97,60 @@ def count_archives(folder, cases, seed=0):
             data.setup("validate")
 
         try:
-            counts[outcome("", act)] += 1
+            counts[outcome(act, "case.zip", "tiny-imagenet-200")] += 1
         finally:
             shutil.rmtree(folder / "out", ignore_errors=True)
     return counts
+
+
+def count_tables(folder, cases, seed=0):
+    generator, counts = np.random.default_rng(seed), {"read": 0, "refused": 0}
+    contents = []
+    for k in range(3):
+        buffer = io.BytesIO()
+        picture(k, (24, 16)).save(buffer, format="PNG")
+        contents.append({"bytes": buffer.getvalue(), "path": f"{k}.png"})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict({"image": contents, "label": [0, 1, 2]}, features=features).to_parquet(folder / "whole")
+    whole = (folder / "whole").read_bytes()
+    for _ in range(cases):
+        (folder / "case.parquet").write_bytes(damaged(whole, generator))
+
+        def act():
+            files = {"valid": str(folder / "case.parquet")}
+            data = HubDataset("parquet", data_files=files, preprocessing=PLAIN, num_workers=0, streaming=True)
+            data.setup("validate")
+            assert len(list(data.datasets["val"])) <= 3
+
+        counts[outcome(act, "case.parquet", "valid/", "0.png", "1.png", "2.png")] += 1
+    return counts
+
+
+def count_rows(folder, cases, seed=0):
+    generator, counts = np.random.default_rng(seed), {"read": 0, "refused": 0}
+    picture(0).save(folder / "1.png")
+    content = (folder / "1.png").read_bytes()
+    paths = [
+        *(None, "", "1.png", "absent.png", "../1.png", "/etc/passwd", "/dev/zero", ".", "a" * 300, "\0", "\ud800"),
+        *("file:///etc/passwd", "zip://1.png::/etc/passwd", "zip://a::hf://datasets/x/y@main/b.zip", "::", "://", "~"),
+        *("http://127.0.0.1:9/1.png", "hf://datasets/x/y@main/../z", "memory://1.png", "local://1.png", "\n"),
+    ]
+    values = [None, b"", content, content[:50], b"text"]
+    images = RowImages([str(folder)], listed=False), RowImages([str(folder)], listed=True)
+    for case in range(cases):
+        path, value = paths[generator.integers(len(paths))], values[generator.integers(len(values)) * (case % 3 == 0)]
+        row = {"bytes": value, "path": path} if case % 20 else [None, 3, "1.png", {}][generator.integers(4)]
+        names = ("valid/7", path or "valid/7")
+        counts[outcome(lambda row=row, case=case: images[case % 2].read(row, "valid/7"), *names)] += 1
+    return counts
+
+
+def test_tables(tmp_path):
+    assert min(count_tables(tmp_path, 30).values()) > 2
+
+
+def test_rows(tmp_path):
+    assert min(count_rows(tmp_path, 200).values()) > 10
 
 
 def test_images(tmp_path):

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -203,3 +204,72 @@ def test_corrected_archive_is_not_hidden_by_what_was_extracted(tmp_path):
     shutil.rmtree(tmp_path / "tiny-imagenet-200")
     data = opened(tmp_path / "tiny.zip", "fit", selection_fraction=0)
     assert len(data.datasets["train"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"wnids\.txt names no class"),
+        (b"n01443537\n\nn01443537\n", r"wnids\.txt, line 3: .* each once, got 'n01443537'"),
+        (b"n01443537\n../../secret\n", r"wnids\.txt, line 2: expected the name of a folder, each once, got '\.\./"),
+        (b"/etc\n", r"wnids\.txt, line 1: expected the name of a folder"),
+        (b"n01\x00\n", r"wnids\.txt, line 1: expected the name of a folder"),
+        (b"\xff\xfe\n", r"wnids\.txt cannot be read: .*utf-8"),
+        (b"n" * 2000, r"wnids\.txt cannot be read: expected at most 0 MiB"),
+    ],
+)
+def test_names_of_classes_are_names_of_folders(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(module, "MAX_TEXT_BYTES", 1000)
+    (tiny_imagenet(tmp_path) / "wnids.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, "fit")
+
+
+def test_pipes_and_unreadable_folders_are_named(tmp_path, monkeypatch):
+    root = tiny_imagenet(tmp_path)
+    (root / "val" / "val_annotations.txt").unlink()
+    os.mkfifo(root / "val" / "val_annotations.txt")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt is a named pipe"):
+        opened(tmp_path, "validate")
+    (root / CAT / "images" / "n02124075_0.JPEG").unlink()
+    os.mkfifo(root / CAT / "images" / "n02124075_0.JPEG")
+    with pytest.raises(ValueError, match=r"n02124075_0\.JPEG is a named pipe"):
+        opened(tmp_path, "fit")
+    scandir = os.scandir
+
+    def forbidding(folder):
+        if str(folder).endswith("n01443537/images"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr("os.scandir", forbidding)
+    with pytest.raises(PermissionError, match=r"folder cannot be read \(Permission denied\).*n01443537/images"):
+        opened(tmp_path, "fit")
+
+
+def test_linked_classes_are_followed(tmp_path):
+    root = tiny_imagenet(tmp_path)
+    (tmp_path / "store").mkdir()
+    (root / CAT).rename(tmp_path / "store" / "cats")
+    (root / CAT).symlink_to(tmp_path / "store" / "cats")
+    assert len(opened(tmp_path, "fit", selection_fraction=0).datasets["train"]) == 12
+
+
+@pytest.mark.parametrize(("option", "value"), [("selection_seed", -1), ("selection_fraction", -0.1)])
+def test_options_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=rf"^data: {option}: expected a number in .*, got {value}"):
+        TinyImageNet(**{option: value})
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="unknown split 'valid': choose from val, train, selection, test"):
+        TinyImageNet(split="valid")
+
+
+def test_paths_are_expanded(tmp_path, monkeypatch):
+    tiny_imagenet(tmp_path / "made")
+    shutil.make_archive(str(tmp_path / "mine"), "zip", tmp_path / "made")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    opened("~/mine.zip", "validate", extract_to="$SCRATCH/data")
+    assert (tmp_path / "scratch" / "data" / "tiny-imagenet-200" / "wnids.txt").is_file()

@@ -212,8 +212,10 @@ def test_augmentation_out_of_range_is_named(option, value):
         ("size", (32, 32, 32)),
         ("size", (0, 32)),
         ("size", (32, 32.5)),
+        ("size", (8, 10**6)),
         ("mean", (0.5, 0.5)),
         ("mean", (0.5, 0.5, math.nan)),
+        ("mean", (127.5, 127.5, 127.5)),
         ("std", (0.5, 0.5, 0.0)),
         ("std", (0.5, 0.5, math.inf)),
         ("interpolation", "cubic"),
@@ -225,3 +227,12 @@ def test_preprocessing_out_of_range_is_named(option, value):
     options = {"size": (32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), option: value}
     with pytest.raises(ValueError, match=f"preprocessing: .*{option}"):
         Preprocessing(**options)
+
+
+@pytest.mark.parametrize("magnitude", [0, 30])
+def test_both_ends_of_the_magnitudes_are_applied(magnitude):
+    augmentation = Augmentation(policy="randaugment", magnitude=magnitude)
+    transform = TrainingTransform(Preprocessing((8, 8), **IMAGENET), augmentation)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert transform(pil_to_tensor(picture(1)))["image"].isfinite().all()
