@@ -43,12 +43,10 @@ def explain(
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
         images: preprocessed for the network, shape (B, 3, H, W).
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, aliases, or `Method` objects with their own options.
-        target: `None` for the predicted class; a class index or name; one of either per image, or (B, K) for K classes
-            per image and as many backward passes; a `Contrast` of two; or a function of the network's output that
-            gives one score per image.
+        target: `None` for the predicted class; a class (index or name), one per image, or (B, K) with as many backward
+            passes; a `Contrast`; or a function of the network's output that gives one score per image.
         architecture: token layout of a network of an unknown family.
-        recompute: keep only the inputs of blocks in the forward pass, and run each block again in the backward pass.
-            Methods without gradients need no such pass.
+        recompute: keep only the inputs of blocks, and run each block again in the backward pass, if there is one.
 
     Raises:
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
@@ -70,7 +68,7 @@ def explain(
         usable = images.clone() if images.is_inference() else images.detach()
         maps, scores = _maps(model, usable, plan, target)
     names = () if callable(target) else class_names(model)
-    seen = fit_to_extent(usable, grid_extent(layout, images.shape[-2], images.shape[-1]))
+    seen = fit_to_extent(usable, grid_extent(layout, *images.shape[-2:]))
     return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names)
 
 
