@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,12 @@ import torch
 
 import gmarpp
 
+CPU = torch.device("cpu")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+"""Those that every device computes in; a GPU also in tf32 and float16."""
+GPU_PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+JOBS = ("kept", "recomputed", "gradient")
+"""All methods with the forward pass's activations kept or recomputed, and the plain gradient of the images."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,25 @@ class Timing:
     forward: float
 
 
-def machine() -> dict[str, object]:
+def machine(device: torch.device | None = None) -> dict[str, object]:
     """Say what the figures of a run belong to."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), processor)
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
     return {
         "date": datetime.date.today().isoformat(),
         "processor": processor,
+        **gpu,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def precisions(device: torch.device) -> list[str]:
+    """Name the precisions that a device computes in."""
+    return list(GPU_PRECISIONS if device.type == "cuda" else PRECISIONS)
 
 
 def network(name: str, size: int, depth: int | None = None) -> torch.nn.Module:
@@ -53,17 +66,35 @@ def network(name: str, size: int, depth: int | None = None) -> torch.nn.Module:
     return timm.create_model(name, img_size=size, num_classes=200, **options).eval()
 
 
-def autocast(precision: str) -> torch.autocast:
-    """Give a context that computes in a precision: a new one for each call, since it keeps converted weights."""
-    dtype = PRECISIONS[precision]
-    return torch.autocast("cpu", dtype, enabled=dtype is not None)
+@contextmanager
+def autocast(precision: str, device: torch.device = CPU) -> Iterator[None]:
+    """Compute in a precision, in a context that is new for each call, since autocast keeps converted weights."""
+    dtype, tf32 = GPU_PRECISIONS[precision], precision == "tf32"
+    if device.type == "cuda":
+        # PyTorch 2.9 has new settings, and an error for who reads the old ones after the new ones were set.
+        matmul, convolution = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+        for each in (matmul, convolution):
+            if hasattr(each, "fp32_precision"):
+                each.fp32_precision = "tf32" if tf32 else "ieee"
+            else:
+                each.allow_tf32 = tf32
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        yield
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], device: torch.device = CPU) -> float:
     """Time one call."""
+    synchronize(device)
     start = time.perf_counter()
     run()
+    synchronize(device)
     return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def alternate(
@@ -71,6 +102,7 @@ def alternate(
     forward: Callable[[], object],
     rounds: int,
     once_above: float = math.inf,
+    device: torch.device = CPU,
 ) -> dict[str, list[Timing]]:
     """Time jobs in turn, with a forward pass between each and the next, so that a drifting machine drifts for all.
 
@@ -79,15 +111,19 @@ def alternate(
         forward: the pass they are compared with.
         rounds: how often each job has its turn.
         once_above: a job that takes longer than so many seconds has one turn only.
+        device: where they compute.
     """
     forward()
+    if device.type == "cuda":
+        for run in jobs.values():
+            run()  # compiles kernels
     timings: dict[str, list[Timing]] = {job: [] for job in jobs}
-    before = seconds(forward)
+    before = seconds(forward, device)
     for _ in range(rounds):
         for job, run in jobs.items():
             if any(timing.seconds > once_above for timing in timings[job]):
                 continue
-            elapsed, after = seconds(run), seconds(forward)
+            elapsed, after = seconds(run, device), seconds(forward, device)
             timings[job].append(Timing(elapsed, (before + after) / 2))
             before = after
     return timings
@@ -99,28 +135,39 @@ def resident_mebibytes(field: str) -> float:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
 
+def run_job(job: str, model: torch.nn.Module, images: torch.Tensor, classes: int = 1) -> None:
+    """Run one of `JOBS` with so many classes per image."""
+    if job == "gradient":
+        watched = images.detach().requires_grad_()
+        torch.autograd.grad(model(watched)[:, 0].sum(), watched)
+        return
+    target = torch.arange(classes).repeat(len(images), 1)
+    gmarpp.explain(model, images, gmarpp.METHODS, target=target, recompute=job == "recomputed")
+
+
 def _peak_of(
-    connection: Connection, name: str, batch: int, size: int, depth: int | None, recompute: bool, classes: int
+    connection: Connection, job: str, name: str, batch: int, size: int, depth: int | None, classes: int
 ) -> None:
     gmarpp.explain(network("vit_tiny_patch16_224", 32, 1), torch.randn(1, 3, 32, 32))  # imports, thread pools
-    model, images = network(name, size, depth), torch.randn(batch, 3, size, size)
+    model, images = network(name, size, depth).requires_grad_(False), torch.randn(batch, 3, size, size)
     with torch.no_grad():
         model(images[:1])
     before = resident_mebibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    gmarpp.explain(model, images, gmarpp.METHODS, target=torch.arange(classes).repeat(batch, 1), recompute=recompute)
+    run_job(job, model, images, classes)
     connection.send(resident_mebibytes("VmHWM") - before)
 
 
-def peak(
-    name: str, batch: int, size: int, depth: int | None = None, recompute: bool = False, classes: int = 1
-) -> float:
-    """Measure the peak MiB per image of all methods in one call, above weights and images, in a fresh process."""
+def peak(job: str, name: str, batch: int, size: int, depth: int | None = None, classes: int = 1) -> float:
+    """Measure the peak MiB per image of a job of `JOBS`, float32 on the CPU, above weights and images.
+
+    The job runs in a fresh process.
+    """
     # Freed tensors go back to the system at once, so that the resident set is what is in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
-        target=_peak_of, args=(sender, name, batch, size, depth, recompute, classes)
+        target=_peak_of, args=(sender, job, name, batch, size, depth, classes)
     )
     process.start()
     # The parent's copy has to go, or a child that died would leave `recv` waiting.
@@ -128,3 +175,14 @@ def peak(
     mebibytes: float = receiver.recv()
     process.join()
     return round(mebibytes / batch, 1)
+
+
+def gpu_peak(run: Callable[[], object], device: torch.device) -> float:
+    """Measure the most MiB that a call takes at any moment on a GPU, above what is in use before."""
+    run()
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20

@@ -14,7 +14,7 @@ import math
 import time
 
 import torch
-from measure import PRECISIONS, autocast, machine, seconds
+from measure import PRECISIONS, autocast, machine, seconds, synchronize
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -26,17 +26,20 @@ from gmarpp.perturbation import baseline_images, rank_patches, score_perturbatio
 class ForwardClock:
     """Adds up the seconds that a network spends in its forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.seconds = 0.0
         self.images = 0
+        self.device = device
         model.register_forward_pre_hook(self._start)
         model.register_forward_hook(self._stop)
 
     def _start(self, _: nn.Module, args: tuple[Tensor]) -> None:
         self.images += len(args[0])
+        synchronize(self.device)
         self.seconds -= time.perf_counter()
 
     def _stop(self, *_: object) -> None:
+        synchronize(self.device)
         self.seconds += time.perf_counter()
 
 
@@ -64,23 +67,27 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--single", type=int, default=4, help="images scored one at a time")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
 
-    model = gmarpp.load_model(options.ckpt_path)
+    device: torch.device = options.device
+    model = gmarpp.load_model(options.ckpt_path).to(device)
     data = TinyImageNet(root=options.root, preprocessing=Preprocessing.of(model), num_workers=0)
     data.setup("predict")
     images = default_collate([data.datasets["predict"][index]["image"] for index in range(options.images)])
+    images = images.to(device)
     explanation = gmarpp.explain(model, images, gmarpp.METHODS)
     maps, target = explanation.maps, explanation.target
-    clock = ForwardClock(model)
-    report: dict[str, object] = machine() | vars(options)
+    clock = ForwardClock(model, device)
+    report: dict[str, object] = machine(device) | vars(options) | {"device": str(device)}
     for precision in PRECISIONS:
-        with autocast(precision):
+        with autocast(precision, device):
             clock.seconds, clock.images = 0.0, 0
-            blur = seconds(lambda: score_perturbations(model, images, maps, target, steps=options.steps))
+            blur = seconds(lambda: score_perturbations(model, images, maps, target, steps=options.steps), device)
             forward, scored = clock.seconds, clock.images
             drop = seconds(
-                lambda: score_perturbations(model, images, maps, target, steps=options.steps, baseline="drop")
+                lambda: score_perturbations(model, images, maps, target, steps=options.steps, baseline="drop"),
+                device,
             )
         report[precision] = {
             "images per second, 9 methods": round(options.images / blur, 3),
@@ -92,12 +99,13 @@ def main() -> None:
     per_method: dict[str, dict[str, float]] = {}
     for method in gmarpp.METHODS:
         map_ = maps[method][: options.single]
-        single = seconds(lambda map_=map_: one_at_a_time(model, few[0], map_, few[1], options.steps))
+        single = seconds(lambda map_=map_: one_at_a_time(model, few[0], map_, few[1], options.steps), device)
         per_method[method] = {}
         for precision in PRECISIONS:
-            with autocast(precision):
+            with autocast(precision, device):
                 batched = seconds(
-                    lambda map_=map_: score_perturbations(model, few[0], {"m": map_}, few[1], steps=options.steps)
+                    lambda map_=map_: score_perturbations(model, few[0], {"m": map_}, few[1], steps=options.steps),
+                    device,
                 )
             per_method[method][precision] = round(single / batched, 2)
     report["one at a time in float32 / batched, per method"] = per_method

@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from measure import PRECISIONS, alternate, autocast, machine, network, peak
+from measure import GPU_PRECISIONS, alternate, autocast, gpu_peak, machine, network, peak, run_job
 
 import gmarpp
 
@@ -44,35 +44,37 @@ class Setting:
 
 VARIED = {"batch": (1, 2, 4, 8, 16), "size": (112, 224, 336, 448, 592), "depth": (6, 12, 24), "classes": (1, 2, 5, 10)}
 LABELS = {"batch": "images per batch", "size": "tokens", "depth": "blocks", "classes": "classes per image"}
-MEMORY = {"kept": False, "recomputed": True}
+MEMORY = ("kept", "recomputed")
 BLUE, ORANGE, GRAY = "#1f5fa8", "#d9822b", "#8a8a8a"
 PER_CLASS = "forward + a backward per class"
 
 Row = dict[str, Any]
 
 
-def cost(name: str, setting: Setting, precision: str, repeats: int) -> Row:
+def cost(name: str, setting: Setting, precision: str, repeats: int, device: torch.device) -> Row:
     """Measure the time, as a median ratio to the forward pass, and the peak memory of one setting."""
-    model = network(name, setting.size, setting.depth)
-    images = torch.randn(setting.batch, 3, setting.size, setting.size)
-    target = torch.arange(setting.classes).repeat(setting.batch, 1)
+    model = network(name, setting.size, setting.depth).requires_grad_(False).to(device)
+    images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
 
-    def explain() -> None:
-        with autocast(precision):
-            gmarpp.explain(model, images, gmarpp.METHODS, target)
+    def explain(job: str = "kept", precision: str = precision) -> None:
+        with autocast(precision, device):
+            run_job(job, model, images, setting.classes)
 
     @torch.no_grad()
     def forward() -> None:
-        with autocast(precision):
+        with autocast(precision, device):
             model(images)
 
-    (runs,) = alternate({"explain": explain}, forward, repeats).values()
-    measure = partial(peak, name, setting.batch, setting.size, setting.depth, classes=setting.classes)
+    (runs,) = alternate({"explain": explain}, forward, repeats, device=device).values()
+    if device.type == "cuda":
+        memory = {job: gpu_peak(partial(explain, job, "float32"), device) / setting.batch for job in MEMORY}
+    else:
+        memory = {job: peak(job, name, setting.batch, setting.size, setting.depth, setting.classes) for job in MEMORY}
     return asdict(setting) | {
         "tokens": model.patch_embed.num_patches + model.num_prefix_tokens,
         "forward, s per image": statistics.median(run.forward for run in runs) / setting.batch,
         "time / forward": statistics.median(run.seconds / run.forward for run in runs),
-        "peak MiB per image": {kind: measure(recompute=recompute) for kind, recompute in MEMORY.items()},
+        "peak MiB per image": memory,
     }
 
 
@@ -100,7 +102,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     panels[1, 0].set_ylabel("peak MiB per image")
     panels[0, -1].legend(fontsize=8)
     panels[1, -1].legend(fontsize=8, title="activations")
-    figure.suptitle(f"{report['network']}, {report['precision']}, {report['threads']} threads of {report['processor']}")
+    machine = report.get("gpu", f"{report['threads']} threads of {report['processor']}")
+    figure.suptitle(f"{report['network']}, {report['precision']}, {machine}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -109,17 +112,18 @@ def main() -> None:
     """Measure, print JSON, and write it with the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="vit_small_patch16_224", help="a timm VisionTransformer")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--precision", choices=GPU_PRECISIONS, default="float32")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("results/scaling.json"))
     options = parser.parse_args()
 
-    report: dict[str, Any] = machine() | {"methods": len(gmarpp.METHODS)}
-    report |= {name: value for name, value in vars(options).items() if name != "output"}
+    report: dict[str, Any] = machine(options.device) | {"methods": len(gmarpp.METHODS)}
+    report |= {name: value for name, value in vars(options).items() if name not in ("output", "device")}
     settings = {name: [replace(Setting(), **{name: value}) for value in values] for name, values in VARIED.items()}
     rows: dict[Setting, Row] = {}
     for setting in dict.fromkeys(setting for each in settings.values() for setting in each):
-        rows[setting] = cost(options.network, setting, options.precision, options.repeats)
+        rows[setting] = cost(options.network, setting, options.precision, options.repeats, options.device)
         print(json.dumps(rows[setting]), file=sys.stderr)
     report |= {name: [rows[setting] for setting in each] for name, each in settings.items()}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,8 @@ from typing_extensions import override
 
 import gmarpp
 from gmarpp.attribution.layer import AttentionLayer
-from gmarpp.attribution.methods import Chefer, GMARPlusPlus, Method
+from gmarpp.attribution.method import Method
+from gmarpp.attribution.methods import Chefer, GMARPlusPlus
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import FAITHFULNESS_METRICS
 from gmarpp.storage import write_atomically
@@ -58,10 +59,11 @@ FINALISTS = 5
 
 
 @dataclass(frozen=True)
-class Rule(GMARPlusPlus):
+class Rule(Method):
     """GMAR++ with other head weights, other rows, or another treatment of negative products.
 
     Args:
+        alpha: weight of the residual connection beside the relevance.
         heads: weights of the heads: their share of the gradient's `l1`, `l2` or `max` norm, the `mean`, or the `sum`.
         rows: `row` divides each row of E + alpha I by its sum, `layer` divides E by its largest row sum before alpha I
             is added, `none` leaves E + alpha I as it is.
@@ -69,18 +71,21 @@ class Rule(GMARPlusPlus):
             the heads is below zero, or they are `kept`.
     """
 
+    alpha: float = 1.0
     heads: str = "l1"
     rows: str = "row"
     negative: str = "head"
+    name: str = "rule"
+    label: str = "Rule"
 
-    @override
     def relevance(self, layer: AttentionLayer) -> Tensor:
+        """Return the relevance of keys to queries by head, (B, H, Q, N)."""
         if self.negative == "sum":
             return layer.product * (layer.product.sum(dim=1, keepdim=True) > 0)
         return layer.positive_product if self.negative == "head" else layer.product
 
-    @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
+        """Return the weights of the heads, (B, H)."""
         batch, heads = layer.attention.shape[:2]
         if self.heads in ("mean", "sum"):
             return layer.attention.new_full((batch, heads), 1 / heads if self.heads == "mean" else 1.0)
@@ -91,14 +96,14 @@ class Rule(GMARPlusPlus):
 
     @override
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        relevance = torch.einsum("bh,bhqk->bqk", self.head_weights(layer), self.relevance(layer))
+        sums = relevance.sum(dim=-1)
+        residual = self.alpha * row
         if self.rows == "row":
-            return super().step(row, layer)
-        weights = self.head_weights(layer)
-        mixed = self._mix(row, weights, self.relevance(layer))
-        if self.rows == "layer":
-            sums = torch.einsum("bh,bhq->bq", weights, self.row_sums(layer))
-            mixed = mixed / sums.amax(dim=1, keepdim=True).clamp_min(1e-30)
-        return mixed + self.alpha * row
+            row, residual = row / (sums + self.alpha), residual / (sums + self.alpha)
+        elif self.rows == "layer":
+            row = row / sums.amax(dim=1, keepdim=True).clamp_min(1e-30)
+        return torch.einsum("bq,bqk->bk", row, relevance) + residual
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Explainer:
         mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
         normalize: rescale each curve by the score on the image minus the score on the baseline.
         batch_size: images per forward pass of the perturbed images, which bounds the memory.
-        recompute: run blocks again in the backward pass, so that memory for long sequences does not grow with depth.
+        recompute: run blocks again in the backward pass instead of keeping more of each than its input.
 
     Raises:
         ValueError: for an unknown method, metric, baseline, score or mask, or options that exclude each other.

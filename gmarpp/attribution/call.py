@@ -15,16 +15,19 @@ class UnsupportedNetworkError(ValueError):
 class AttentionCall:
     """One call of `scaled_dot_product_attention` in the forward pass.
 
+    Nodes of the graph hold it, so it holds no tensor with a graph of its own.
+
     Attributes:
         index: position among the calls, from the input upwards.
-        block: position of the transformer block that made the call, if the blocks are known.
+        block: position of the transformer block that made the call; `None` outside of the blocks, or if they are not
+            known.
         scale: factor of the query-key products.
-        queries, keys: number of each.
-        is_pool: whether the queries are no tokens, as in an attention-pool head.
-        output: what the call returned, for the prefix tokens, as a leaf of the graph of the layer's own score.
-        inputs: query, key, value and mask; kept where the layers are replayed.
-        local: gradient of the layer's own score with respect to the first rows of the output, float32.
-        follows: whether gradients reach the layer below.
+        queries: number of queries.
+        keys: number of keys.
+        is_pool: whether the call is that of an attention-pool head, whose queries are no tokens.
+        follows: whether gradients get from the call to the layer below.
+        inputs: query, key, value and mask; kept where no gradient passes from block to block.
+        prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
     """
 
     index: int
@@ -33,10 +36,9 @@ class AttentionCall:
     queries: int
     keys: int
     is_pool: bool
-    output: Tensor | None = None
+    follows: bool
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
-    local: Tensor | None = None
-    follows: bool = True
+    prefix: Tensor | None = None
 
 
 def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:

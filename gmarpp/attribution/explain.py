@@ -2,21 +2,27 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.call import UnsupportedNetworkError
+from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.extent import fit_to_extent, grid_extent
+from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.grid import Architecture, architecture_of
-from gmarpp.attribution.methods import Method, select_methods
-from gmarpp.attribution.network_pass import HeadDiffersError, NetworkPass
+from gmarpp.attribution.method import Method
+from gmarpp.attribution.methods import select_methods
 from gmarpp.attribution.normalisation import displayable
+from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.preserve import evaluation_mode
+from gmarpp.attribution.scores import Scores
+from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import Target, class_names
+from gmarpp.attribution.way_down import WayDown
 
 
 def explain(
@@ -30,21 +36,17 @@ def explain(
 ) -> Explanation:
     """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
 
-    The network is explained in eval mode and without activation checkpointing of its own, and left exactly as it was:
-    modes, `requires_grad` and `.grad` of the parameters; no parameter's gradient is computed. Works under autocast,
-    with attention arithmetic in float32, and inside `torch.inference_mode`.
+    The network runs in eval mode and without activation checkpointing of its own, and is left exactly as it was; no
+    parameter's gradient is computed. Works under autocast, and inside `torch.inference_mode`.
 
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
         images: preprocessed for the network, shape (B, 3, H, W).
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, aliases, or `Method` objects with their own options.
-        target: what is explained: `None` for the predicted class; a class index or name; one of either per image, or
-            (B, K) for K classes per image at the cost of K backward passes; a `Contrast` of two classes; or a function
-            that takes the network's output and gives one score per image.
+        target: `None` for the predicted class; a class (index or name), one per image, or (B, K) with as many backward
+            passes; a `Contrast`; or a function of the network's output that gives one score per image.
         architecture: token layout of a network of an unknown family.
-        recompute: keep only inputs of blocks in the forward pass and run each block again in the backward pass. Beyond
-            512 tokens the number of kept inputs, and so the memory, does not grow with the number of blocks. Methods
-            without gradients need no such pass.
+        recompute: keep only the inputs of blocks, and run each block again in the backward pass, if there is one.
 
     Raises:
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
@@ -58,27 +60,16 @@ def explain(
         torch.Size([4, 2, 2])
     """
     selected = select_methods(methods)
-    _check_images(model, images)
+    _check(model, images)
     layout = architecture or architecture_of(model)
-    hooked = any(_is_hooked(module) for module in model.modules())
-    # What is described by hand may be a part of the network, and a function may ask for more than the logits.
-    narrowing = architecture is None and not callable(target)
+    plan = Plan.of(selected, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        run = partial(NetworkPass, model, usable, selected, layout, recompute, hooked=hooked)
-        try:
-            explained = run(narrowing=narrowing).run(target)
-        except HeadDiffersError:
-            explained = run(narrowing=False).run(target)
+        maps, scores = _maps(model, usable, plan, target)
     names = () if callable(target) else class_names(model)
-    seen = fit_to_extent(usable, grid_extent(layout, images.shape[-2], images.shape[-1]))
-    return Explanation(*explained, displayable(model, seen), names)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    seen = fit_to_extent(usable, grid_extent(layout, *images.shape[-2:]))
+    return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names)
 
 
 @contextmanager
@@ -99,7 +90,54 @@ def _explained_errors() -> Iterator[None]:
         ) from error
 
 
-def _check_images(model: nn.Module, images: Tensor) -> None:
+def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
+    """Run the network once, and each score and gradient rule once down through its layers."""
+    passed = ForwardPass(plan, Descent(), len(images))
+    with intercepted(model):
+        with answered_by(passed.attend), wrapped(plan.layout.blocks, passed), passed.unseen:
+            output = model(images)
+        passed.check_calls()
+        grid = _grid(plan, images, passed.calls[-1].keys)
+        scores = Scores.of(output, target, model, len(images))
+        way = WayDown(passed, output, images)
+        columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
+    first_patch = plan.layout.prefix_tokens
+    shape = (*scores.indices.shape, *grid)
+    maps = {
+        name: torch.stack([rows[name] for rows in columns], dim=1)[..., first_patch:].reshape(shape)
+        for name in plan.names
+    }
+    _check_maps(maps)
+    return maps, scores
+
+
+def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
+    """Return the patch grid (h, w), which together with the prefix tokens has to make up all tokens."""
+    height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
+    prefix = plan.layout.prefix_tokens
+    if prefix + height * width != tokens:
+        # An attention-pool head may leave the prefix tokens out, which is no chain of layers either.
+        raise UnsupportedNetworkError(
+            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {prefix} prefix "
+            f"tokens make {prefix + height * width}: correct grid and prefix_tokens in gmarpp.Architecture, or the "
+            "size of the images. Networks that mask patches (ViTMAE) or have tokens behind the patch tokens (YOLOS) "
+            "cannot be explained"
+        )
+    return height, width
+
+
+def _check_maps(maps: dict[str, Tensor]) -> None:
+    finite = torch.stack([each.flatten(1).isfinite().all(dim=1) for each in maps.values()])
+    if not finite.all():
+        names = [name for name, each in zip(maps, finite, strict=True) if not each.all()]
+        images = (~finite.all(dim=0)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the maps of {', '.join(names)} are not finite for images {images}: "
+            "gradients are too large for the precision. Use a wider one (bfloat16 or float32)"
+        )
+
+
+def _check(model: nn.Module, images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
         given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(

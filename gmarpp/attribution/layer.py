@@ -1,70 +1,176 @@
-"""One attention layer, as methods see it while the backward pass visits it."""
+"""One attention layer, as methods see it: products of rows with its matrices, and the matrices themselves."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+HeadNorm = Literal["gradient_l1", "gradient_l2", "positive_l1", "positive_l2"]
+"""``‖G_h‖_1``, ``‖G_h‖_2``, ``‖ReLU(G_h)‖_1``, ``‖ReLU(G_h)‖_2``."""
 
-@dataclass
+
+@dataclass(eq=False)
 class AttentionLayer:
-    """Attention of one layer and the gradient of the score with respect to it, both float32.
+    """Attention ``A`` of one layer and the gradient ``G = dS/dA`` of the score with respect to it.
 
-    It exists only while its layer is visited; a method takes what it needs and keeps no reference.
+    What methods need of them is offered as products, which the fused layer gives without the matrices. Here they come
+    from the matrices, each made when it is first asked for. All results are float32. A layer exists only while it is
+    visited; a method takes what it needs and keeps no reference.
 
     Attributes:
-        attention: ``A``, shape (B, H, Q, N), rows sum to 1. Q equals N, except in an attention-pool head.
+        query: (B, H, Q, d).
+        key: (B, H / g, N, d), where g heads share one; N equals Q, except in an attention-pool head.
+        value: (B, H / g, N, dv).
+        mask: as `scaled_dot_product_attention` takes it; entries that it forbids have neither attention nor gradient.
+        scale: factor of the query-key products.
+        outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv); `None` without gradients.
+        local: gradient of the layer's own score (see `LeGrad`) with respect to the first R rows of the output, times
+            `gradient_scale`, (B, H, R, dv); `None` when no requested method needs it, and in an attention-pool head.
+        gradient_scale: power of two that keeps small gradients from vanishing in float16.
         is_top: whether this is the first layer met from the output downwards.
-        depth: number of self-attention layers of the network, an attention-pool head not counted.
-        given_gradient: ``G = dS/dA``, shape (B, H, Q, N); ``None`` when no requested method needs it.
-        local_gradient: gradient of the layer's own score (see `LeGrad`), shape (B, H, R, N), where the rows that are
-            left out are zero; ``None`` when no requested method needs it, and in an attention-pool head.
         is_pool: whether the layer is an attention-pool head, whose queries are no tokens.
+        depth: number of self-attention layers of the network, an attention-pool head not counted.
     """
 
-    attention: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    outer: Tensor | None
+    local: Tensor | None
+    gradient_scale: float
     is_top: bool
+    is_pool: bool
     depth: int
-    given_gradient: Tensor | None = None
-    local_gradient: Tensor | None = None
-    is_pool: bool = False
-
-    @property
-    def gradient(self) -> Tensor:
-        """``G = dS/dA``, shape (B, H, Q, N)."""
-        if self.given_gradient is None:
-            raise RuntimeError("this pass computes no gradients: the method must set needs_gradient = True")
-        return self.given_gradient
 
     @cached_property
+    def attention(self) -> Tensor:
+        """``A``, (B, H, Q, N); rows sum to 1."""
+        scores = torch.matmul(self.query.float() * self.scale, self._each_head(self.key).mT)
+        if self.mask is None:
+            return scores.softmax(dim=-1)
+        bias = 0 if self.mask.dtype == torch.bool else self.mask.float()
+        attention = (scores + bias).masked_fill(self._forbidden, float("-inf")).softmax(dim=-1)
+        # A row with every key forbidden has no attention.
+        return attention.masked_fill(self._forbidden.all(dim=-1, keepdim=True), 0)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """``G = dS/dA``, (B, H, Q, N)."""
+        if self.outer is None:
+            raise RuntimeError("this pass computes no gradients: the method must set needs_gradient = True")
+        return self._gradient(self.outer)
+
+    @property
+    def local_gradient(self) -> Tensor | None:
+        """Gradient of the layer's own score with respect to the first R rows of ``A``, (B, H, R, N); others' is 0."""
+        return None if self.local is None else self._gradient(self.local)
+
+    @property
     def product(self) -> Tensor:
-        """``G ⊙ A``, shape (B, H, Q, N)."""
+        """``G ⊙ A``, (B, H, Q, N)."""
         return self.gradient * self.attention
 
     @cached_property
     def positive_product(self) -> Tensor:
-        """``ReLU(G) ⊙ A``, which is ``ReLU(G ⊙ A)`` as no attention is negative; shape (B, H, Q, N)."""
-        return self.product.relu()
+        """``ReLU(G) ⊙ A``, which is ``ReLU(G ⊙ A)`` as no attention is negative; (B, H, Q, N)."""
+        return self.product.relu_()
 
     @cached_property
-    def positive_product_row_sums(self) -> Tensor:
-        """Row sums of `positive_product`, shape (B, H, Q)."""
+    def product_rows(self) -> Tensor:
+        """Row sums of ``ReLU(G) ⊙ A``, (B, H, Q)."""
         return self.positive_product.sum(dim=-1)
 
     @cached_property
-    def gradient_norms(self) -> dict[int, Tensor]:
-        """``‖G_h‖_p`` for p = 1, 2: each (B, H)."""
-        # vector_norm takes five times as long for the sum of absolute values.
-        return {1: self.gradient.abs().sum(dim=(-2, -1)), 2: torch.linalg.vector_norm(self.gradient, dim=(-2, -1))}
+    def equal_shares(self) -> Tensor:
+        """Equal weights of the heads that sum to 1, (B, H)."""
+        batch, heads = self.query.shape[:2]
+        return torch.full((batch, heads), 1 / heads, dtype=torch.float32, device=self.query.device)
+
+    def head_norm(self, which: HeadNorm) -> Tensor:
+        """Return a norm of each head's gradient, (B, H)."""
+        if which == "gradient_l1":
+            # |x| = 2 ReLU(x) - x, which is half the work of the absolute values.
+            return 2 * self._positive_norms["positive_l1"] - self.gradient.sum(dim=(-2, -1))
+        if which == "gradient_l2":
+            norm: Tensor = torch.linalg.vector_norm(self.gradient, dim=(-2, -1))
+            return norm
+        return self._positive_norms[which]
+
+    def head_share(self, which: HeadNorm) -> Tensor:
+        """Return each head's share of the sum of a norm over the heads, (B, H); equal shares where all norms are 0."""
+        return share(self.head_norm(which))
+
+    def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the sum over heads of rows times matrices, for several rows at once.
+
+        Args:
+            attention_rows: (B, H, M, Q), to be multiplied with ``A``.
+            product_rows: (B, H, M, Q), to be multiplied with ``ReLU(G) ⊙ A``.
+
+        Returns:
+            for each (B, M, N); `None` for `None`.
+        """
+        return (
+            None if attention_rows is None else _row_products(attention_rows, self.attention),
+            None if product_rows is None else _row_products(product_rows, self.positive_product),
+        )
+
+    def local_key_sums(self) -> Tensor | None:
+        """Sum ``ReLU`` of the layer's own score's gradient over heads and queries, (B, N)."""
+        gradient = self.local_gradient
+        return None if gradient is None else gradient.relu_().sum(dim=(1, 2))
+
+    def write_gradients(self, found: Sequence[Tensor]) -> None:
+        """Write the gradients of query, key and value, times `gradient_scale`; `gradient` is used up.
+
+        The softmax's own backward step is ``A ⊙ (G - rowsum(A ⊙ G))``.
+        """
+        assert self.outer is not None
+        attention, product = self.attention, self.gradient.mul_(self.attention)
+        scores = product.addcmul_(attention, product.sum(dim=-1, keepdim=True), value=-1)
+        # As in the fused backward step, products are in the inputs' precision; float16 is too slow on a CPU.
+        dtype = torch.bfloat16 if self.query.dtype == torch.bfloat16 else torch.float32
+        scores, attention, factor = scores.to(dtype), attention.to(dtype), self.scale * self.gradient_scale
+        found[0].copy_(torch.matmul(scores, self.key.to(dtype) * factor))
+        found[1].copy_(torch.matmul(scores.mT, self.query.to(dtype) * factor))
+        found[2].copy_(torch.matmul(attention.mT, self.outer.to(dtype)))
 
     @cached_property
-    def positive_gradient_norms(self) -> dict[int, Tensor]:
-        """``‖ReLU(G_h)‖_p`` for p = 1, 2: each (B, H)."""
+    def _positive_norms(self) -> dict[HeadNorm, Tensor]:
+        # Both at once, so that the matrix need not be kept.
         positive = self.gradient.relu()
-        return {1: positive.sum(dim=(-2, -1)), 2: torch.linalg.vector_norm(positive, dim=(-2, -1))}
+        l2 = torch.linalg.vector_norm(positive, dim=(-2, -1))
+        return {"positive_l1": positive.sum(dim=(-2, -1)), "positive_l2": l2}
+
+    @cached_property
+    def _forbidden(self) -> Tensor:
+        assert self.mask is not None
+        return ~self.mask if self.mask.dtype == torch.bool else self.mask == float("-inf")
+
+    def _each_head(self, shared: Tensor) -> Tensor:
+        """Return keys or values for every head of the queries, float32."""
+        group = self.query.shape[1] // shared.shape[1]
+        return shared.float() if group == 1 else shared.float().repeat_interleave(group, dim=1)
+
+    def _gradient(self, outer: Tensor) -> Tensor:
+        gradient = torch.matmul(outer.float() / self.gradient_scale, self._each_head(self.value).mT)
+        if self.mask is None:
+            return gradient
+        # A mask has a row for each query, or one for all.
+        return gradient.masked_fill_(self._forbidden[..., : outer.shape[-2], :], 0)
 
 
-LayerConsumer = Callable[[slice, AttentionLayer], None]
-"""Takes the layer of the images in the slice; the layers of one image arrive from the top down."""
+def share(norms: Tensor) -> Tensor:
+    """Divide norms of heads (..., B, H) by their sum; equal shares where it is 0. NaN stays NaN."""
+    total = norms.sum(dim=-1, keepdim=True)
+    return torch.where(total == 0, 1 / norms.shape[-1], norms / total)
+
+
+def _row_products(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Sum rows (B, H, M, Q) times matrices (B, H, Q, N) over heads and queries: one matrix product per image."""
+    return torch.matmul(rows.transpose(1, 2).flatten(2), matrices.flatten(1, 2))

@@ -4,47 +4,22 @@ A method carries one row vector per image, shape (B, N), from the readout to the
 """
 
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from gmarpp.attribution.layer import AttentionLayer
-
-
-class Method(ABC):
-    """A rule that turns a network's attention layers into one relevance per token.
-
-    Attributes:
-        name: key of the method's map, used in code, config, tags and file names.
-        label: name for people.
-        needs_gradient: whether the score's gradient has to be propagated through all layers.
-        needs_local_gradient: whether each layer's own score has to be differentiated.
-    """
-
-    name: str
-    label: str
-    needs_gradient: ClassVar[bool] = True
-    needs_local_gradient: ClassVar[bool] = False
-
-    def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
-        """Give the row above the top layer, shape (B, Q); by default the readout, whose rows sum to 1."""
-        return readout
-
-    @abstractmethod
-    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
-        """Carry the row (B, Q) through one layer downwards; returns (B, N)."""
+from gmarpp.attribution.method import Method
+from gmarpp.attribution.products import RowProduct
 
 
 @dataclass(frozen=True)
-class Rollout(Method):
+class Rollout(RowProduct):
     """Attention rollout: ``M = rownorm(mean_h A + alpha I)``.
-
-    Its parts are what the other products over layers override.
 
     Args:
         alpha: weight of the residual connection beside the attention, 0 or more.
@@ -66,37 +41,9 @@ class Rollout(Method):
         if not self.alpha >= 0:
             raise ValueError(f"{self.name}: alpha must be 0 or more, found {self.alpha}")
 
-    def relevance(self, layer: AttentionLayer) -> Tensor:
-        """Relevance of keys to queries by head, non-negative, shape (B, H, Q, N)."""
-        return layer.attention
-
-    def row_sums(self, layer: AttentionLayer) -> Tensor:
-        """Row sums of `relevance`, shape (B, H, Q)."""
-        return layer.attention.new_ones(()).expand(layer.attention.shape[:-1])
-
-    def head_weights(self, layer: AttentionLayer) -> Tensor:
-        """Weights of the heads, shape (B, H)."""
-        batch, heads = layer.attention.shape[:2]
-        return layer.attention.new_full((batch, heads), 1 / heads)
-
     @override
-    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
-        weights = self.head_weights(layer)
-        row_sums = torch.einsum("bh,bhq->bq", weights, self.row_sums(layer))
-        if layer.is_pool:
-            # A pool's queries are no tokens: there is no residual to add, and with no relevance every key counts alike.
-            mixed = self._mix(row / row_sums.where(row_sums > 0, 1), weights, self.relevance(layer))
-            return mixed.masked_fill(mixed.sum(dim=-1, keepdim=True) == 0, 1 / mixed.shape[-1])
-        total = row_sums + self.alpha
-        # A row without relevance and residual is handed on as it is.
-        residual = torch.full_like(total, self.alpha).where(total > 0, 1.0)
-        row = row / total.where(total > 0, 1)
-        return self._mix(row, weights, self.relevance(layer)) + residual * row
-
-    @staticmethod
-    def _mix(row: Tensor, weights: Tensor, relevance: Tensor) -> Tensor:
-        by_head = torch.matmul(row[:, None, None], relevance).squeeze(2)
-        return torch.einsum("bh,bhk->bk", weights, by_head)
+    def head_weights(self, layer: AttentionLayer) -> Tensor:
+        return layer.equal_shares
 
 
 @dataclass(frozen=True)
@@ -124,10 +71,8 @@ class GMAR(Rollout):
 
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
-        norms = layer.gradient_norms[self.norm]
-        total = norms.sum(dim=1, keepdim=True)
-        # Without any gradient no head is preferred, which is plain rollout.
-        return torch.where(total > 0, norms / total.where(total > 0, 1), 1 / norms.shape[1])
+        # Without any gradient the shares are equal, which is plain rollout.
+        return layer.head_share("gradient_l1" if self.norm == 1 else "gradient_l2")
 
 
 @dataclass(frozen=True)
@@ -147,26 +92,17 @@ class GMARPlusPlus(Rollout):
     label: str = "GMAR++ (L1)"
     norm: int | None = 1
     needs_gradient: ClassVar[bool] = True
+    relevance: ClassVar[Literal["attention", "product"]] = "product"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_norm(self.name, self.norm, (1, 2, None))
 
     @override
-    def relevance(self, layer: AttentionLayer) -> Tensor:
-        return layer.positive_product
-
-    @override
-    def row_sums(self, layer: AttentionLayer) -> Tensor:
-        return layer.positive_product_row_sums
-
-    @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
         if self.norm is None:
-            return layer.attention.new_ones(layer.attention.shape[:2])
-        norms = layer.positive_gradient_norms[self.norm]
-        total = norms.sum(dim=1, keepdim=True)
-        return norms / total.where(total > 0, 1)
+            return torch.ones_like(layer.equal_shares)
+        return layer.head_share("positive_l1" if self.norm == 1 else "positive_l2")
 
 
 @dataclass(frozen=True)
@@ -180,11 +116,8 @@ class Chefer(Rollout):
     name: str = "chefer"
     label: str = "Chefer"
     needs_gradient: ClassVar[bool] = True
-
-    @override
-    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
-        mixed = self._mix(row, self.head_weights(layer), layer.positive_product)
-        return mixed if layer.is_pool else mixed + self.alpha * row
+    relevance: ClassVar[Literal["attention", "product"]] = "product"
+    normalized: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -208,10 +141,11 @@ class LeGrad(Method):
 
     @override
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
-        if layer.local_gradient is None:
+        sums = layer.local_key_sums()
+        if sums is None:
             return row
-        queries = layer.attention.shape[-2]
-        return row + layer.local_gradient.relu().sum(dim=2).mean(dim=1) / (queries * layer.depth)
+        heads, queries = layer.query.shape[1:3]
+        return row + sums / (heads * queries * layer.depth)
 
 
 @dataclass(frozen=True)
@@ -226,7 +160,10 @@ class LastAttention(Method):
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         if not layer.is_top:
             return row
-        return torch.matmul(row[:, None, None], layer.attention).squeeze(2).mean(dim=1)
+        rows = layer.equal_shares[..., None, None] * row[:, None, None]  # (B, H, 1, Q)
+        attended, _ = layer.carry(rows, None)
+        assert attended is not None
+        return attended[:, 0]
 
 
 @dataclass(frozen=True)

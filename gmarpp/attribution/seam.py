@@ -1,86 +1,81 @@
-"""Where attention is intercepted: `torch.nn.functional.scaled_dot_product_attention`, for one thread at a time."""
+"""The seam: `torch.nn.functional.scaled_dot_product_attention`, replaced while a network is explained.
+
+Every network that attends through this function is followed without code for its family, and keeps its fused kernels.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from gmarpp.attribution.narrow import Forward
+Handler = Callable[..., Tensor]
+"""Takes what `scaled_dot_product_attention` takes and answers in its place."""
 
-# The interception replaces an attribute of a module, which all threads share.
+fused_attention = F.scaled_dot_product_attention
+# The function and the fast path of `nn.MultiheadAttention` belong to the process: calls of `explain` take turns.
 _one_at_a_time = threading.RLock()
 
 
-class Seam:
-    """The interception, and whose calls it is for.
+class _Thread(threading.local):
+    """What answers attention calls of a thread: `None` for the original function, as in all threads at first."""
 
-    Args:
-        replacement: of `scaled_dot_product_attention`; it leaves to `_original` what is not for it.
+    handler: Handler | None = None
+
+
+_thread = _Thread()
+
+
+def _attend(*args: Any, **kwargs: Any) -> Tensor:
+    return (_thread.handler or fused_attention)(*args, **kwargs)
+
+
+def is_intercepted() -> bool:
+    """Return whether attention calls of this thread are answered by a handler."""
+    return _thread.handler is not None
+
+
+@contextmanager
+def answered_by(handler: Handler | None) -> Iterator[None]:
+    """Let a handler answer this thread's attention calls, or the original function; effective inside `intercepted`."""
+    before, _thread.handler = _thread.handler, handler
+    try:
+        yield
+    finally:
+        _thread.handler = before
+
+
+@contextmanager
+def intercepted(model: nn.Module) -> Iterator[None]:
+    """Replace the function, and restore it also after an error; other threads' calls go to the original one.
+
+    The fast path of `nn.MultiheadAttention` and compiled code, which would go past it, are off meanwhile.
     """
-
-    def __init__(self, replacement: Callable[..., Tensor]) -> None:
-        self._replacement: Callable[..., Tensor] = replacement
-        self._original: Callable[..., Tensor] = F.scaled_dot_product_attention
-        self._passing = False
-        self._probing = False
-        self._thread = 0
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is the intercepting thread that asks."""
-        return threading.get_ident() == self._thread
-
-    @contextmanager
-    def intercepting(self) -> Iterator[None]:
-        """Replace `torch.nn.functional.scaled_dot_product_attention`, and restore it also after an error.
-
-        The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
-        """
-        with _one_at_a_time, torch.compiler.set_stance("force_eager"):
-            fast_path = torch.backends.mha.get_fastpath_enabled()
-            self._original, self._thread = F.scaled_dot_product_attention, threading.get_ident()
-            torch.backends.mha.set_fastpath_enabled(False)
-            F.scaled_dot_product_attention = self._replacement
-            try:
-                yield
-            finally:
-                F.scaled_dot_product_attention = self._original
-                torch.backends.mha.set_fastpath_enabled(fast_path)
-
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Let attention calls do what they did before the interception."""
-        self._passing = True
+    with _one_at_a_time, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+        fast_path, original = torch.backends.mha.get_fastpath_enabled(), F.scaled_dot_product_attention
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention) and module.batch_first:
+                hooks.callback(module.register_forward_pre_hook(_relay).remove)
+        torch.backends.mha.set_fastpath_enabled(False)
+        F.scaled_dot_product_attention = _attend
         try:
             yield
         finally:
-            self._passing = False
+            F.scaled_dot_product_attention = original
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
-    @contextmanager
-    def probing(self) -> Iterator[None]:
-        """Let each query attend to its own token alone, so that tokens meet outside attention or nowhere."""
-        self._probing = True
-        try:
-            yield
-        finally:
-            self._probing = False
 
-    def here(self, own: Forward, other: Forward) -> Forward:
-        """Run `own` where the intercepting thread calls, and `other` where another does."""
-        return lambda *args, **options: (own if self.is_here else other)(*args, **options)
+def _relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
 
-    def claimed(self, forward: Forward) -> Forward:
-        """Count a call of `forward` as the intercepting thread's, which waits while autograd's own threads run it."""
-
-        def run(*args: Any, **options: Any) -> Any:
-            waiting, self._thread = self._thread, threading.get_ident()
-            try:
-                return forward(*args, **options)
-            finally:
-                self._thread = waiting
-
-        return run
+    Else its projection, with weights that are frozen, becomes a product per image, each with a copy of the weights:
+    several times the time of the whole network, in the backward pass above all.
+    """
+    query = args[0] if args else None
+    if query is None or query.dim() != 3 or any(each is not query for each in args[1:3]):
+        return None
+    relaid = query.transpose(0, 1).contiguous().transpose(0, 1)
+    return tuple(relaid if each is query else each for each in args)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gmarpp
 from gmarpp.attribution import GMAR, GMARPlusPlus, RandomMap, Rollout, UnsupportedNetworkError
-from gmarpp.attribution.tap import AttentionTap
+from gmarpp.attribution.descent import Descent
 
 PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
 
@@ -213,7 +213,7 @@ def test_nothing_of_the_pass_stays_in_memory(methods, recompute, fails):
             gmarpp.explain(vit(), images(), methods, score, recompute=recompute)
         if fails:
             gc.collect()  # of the traceback, which holds its frames
-        assert not [each for each in gc.get_objects() if type(each) is AttentionTap]
+        assert not [each for each in gc.get_objects() if type(each) is Descent]
     finally:
         gc.enable()
 

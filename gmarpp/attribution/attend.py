@@ -1,0 +1,133 @@
+"""Answers to attention calls: the network's own fused attention, with a node in the graph that visits the layer."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
+from gmarpp.attribution.descent import Descent
+from gmarpp.attribution.fused_layer import is_fused
+from gmarpp.attribution.seam import Handler, fused_attention
+
+
+class Inputs(NamedTuple):
+    """What an attention call is given: query (B, H, Q, d), key and value (B, H / g, N, d), mask, and factor of q kᵀ."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+
+    @staticmethod
+    def of(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> "Inputs":
+        """Take the arguments of `scaled_dot_product_attention`; grouped queries show by the number of heads."""
+        if dropout_p > 0:
+            raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
+        if attn_mask is not None and attn_mask.requires_grad:
+            raise UnsupportedNetworkError("an attention mask or bias that depends on the tokens cannot be followed")
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        return Inputs(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    def attend(self) -> Tensor:
+        """Return what the original function gives, (B, H, Q, dv)."""
+        grouped = self.query.shape[1] != self.key.shape[1]
+        return fused_attention(*self[:3], self.mask, scale=self.scale, enable_gqa=grouped)
+
+    def ungrouped(self) -> "Inputs":
+        """Repeat keys and values for every head of the queries."""
+        group = self.query.shape[1] // self.key.shape[1]
+        if group == 1:
+            return self
+        return self._replace(
+            key=self.key.repeat_interleave(group, dim=1), value=self.value.repeat_interleave(group, dim=1)
+        )
+
+
+class _DenseAttention(torch.autograd.Function):
+    """Fused attention forward; backward, the layer is visited, and its matrices give the inputs' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: AttentionCall,
+        descent: Descent,
+    ) -> Tensor:
+        ctx.call, ctx.descent = call, descent
+        # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
+        ctx.save_for_backward(query, key, value, mask)
+        return fused_attention(query, key, value, mask, scale=call.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,) = gradients
+        query, key, value, mask = ctx.saved_tensors
+        found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+        with torch.autocast(outer.device.type, enabled=False):
+            ctx.descent.visit(ctx.call, query, key, value, mask, outer, found)
+        return (*found, None, None, None)
+
+
+class _Visited(torch.autograd.Function):
+    """The output of fused attention as it is; backward, the layer is visited before the network's own step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: AttentionCall,
+        descent: Descent,
+    ) -> Tensor:
+        ctx.call, ctx.descent = call, descent
+        ctx.save_for_backward(query, key, value, mask)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,) = gradients
+        with torch.autocast(outer.device.type, enabled=False):
+            ctx.descent.visit(ctx.call, *ctx.saved_tensors, outer)
+        return (outer, None, None, None, None, None, None)
+
+
+def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
+    """Return what attention gives, (B, H, Q, d); the backward pass will hand the layer to the descent."""
+    if not is_fused(inputs.query):
+        query, key, value, mask, _ = inputs.ungrouped()
+        output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
+        return output
+    # The layer is visited before the network's own backward step, which stays the fused one.
+    query, key, value, mask, _ = inputs
+    visited: Tensor = _Visited.apply(inputs.attend(), query.detach(), key.detach(), value.detach(), mask, call, descent)
+    return visited
+
+
+def repeated(descent: Descent) -> Handler:
+    """Return a handler that answers the calls of a block that runs again, as in the forward pass but unrecorded."""
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        inputs = Inputs.of(*args, **kwargs)
+        query = inputs.query if inputs.query.requires_grad else inputs.query.detach().requires_grad_()
+        call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], False, True)
+        return attended(inputs._replace(query=query), call, descent)
+
+    return attend

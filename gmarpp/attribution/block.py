@@ -1,0 +1,89 @@
+"""One transformer block while its network is explained: everything that happens to it, from top to bottom."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmarpp.attribution.attend import repeated
+from gmarpp.attribution.call import UnsupportedNetworkError
+from gmarpp.attribution.forward import BlockRun, ForwardPass, tokens_of
+from gmarpp.attribution.seam import answered_by, is_intercepted
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Takes the place of a block's `forward`, once.
+
+    Attributes:
+        forward: the block's own.
+        position: from the input upwards.
+        passing: the forward pass that it is part of.
+    """
+
+    forward: Forward
+    position: int
+    passing: ForwardPass
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """Run the block: gradients, recomputation and the record of its tokens are as the plan says."""
+        if not is_intercepted():
+            return self.forward(*inputs, **options)
+        if not inputs:
+            raise UnsupportedNetworkError(
+                f"block {self.position} takes its tokens by keyword ({', '.join(options)}): pass them by position"
+            )
+        tokens, *others = inputs
+        self.passing.enter_block(self.position)
+        output = self._run(tokens, others, options)
+        run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output))
+        tokens = self.passing.leave_block(self.position, run)
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    def _run(self, tokens: Tensor, others: Sequence[Any], options: dict[str, Any]) -> Any:
+        plan, forward = self.passing.plan, self.forward
+        if not plan.gradients:
+            # The layers' own scores, too, start their graphs when the block has run.
+            with torch.no_grad():
+                return forward(tokens, *others, **options)
+        if self.position == 0:
+            # The graph starts here: nothing below the first layer is needed.
+            tokens = tokens.detach()
+        # The backward pass reaches the last block before it has freed anything.
+        if not plan.recompute or self.position == len(plan.layout.blocks) - 1:
+            return forward(tokens, *others, **options)
+        attend_again, first = repeated(self.passing.descent), True
+
+        def run(tokens: Tensor) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return forward(tokens, *others, **options)
+            # The backward pass may come back in a thread of its own.
+            with answered_by(attend_again):
+                return forward(tokens, *others, **options)
+
+        # What is recomputed must hold nothing of the graph, not even by `self`.
+        return checkpoint(run, tokens, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def wrapped(blocks: Sequence[nn.Module], passing: ForwardPass) -> Iterator[None]:
+    """Put a `Block` in place of each block's `forward`, and take it away again, also after an error."""
+    own = [vars(block).get("forward") for block in blocks]
+    for position, block in enumerate(blocks):
+        block.forward = Block(block.forward, position, passing)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

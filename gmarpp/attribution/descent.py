@@ -1,0 +1,101 @@
+"""The way down: each layer is visited when the backward pass reaches it, serves the methods, and is freed.
+
+A layer comes in two forms. The dense one makes its matrices, and since it has them, does the attention's own backward
+step too. The fused one leaves that step to the network and makes no matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from gmarpp.attribution.call import AttentionCall
+from gmarpp.attribution.fused_layer import FusedLayer, is_fused
+from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.relevance import Relevance
+
+
+class Descent:
+    """Hands the layers of one pass downwards to the relevance.
+
+    The nodes of the graph hold it, and it holds nothing of the graph: so both are freed as soon as nobody needs them.
+
+    Attributes:
+        relevance: the rows of this pass.
+        local: gradients of the layers' own scores, (B, H, R, dv), by block; empty when no method needs them.
+        gradient_scale: factor of all gradients.
+        layers: number of layers.
+        depth: number of self-attention layers.
+        visited: positions of the layers visited so far.
+    """
+
+    def __init__(self) -> None:
+        self.relevance: Relevance | None = None
+        self.local: Sequence[Tensor] = ()
+        self.gradient_scale = 1.0
+        self.layers = self.depth = 0
+        self.visited: list[int] = []
+
+    def begin(
+        self, relevance: Relevance, local: Sequence[Tensor], gradient_scale: float, calls: Sequence[AttentionCall]
+    ) -> None:
+        """Start a pass."""
+        self.relevance, self.local, self.gradient_scale = relevance, local, gradient_scale
+        self.layers, self.depth = len(calls), sum(not call.is_pool for call in calls)
+        self.visited = []
+
+    def visit(
+        self,
+        call: AttentionCall,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        outer: Tensor | None,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Carry the relevance through a layer, part by part of the batch, of which only one has matrices at a time.
+
+        Args:
+            call: the layer's call.
+            query: (B, H, Q, d).
+            key: (B, H, N, d).
+            value: (B, H, N, dv).
+            mask: as `scaled_dot_product_attention` takes it.
+            outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv), or `None`.
+            gradients: filled with those of query, key and value, if the layer is to find them.
+        """
+        assert self.relevance is not None
+        local = None if call.block is None or not self.local else self.local[call.block]
+        self.visited.append(call.index)
+        kind = FusedLayer if is_fused(query) else AttentionLayer
+        for part in _parts(query, key):
+            layer = kind(
+                query[part],
+                key[part],
+                value[part],
+                mask=_mask_part(mask, part),
+                scale=call.scale,
+                outer=None if outer is None else outer[part],
+                local=None if local is None else local[part],
+                gradient_scale=self.gradient_scale,
+                is_top=call.index == self.layers - 1,
+                is_pool=call.is_pool,
+                depth=self.depth,
+            )
+            self.relevance.step(part, layer)
+            if gradients is not None:
+                layer.write_gradients([each[part] for each in gradients])
+
+
+def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
+    return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """Split a batch so that a part's matrices stay in the cache of a CPU, or small on a GPU; fused layers make none."""
+    if is_fused(query):
+        return iter([slice(0, len(query))])
+    bytes_per_image = query.shape[1] * query.shape[2] * key.shape[2] * 4
+    budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
+    size = max(1, budget // bytes_per_image)
+    return (slice(start, start + size) for start in range(0, len(query), size))

@@ -1,0 +1,313 @@
+"""Products with a layer's attention and its gradient, from q, k, v and the output's gradient, without N × N matrices.
+
+Two kernels per layer serve all methods. `statistics` goes over the matrices once, for what heads are weighed and rows
+are normalized with; `carry` goes over them again, and takes the rows of all methods through the layer at once. Tiles of
+A and G are computed where they are used, and never stored (see `gmarpp.attribution.kernels`).
+
+An example: rollout and GMAR++ through a layer of ViT-L/16, for 8 images::
+
+    layer = dict(query=q, key=k, value=v, outer=gradient, scale=0.125)  # each tensor (8, 16, 197, 64)
+    found = statistics(**layer)  # found.positive_l1 (8, 16), found.product_rows (8, 16, 197)
+    ...  # each method's row (8, 197), over its row sums, times its heads' weights: (8, 16, 1, 197)
+    rollout, gmarpp, _ = carry(**layer, statistics=found, attention_rows=..., product_rows=...)  # each (8, 1, 197)
+"""
+
+import functools
+import importlib.util
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+if _HAS_TRITON:
+    from gmarpp.attribution import kernels
+
+_LARGEST_HEAD = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What methods need to know of a layer before their rows pass through it; all float32.
+
+    ``G = outer vᵀ / gradient_scale`` where a query attends to a key, and 0 elsewhere. A query that attends to no key
+    has no attention. Without `outer` there is no gradient: all but the log-sum-exp are NaN.
+
+    Attributes:
+        log_sum_exp: of ``scale · q kᵀ + mask`` over the keys, (B, H, Q); -inf for a query that attends to nothing.
+        gradient_l1: ``Σ|G|``, (B, H).
+        gradient_l2: ``sqrt Σ G²``, (B, H).
+        positive_l1: ``Σ ReLU(G)``, (B, H).
+        positive_l2: ``sqrt Σ ReLU(G)²``, (B, H).
+        product_rows: row sums ``Σ_j ReLU(G)_ij A_ij``, (B, H, Q).
+    """
+
+    log_sum_exp: Tensor
+    gradient_l1: Tensor
+    gradient_l2: Tensor
+    positive_l1: Tensor
+    positive_l2: Tensor
+    product_rows: Tensor
+
+
+def available(device: torch.device) -> bool:
+    """Return whether fused layers work there.
+
+    That is on CUDA with Triton, unless the environment has GMARPP_FUSED=0; and on the CPU, slowly, if it has
+    GMARPP_FUSED=1, and had TRITON_INTERPRET=1 when Triton was imported.
+    """
+    wanted = os.environ.get("GMARPP_FUSED")
+    if device.type == "cpu":
+        return _HAS_TRITON and kernels.INTERPRETED and wanted == "1"
+    return _HAS_TRITON and device.type == "cuda" and wanted != "0"
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outer: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    gradient_scale: float,
+    is_causal: bool,
+) -> dict[str, Any]:
+    """Check the tensors of a call, and return the arguments that both kernels take."""
+    _check_shapes(query, key, value, outer)
+    batch, heads, queries, size = query.shape
+    keys, value_size = value.shape[2:]
+    query, key = _alike(query, key)
+    value, outer = (_alike(value)[0], None) if outer is None else _alike(value, outer)
+    mask = None if mask is None else _expanded(mask, (batch, heads, queries, keys))
+    tensors = {"query": query, "key": key, "value": value, "outer": outer}
+    strides: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        strides |= _strides(tensor, name, "image", "head", "token")
+    unit = math.gcd(16, *strides.values())
+    block, value_block = _power_of_two(size), _power_of_two(value_size)
+    precision = "tf32" if _tf32_is_allowed() else "ieee"
+    tile = _tile(max(block * query.element_size(), value_block * value.element_size()), query.device)
+    if precision == "ieee" and torch.float32 in (query.dtype, value.dtype):
+        # IEEE products are no work for the matrix units: larger tiles do not fit into the registers.
+        tile = min(tile, 32)
+    return {
+        **tensors,
+        **{name: stride // unit for name, stride in strides.items()},
+        "mask": mask,
+        **_strides(mask, "mask", "image", "head", "query", "key"),
+        **{"heads": heads, "group": heads // key.shape[1], "queries": queries, "keys": keys},
+        **{"scale": float(scale), "factor": 1.0 / gradient_scale, "CAUSAL": is_causal, "PRECISION": precision},
+        **{"SIZE": size, "BLOCK": block, "VALUE_SIZE": value_size, "VALUE_BLOCK": value_block, "UNIT": unit},
+        **{"QUERIES": min(tile, _power_of_two(queries)), "KEYS": min(tile, _power_of_two(keys))},
+        **{"num_warps": 4, "num_stages": 2},
+    }
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, outer: Tensor | None) -> None:
+    batch, heads, queries, size = query.shape
+    key_heads, keys, value_size = value.shape[1:]
+    expected = {
+        "key": (key, (batch, key_heads, keys, size)),
+        "value": (value, (batch, key_heads, keys, value_size)),
+        "outer": (outer, (batch, heads, queries, value_size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if heads % key_heads:
+        raise ValueError(f"expected query heads in equal groups for {key_heads} key heads, got {heads}")
+    if max(size, value_size) > _LARGEST_HEAD:
+        raise ValueError(
+            f"expected heads of at most {_LARGEST_HEAD} channels, got {max(size, value_size)}: set GMARPP_FUSED=0"
+        )
+
+
+def _check_rows(
+    rows: dict[str, Tensor | None], query: Tensor, outer: Tensor | None, statistics: Statistics | None
+) -> None:
+    given = {name: each for name, each in rows.items() if each is not None}
+    if not given:
+        raise ValueError(f"expected at least one of {', '.join(rows)}, got none")
+    for name, each in given.items():
+        shape = (*query.shape[:2], each.shape[2], query.shape[2]) if each.dim() == 4 else ()
+        if each.shape != shape:
+            batch, heads, queries, _ = query.shape
+            raise ValueError(f"{name}: expected shape ({batch}, {heads}, M, {queries}), got {tuple(each.shape)}")
+    if outer is None and given.keys() != {"attention_rows"}:
+        raise ValueError(f"{', '.join(given)}: expected the output's gradient, got outer=None")
+    if statistics is None and given.keys() != {"gradient_rows"}:
+        raise ValueError(f"{', '.join(given)}: expected the layer's statistics, got None")
+    if statistics is not None and statistics.log_sum_exp.shape != query.shape[:3]:
+        found = tuple(statistics.log_sum_exp.shape)
+        raise ValueError(f"statistics: expected those of queries {tuple(query.shape[:3])}, got {found}")
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in one dtype that the kernels take, each with its last axis contiguous."""
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
+    # The interpreter would multiply the bit patterns of bfloat16.
+    if dtype not in _DTYPES or (dtype == torch.bfloat16 and kernels.INTERPRETED):
+        dtype = torch.float32
+    tensors = tuple(each.to(dtype) for each in tensors)
+    return tuple(each if each.stride(-1) == 1 else each.contiguous() for each in tensors)
+
+
+def _expanded(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a mask, booleans as bytes, in the shape of the scores but not of their size."""
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else _alike(mask)[0]
+    try:
+        return mask.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"mask: expected a shape that expands to {shape}, got {tuple(mask.shape)}") from error
+
+
+def _strides(tensor: Tensor | None, name: str, *axes: str) -> dict[str, int]:
+    """Return the strides of a tensor's first axes as arguments, such as query_image; 0 without a tensor."""
+    return {f"{name}_{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
+
+
+def _power_of_two(size: int) -> int:
+    """Return the next power of two, at least 16, which is the least that a matrix unit multiplies."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _tile(bytes_per_token: int, device: torch.device) -> int:
+    """Return how many queries and how many keys a tile has: at most 64, at least 16.
+
+    A program holds q, outer, and two stages of k and v. Two programs should fit into a multiprocessor's shared memory,
+    so that one computes while the other waits.
+    """
+    memory = _shared_memory(device)
+    return next((tile for tile in (64, 32) if 2 * 6 * tile * bytes_per_token <= memory), 16)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Return a multiprocessor's shared memory in bytes; 0 in the interpreter, which then takes the smallest tiles."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[None]:
+    """Make a tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _tf32_is_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # PyTorch 2.9 has a new setting, and an error for who reads the old one after the new one was set.
+    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
+
+
+def statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outer: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+    gradient_scale: float = 1.0,
+    is_causal: bool = False,
+) -> Statistics:
+    """Return what methods need to know of a layer before their rows pass through it: one kernel and two reductions.
+
+    Args:
+        query: (B, H, Q, d); d is at most 256 here and for values. All tensors may have any strides.
+        key: (B, H / g, N, d), where g queries' heads share one of the keys'.
+        value: (B, H / g, N, dv).
+        outer: gradient of the call's output, times `gradient_scale`, (B, H, Q, dv); `None` without a gradient.
+        mask: as `scaled_dot_product_attention` takes it: `True` where a query attends to a key, or an additive bias.
+        scale: factor of the scores.
+        gradient_scale: what `outer` was multiplied with.
+        is_causal: whether query i attends to the keys up to i only.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or a head is too large.
+    """
+    layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
+    batch, heads, queries, _ = query.shape
+    blocks = -(-queries // layer["QUERIES"])
+    log_sum_exp = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    norms = query.new_full((), float("nan"), dtype=torch.float32).expand(4, batch, heads)
+    product_rows = norms[0, ..., None].expand(batch, heads, queries)
+    parts = None
+    if outer is not None:
+        product_rows = torch.empty_like(log_sum_exp)
+        parts = log_sum_exp.new_empty((4, batch, heads, blocks))
+    with _launching_on(query.device):
+        kernels.statistics_kernel[(batch * heads * blocks,)](
+            **layer, log_sum_exp=log_sum_exp, product_rows=product_rows, norms=parts
+        )
+    if parts is not None:
+        norms = parts.sum(dim=-1)
+        norms[2:].sqrt_()
+    return Statistics(log_sum_exp, norms[0], norms[2], norms[1], norms[3], product_rows)
+
+
+def carry(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outer: Tensor | None,
+    statistics: Statistics | None,
+    *,
+    attention_rows: Tensor | None = None,
+    product_rows: Tensor | None = None,
+    gradient_rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float,
+    gradient_scale: float = 1.0,
+    is_causal: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return rows times the layer's matrices, summed over heads: one kernel for all rows, and the sum.
+
+    Args:
+        query: as in `statistics`, like key, value, outer, mask, scale, gradient_scale and is_causal.
+        key: see there.
+        value: see there.
+        outer: see there; not needed for `attention_rows` alone.
+        statistics: of the same arguments; not needed for `gradient_rows` alone.
+        attention_rows: (B, H, M, Q), any number M of rows, to be multiplied with ``A``.
+        product_rows: (B, H, M, Q), to be multiplied with ``ReLU(G) ⊙ A``.
+        gradient_rows: (B, H, M, Q), to be multiplied with ``ReLU(G)``.
+        mask: see there.
+        scale: see there.
+        gradient_scale: see there.
+        is_causal: see there.
+
+    Returns:
+        ``Σ_h rows_h @ matrix_h`` for each of the three, (B, M, N), float32; `None` for `None`. The sum's order does not
+        change from run to run.
+
+    Raises:
+        ValueError: the shapes do not fit each other, a head is too large, or an argument is missing.
+    """
+    kinds = {"attention_rows": attention_rows, "product_rows": product_rows, "gradient_rows": gradient_rows}
+    _check_rows(kinds, query, outer, statistics)
+    log_sum_exp = None if statistics is None else statistics.log_sum_exp.contiguous()
+    layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
+    batch, heads, _, _ = query.shape
+    keys = key.shape[2]
+    # Float32 rows need registers: with half as many queries in a tile, three programs fit beside each other, not two.
+    layer["QUERIES"] = min(layer["QUERIES"], 32)
+    counts = [0 if each is None else each.shape[2] for each in kinds.values()]
+    by_head = query.new_empty((batch, heads, sum(counts), keys), dtype=torch.float32)
+    for (name, each), count in zip(kinds.items(), counts, strict=True):
+        rows = None if each is None else _alike(each.float())[0]
+        kind = name.removesuffix("_rows")
+        layer |= {name: rows, f"{kind}_count": count, **_strides(rows, kind, "image", "head", "row")}
+    programs = batch * heads * -(-keys // layer["KEYS"])
+    with _launching_on(query.device):
+        kernels.carry_kernel[programs, -(-max(counts) // kernels.ROWS.value)](
+            **layer, log_sum_exp=log_sum_exp, output=by_head
+        )
+    attention, product, gradient = torch.split(by_head.sum(dim=1), counts, dim=1)
+    return (
+        None if attention_rows is None else attention,
+        None if product_rows is None else product,
+        None if gradient_rows is None else gradient,
+    )

@@ -1,0 +1,90 @@
+"""A layer whose products come from fused kernels, without an N × N matrix in memory."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from gmarpp.attribution import fused
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, share
+
+_NORMS: tuple[HeadNorm, ...] = ("gradient_l1", "gradient_l2", "positive_l1", "positive_l2")
+
+
+def is_fused(tensor: Tensor) -> bool:
+    """Return whether layers of such tensors are fused: on CUDA with Triton, unless GMARPP_FUSED=0."""
+    return fused.available(tensor.device)
+
+
+class FusedLayer(AttentionLayer):
+    """An attention layer that makes its matrices only for a method that asks for them."""
+
+    @property
+    @override
+    def product_rows(self) -> Tensor:
+        return self._statistics.product_rows
+
+    @override
+    def head_norm(self, which: HeadNorm) -> Tensor:
+        norm: Tensor = getattr(self._statistics, which)
+        return norm
+
+    @override
+    def head_share(self, which: HeadNorm) -> Tensor:
+        return self._shares[_NORMS.index(which)]
+
+    @override
+    def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        by_attention, by_product, _ = fused.carry(
+            self.query,
+            self.key,
+            self.value,
+            self.outer,
+            self._statistics,
+            attention_rows=attention_rows,
+            product_rows=product_rows,
+            mask=self.mask,
+            scale=self.scale,
+            gradient_scale=self.gradient_scale,
+        )
+        return by_attention, by_product
+
+    @override
+    def local_key_sums(self) -> Tensor | None:
+        if self.local is None:
+            return None
+        rows = self.local.shape[2]
+        mask = self.mask
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., :rows, :]
+        ones = self.local.new_ones((*self.local.shape[:2], 1, rows), dtype=torch.float32)
+        _, _, sums = fused.carry(
+            self.query[:, :, :rows],
+            self.key,
+            self.value,
+            self.local,
+            None,
+            gradient_rows=ones,
+            mask=mask,
+            scale=self.scale,
+            gradient_scale=self.gradient_scale,
+        )
+        return None if sums is None else sums[:, 0]
+
+    @cached_property
+    def _statistics(self) -> fused.Statistics:
+        return fused.statistics(
+            self.query,
+            self.key,
+            self.value,
+            self.outer,
+            mask=self.mask,
+            scale=self.scale,
+            gradient_scale=self.gradient_scale,
+        )
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """Shares of all norms at once, which is fewer kernels: (4, B, H)."""
+        return share(torch.stack([self.head_norm(which) for which in _NORMS]))

@@ -1,0 +1,253 @@
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN201, ANN202, N803, N806
+"""The fused layer's Triton kernels; `gmarpp.attribution.fused` launches them, and importing this needs Triton.
+
+Both kernels cut the matrices A and G of one head, (Q, N), into tiles of QUERIES × KEYS entries that never leave the
+registers. Each is a product of two blocks of tokens: scores are ``scale · q kᵀ``, the gradient is ``outer vᵀ``.
+
+An example: a head of a ViT with 197 tokens and d = 64, in bfloat16 on an H100. `statistics_kernel` runs four programs,
+for queries 0 to 63, 64 to 127, 128 to 191 and 192 to 196. Each keeps its q and outer, (64, 64), and goes over the keys
+in four steps: it loads k and v, (64, 64), and adds up what the tiles hold. `carry_kernel` runs four programs, too, of
+64 keys each: they keep k and v, go over the queries in seven steps of 32, and multiply the tiles with the rows that the
+caller gives, (16, 32). So up to 16 methods pass through one tile.
+
+Shapes in comments are those of tiles; `q` and `n` are the positions of a tile's queries and keys. Positions beyond the
+end load zeros. Offsets are 64 bits wide, for tensors of more than 2³¹ entries. Exponentials are powers of two, which is
+what the hardware has: scores are in units of log 2, ``e^s = 2^(s · log₂ e)``.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+ROWS = tl.constexpr(16)  # the fewest rows that a matrix unit multiplies
+
+
+@triton.jit
+def _head(image_stride, head_stride, image_head, heads, group, UNIT: tl.constexpr):
+    """Offset of the head of an image, in a tensor (B, H / group, tokens, d) with strides in units of UNIT entries.
+
+    The constant factor tells the compiler how pointers are aligned, and so how much it may load at once.
+    """
+    image = (image_head // heads).to(tl.int64)
+    head = ((image_head % heads) // group).to(tl.int64)
+    return image * image_stride * UNIT + head * head_stride * UNIT
+
+
+@triton.jit
+def _tokens(head, stride, positions, tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    """Load tokens of one head, (positions, BLOCK); BLOCK is SIZE, or the power of two above it, filled with zeros."""
+    channels = tl.arange(0, BLOCK)
+    pointers = (head + positions.to(tl.int64) * stride * UNIT)[:, None] + channels[None, :]
+    return tl.load(pointers, mask=(positions[:, None] < tokens) & (channels[None, :] < SIZE), other=0.0)
+
+
+@triton.jit
+def _bias(mask, query_stride, key_stride, q, n, queries, keys, CAUSAL: tl.constexpr):
+    """What is added to the scores, (QUERIES, KEYS), or (1, KEYS) for all queries: -inf where nothing is attended to."""
+    allowed = n[None, :] < keys
+    if CAUSAL:
+        allowed = allowed & (n[None, :] <= q[:, None])
+    bias = tl.where(allowed, 0.0, float("-inf"))
+    if mask is not None:
+        pointers = (mask + q.to(tl.int64) * query_stride)[:, None] + (n.to(tl.int64) * key_stride)[None, :]
+        entries = tl.load(pointers, mask=(q[:, None] < queries) & allowed, other=0)
+        if mask.dtype.element_ty == tl.uint8:
+            bias = tl.where(entries != 0, bias, float("-inf"))
+        else:
+            # The lowest finite number stays finite: only -inf forbids.
+            finite = tl.maximum(entries.to(tl.float32), -2e38, propagate_nan=tl.PropagateNan.ALL) * LOG2_E
+            bias += tl.where(entries == float("-inf"), float("-inf"), finite)
+    return bias
+
+
+@triton.jit
+def _scores(query, key, bias, scale, PRECISION: tl.constexpr):
+    """``log₂ e · (scale · q kᵀ + mask)``, (QUERIES, KEYS), float32."""
+    return tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E) + bias
+
+
+@triton.jit
+def _gradient(outer, value, bias, factor, PRECISION: tl.constexpr):
+    """``factor · outer vᵀ``, (QUERIES, KEYS), float32; 0 where nothing is attended to."""
+    gradient = tl.dot(outer, tl.trans(value), input_precision=PRECISION) * factor
+    return tl.where(bias == float("-inf"), 0.0, gradient)
+
+
+@triton.jit
+def _relu(tile):
+    # A plain maximum would turn NaN into 0, and so hide it.
+    return tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+# A kernel is compiled again for each value of what it is specialized on, and each pattern of divisibility.
+_STRIDES = [f"{name}_{axis}" for name in ("query", "key", "value", "outer") for axis in ("image", "head", "token")]
+_ROWS = [
+    f"{name}_{axis}" for name in ("attention", "product", "gradient") for axis in ("image", "head", "row", "count")
+]
+_SIZES = [*_STRIDES, "mask_image", "mask_head", "mask_query", "heads", "queries", "keys"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def statistics_kernel(
+    query, key, value, outer, mask, log_sum_exp, product_rows, norms,
+    query_image, query_head, query_token, key_image, key_head, key_token,
+    value_image, value_head, value_token, outer_image, outer_head, outer_token,
+    mask_image, mask_head, mask_query, mask_key,
+    heads, group, queries, keys, scale, factor,
+    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of the scores and row sums of ``ReLU(G) ⊙ A`` for a block of queries, and its part of G's norms.
+
+    The maximum m of the scores so far moves while the keys pass, as in an online softmax:
+    ``sum ← sum · 2^(m - m') + Σ_j 2^(s_j - m')``, and the product's row sums likewise; their quotient is
+    ``Σ_j ReLU(G)_ij A_ij``, ``m' + log₂ sum`` the log-sum-exp. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
+    Σ ReLU(G)².
+    """
+    blocks = tl.cdiv(queries, QUERIES)
+    image_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    q = block * QUERIES + tl.arange(0, QUERIES)
+    key += _head(key_image, key_head, image_head, heads, group, UNIT)
+    if mask is not None:
+        mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
+    query += _head(query_image, query_head, image_head, heads, 1, UNIT)
+    query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total, product = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
+    if outer is not None:
+        value += _head(value_image, value_head, image_head, heads, group, UNIT)
+        outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
+        outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
+        l1, positive_l1 = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
+        squares, positive_squares = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
+    for start in range(0, keys, KEYS):
+        n = start + tl.arange(0, KEYS)
+        bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
+        key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
+        scores = _scores(query_tile, key_tile, bias, scale, PRECISION)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        # The maximum of a query that has attended to nothing so far is -inf, and -inf - -inf would be NaN.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, powers = tl.exp2(highest - shift), tl.exp2(scores - shift[:, None])
+        total, highest = total * shrink + tl.sum(powers, axis=1), higher
+        if outer is not None:
+            value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
+            gradient = _gradient(outer_tile, value_tile, bias, factor, PRECISION)
+            positive = _relu(gradient)
+            product = product * shrink + tl.sum(positive * powers, axis=1)
+            l1 += tl.sum(tl.abs(gradient), axis=1)
+            positive_l1 += tl.sum(positive, axis=1)
+            squares += tl.sum(gradient * gradient, axis=1)
+            positive_squares += tl.sum(positive * positive, axis=1)
+    row = image_head.to(tl.int64) * queries + q
+    tl.store(log_sum_exp + row, (highest + tl.log2(total)) / LOG2_E, mask=q < queries)
+    if outer is not None:
+        tl.store(product_rows + row, product / tl.where(total == 0.0, 1.0, total), mask=q < queries)
+        norms += tl.program_id(0)
+        programs = tl.num_programs(0).to(tl.int64)
+        tl.store(norms, tl.sum(l1))
+        tl.store(norms + programs, tl.sum(positive_l1))
+        tl.store(norms + 2 * programs, tl.sum(squares))
+        tl.store(norms + 3 * programs, tl.sum(positive_squares))
+
+
+@triton.jit
+def _log_sums(log_sum_exp, image_head, q, queries):
+    """Load log-sum-exps in units of log 2, (QUERIES,); inf for a query that attends to nothing: its attention is 0."""
+    sums = tl.load(log_sum_exp + image_head.to(tl.int64) * queries + q, mask=q < queries, other=float("-inf"))
+    return tl.where(sums == float("-inf"), float("inf"), sums * LOG2_E)
+
+
+@triton.jit
+def _times_rows(rows, stride, count, q, queries, relevance, carried):
+    """Add ``relevanceᵀ rowsᵀ``, (KEYS, ROWS), to what is carried: ROWS of a head's rows (count, Q).
+
+    The relevance comes transposed, (KEYS, QUERIES).
+    """
+    number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    pointers = (rows + number.to(tl.int64) * stride)[:, None] + q[None, :]
+    tile = tl.load(pointers, mask=(number[:, None] < count) & (q[None, :] < queries), other=0.0)
+    # Three tf32 products keep what float32 rows and tiles hold, to about 2⁻²¹, whatever the precision of the scores.
+    return tl.dot(relevance, tl.trans(tile), carried, input_precision="tf32x3")
+
+
+@triton.jit
+def _store_rows(output, first, count, total, image_head, n, keys, tile):
+    """Store what is carried, (KEYS, ROWS), behind the `first` rows of an output (B, H, total, N)."""
+    number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    pointers = output + (image_head.to(tl.int64) * total + first + number)[:, None] * keys + n[None, :]
+    tl.store(pointers, tl.trans(tile), mask=(number[:, None] < count) & (n[None, :] < keys))
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_ROWS])
+def carry_kernel(
+    query, key, value, outer, mask, log_sum_exp, attention_rows, product_rows, gradient_rows, output,
+    query_image, query_head, query_token, key_image, key_head, key_token,
+    value_image, value_head, value_token, outer_image, outer_head, outer_token,
+    mask_image, mask_head, mask_query, mask_key, attention_image, attention_head, attention_row,
+    product_image, product_head, product_row, gradient_image, gradient_head, gradient_row,
+    heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
+    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows times ``A``, ``ReLU(G) ⊙ A`` and ``ReLU(G)`` of one head, for a block of keys; output (B, H, rows, N).
+
+    ``A_ij = 2^(s_ij - lse_i)`` with the log-sum-exp that `statistics_kernel` gave. All tiles are transposed, (KEYS,
+    QUERIES): so they are the left operand of the products with rows, and stay in registers.
+    """
+    ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
+    DIFFERENTIATES: tl.constexpr = product_rows is not None or gradient_rows is not None
+    blocks = tl.cdiv(keys, KEYS)
+    image_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    n = block * KEYS + tl.arange(0, KEYS)
+    if mask is not None:
+        mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
+    if ATTENDS:
+        query += _head(query_image, query_head, image_head, heads, 1, UNIT)
+        key += _head(key_image, key_head, image_head, heads, group, UNIT)
+        key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
+    if DIFFERENTIATES:
+        outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
+        value += _head(value_image, value_head, image_head, heads, group, UNIT)
+        value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
+    if attention_rows is not None:
+        attention_rows += _head(attention_image, attention_head, image_head, heads, 1, 1)
+        by_attention = tl.zeros([KEYS, ROWS], tl.float32)
+    if product_rows is not None:
+        product_rows += _head(product_image, product_head, image_head, heads, 1, 1)
+        by_product = tl.zeros([KEYS, ROWS], tl.float32)
+    if gradient_rows is not None:
+        gradient_rows += _head(gradient_image, gradient_head, image_head, heads, 1, 1)
+        by_gradient = tl.zeros([KEYS, ROWS], tl.float32)
+    for start in range(0, queries, QUERIES):
+        q = start + tl.arange(0, QUERIES)
+        bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
+        if ATTENDS:
+            query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
+            scores = _scores(key_tile, query_tile, bias, scale, PRECISION)
+            attention = tl.exp2(scores - _log_sums(log_sum_exp, image_head, q, queries)[None, :])
+        if DIFFERENTIATES:
+            outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
+            positive = _relu(_gradient(value_tile, outer_tile, bias, factor, PRECISION))
+        if attention_rows is not None:
+            by_attention = _times_rows(
+                attention_rows, attention_row, attention_count, q, queries, attention, by_attention
+            )
+        if product_rows is not None:
+            product = positive * attention
+            by_product = _times_rows(product_rows, product_row, product_count, q, queries, product, by_product)
+        if gradient_rows is not None:
+            by_gradient = _times_rows(gradient_rows, gradient_row, gradient_count, q, queries, positive, by_gradient)
+    products = attention_count + product_count
+    rows = products + gradient_count
+    if attention_rows is not None:
+        _store_rows(output, 0, attention_count, rows, image_head, n, keys, by_attention)
+    if product_rows is not None:
+        _store_rows(output, attention_count, product_count, rows, image_head, n, keys, by_product)
+    if gradient_rows is not None:
+        _store_rows(output, products, gradient_count, rows, image_head, n, keys, by_gradient)
+
+
+INTERPRETED = not isinstance(carry_kernel, triton.JITFunction)
+"""Whether the kernels run in Triton's interpreter, on a CPU."""

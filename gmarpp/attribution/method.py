@@ -1,0 +1,37 @@
+"""What an attribution method is: a rule that consumes attention layers from the top down."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from gmarpp.attribution.layer import AttentionLayer
+
+
+class Method(ABC):
+    """A rule that turns a network's attention layers into one relevance per token.
+
+    It carries one row per image, shape (B, N), from the readout to the input tokens. A method of one's own may ask a
+    layer for its matrices, `layer.attention` and `layer.gradient`, or, on a GPU the faster way, for products with them.
+
+    Attributes:
+        name: key of the method's map, used in code, config, tags and file names.
+        label: name for people.
+        needs_gradient: whether the score's gradient has to be propagated through all layers.
+        needs_local_gradient: whether each layer's own score has to be differentiated.
+        gradient_rule: how the score is propagated, if it is; methods with the same rule share a backward pass.
+    """
+
+    name: str
+    label: str
+    needs_gradient: ClassVar[bool] = True
+    needs_local_gradient: ClassVar[bool] = False
+    gradient_rule: ClassVar[str] = "plain"
+
+    def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
+        """Return the row above the top layer, shape (B, Q); by default the readout, whose rows sum to 1."""
+        return readout
+
+    @abstractmethod
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        """Carry the row (B, Q) through one layer downwards; returns (B, N)."""

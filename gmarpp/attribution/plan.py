@@ -1,0 +1,80 @@
+"""What a call of `explain` is going to do, decided before the network runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gmarpp.attribution.call import UnsupportedNetworkError
+from gmarpp.attribution.grid import Architecture
+from gmarpp.attribution.method import Method
+
+GRADIENT_RULES = ("plain",)
+"""How a score's gradient may be propagated: as it is."""
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _by_rule(methods: Sequence[Method]) -> tuple[tuple[Method, ...], ...]:
+    """Group methods by their gradient rule; those that need no gradient go with the first."""
+    used = dict.fromkeys(method.gradient_rule for method in methods if method.needs_gradient) or {
+        GRADIENT_RULES[0]: None
+    }
+    for rule in used:
+        if rule not in GRADIENT_RULES:
+            raise ValueError(f"unknown gradient rule {rule!r}: choose from {', '.join(GRADIENT_RULES)}")
+    first = next(iter(used))
+    rules = [method.gradient_rule if method.needs_gradient else first for method in methods]
+    return tuple(tuple(each for each, own in zip(methods, rules, strict=True) if own == rule) for rule in used)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which methods are wanted of which network, and what they need.
+
+    Attributes:
+        names: of the methods, in the order of the maps.
+        groups: the methods, by gradient rule; each group has a backward pass of its own, on the graph of all.
+        layout: the network's tokens, blocks and head.
+        gradients: whether gradients pass from block to block. If not, blocks run without a graph.
+        local_scores: whether the layers' own scores are wanted.
+        tails_again: whether blocks may run once more for their layers' own scores: nobody's hooks watch them.
+        recompute: whether blocks run again in the backward pass instead of keeping their activations.
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[tuple[Method, ...], ...]
+    layout: Architecture
+    gradients: bool
+    local_scores: bool
+    tails_again: bool
+    recompute: bool
+
+    @staticmethod
+    def of(methods: Sequence[Method], layout: Architecture, recompute: bool) -> "Plan":
+        """Plan a call.
+
+        Args:
+            methods: each once, in the order of the maps.
+            layout: of the network.
+            recompute: whether the caller wants recomputation; methods without gradients need none.
+
+        Raises:
+            ValueError: for a gradient rule that is not known.
+            UnsupportedNetworkError: if the methods need blocks or a head that the layout does not tell.
+        """
+        local_scores = any(method.needs_local_gradient for method in methods)
+        tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
+        # Else the layers' own scores are found on the graph of the forward pass.
+        gradients = any(method.needs_gradient for method in methods) or (local_scores and not tails_again)
+        recompute = recompute and gradients
+        if (local_scores and (not layout.blocks or layout.head is None)) or (recompute and not layout.blocks):
+            raise UnsupportedNetworkError(
+                "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
+                "gmarpp.Architecture(..., blocks=..., head=...)"
+            )
+        names = tuple(method.name for method in methods)
+        return Plan(names, _by_rule(methods), layout, gradients, local_scores, tails_again, recompute)

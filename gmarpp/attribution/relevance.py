@@ -1,0 +1,49 @@
+"""Relevance on its way from the readout to the input tokens: a row for each method and image."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.method import Method
+from gmarpp.attribution.products import RowProduct, RowProducts
+
+
+class Relevance:
+    """The rows of some methods in one pass downwards; it holds nothing else.
+
+    Args:
+        methods: whose rows they are.
+        readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
+        images: (B, 3, H, W).
+        tokens: number N of tokens.
+    """
+
+    def __init__(self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int) -> None:
+        products = sorted(
+            (method for method in methods if isinstance(method, RowProduct)),
+            key=lambda method: method.relevance != "attention",
+        )
+        self._others = [method for method in methods if not isinstance(method, RowProduct)]
+        self._products = RowProducts(products, readout.device) if products else None
+        self._names = [method.name for method in (*products, *self._others)]
+        starts = [method.start(readout, images, tokens) for method in (*products, *self._others)]
+        # Above the top layer a row has an entry per query, below it one per token.
+        self._above = torch.stack(starts[: len(products)], dim=1) if products else None  # (B, M, Q)
+        self._rows = readout.new_empty(len(readout), len(products), tokens)
+        self._other_rows = [(start, readout.new_empty(len(readout), tokens)) for start in starts[len(products) :]]
+
+    def step(self, part: slice, layer: AttentionLayer) -> None:
+        """Carry the rows of the images of a part through their layer; the layers of an image come from the top down."""
+        if self._products is not None:
+            assert self._above is not None
+            rows = self._above if layer.is_top else self._rows
+            self._rows[part] = self._products.step(rows[part], layer)
+        for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
+            rows[part] = method.step((above if layer.is_top else rows)[part], layer)
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return the rows, (B, N), by method."""
+        rows = (*self._rows.unbind(dim=1), *(rows for _, rows in self._other_rows))
+        return dict(zip(self._names, rows, strict=True))

@@ -1,0 +1,106 @@
+"""From a score down to the input tokens: once for each score and gradient rule."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmarpp.attribution.call import UnsupportedNetworkError
+from gmarpp.attribution.forward import CUT, ForwardPass
+from gmarpp.attribution.head import readout_of
+from gmarpp.attribution.method import Method
+from gmarpp.attribution.own_scores import OwnScores
+from gmarpp.attribution.relevance import Relevance
+from gmarpp.attribution.target import Score
+
+Rows = dict[str, Tensor]
+"""By method, a row (B, N) for the input tokens."""
+
+
+class WayDown:
+    """Carries relevance from scores of the network's output to its input tokens.
+
+    Args:
+        passed: the forward pass.
+        output: of the network.
+        images: (B, 3, H, W).
+    """
+
+    def __init__(self, passed: ForwardPass, output: Any, images: Tensor) -> None:
+        self._passed, self._output, self._images = passed, output, images
+        self._own_scores = OwnScores(passed, output) if passed.plan.local_scores else None
+
+    def rows(self, score: Score, last: bool) -> Rows:
+        """Return the rows of all methods for a score; after the last one the graph is gone."""
+        groups = self._passed.plan.groups
+        found: Rows = {}
+        for position, methods in enumerate(groups):
+            found |= self._rows(methods, score, keep=not last or position < len(groups) - 1)
+        return found
+
+    def _rows(self, methods: Sequence[Method], score: Score, keep: bool) -> Rows:
+        """Go down for methods that share a backward pass; float16 finds the scale of its gradients by itself."""
+        is_half = self._passed.dtype == torch.float16
+        total = score(self._output)
+        self._passed.unseen.require_none(total, self._passed.token_counts)
+        scale = _largest_scale(total, self._passed.score_start) if is_half else 1.0
+        rows = self._descend(methods, score, total, scale, keep=keep or is_half)
+        while is_half and scale > 2.0**-24 and not all(bool(row.isfinite().all()) for row in rows.values()):
+            scale /= 16
+            rows = self._descend(methods, score, total, scale, keep=True)
+        return rows
+
+    def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
+        passed = self._passed
+        need_local = any(method.needs_local_gradient for method in methods)
+        need_gradient = need_local or any(method.needs_gradient for method in methods)
+        readout = readout_of(total, self._output, passed, scale, need_gradient)
+        local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
+        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
+        passed.descent.begin(relevance, local, scale, passed.calls)
+        if passed.plan.gradients:
+            torch.autograd.grad(total.float().sum() * scale, passed.leaves, retain_graph=keep, allow_unused=True)
+            self._check_visited()
+        else:
+            self._replay(keep)
+        return relevance.rows()
+
+    def _replay(self, keep: bool) -> None:
+        """Visit the layers without the score's gradient."""
+        with torch.no_grad(), torch.autocast(self._images.device.type, enabled=False):
+            for call in reversed(self._passed.calls):
+                assert call.inputs is not None
+                self._passed.descent.visit(call, *call.inputs, outer=None)
+                if not keep:
+                    call.inputs = None
+
+    def _check_visited(self) -> None:
+        missing = {call.index for call in self._passed.calls} - set(self._passed.descent.visited)
+        if missing:
+            raise UnsupportedNetworkError(
+                f"no gradient of the score reaches attention layers {sorted(missing)}, which these methods need: {CUT}"
+            )
+
+
+def _largest_scale(total: Tensor, start: Any) -> float:
+    """Return the power of two by which float16 gradients get as large as leaves room for growth on the way down.
+
+    Args:
+        total: scores, (B,).
+        start: where the graph of the score alone begins.
+    """
+    scale, highest = 2.0**10, 2.0**15 if total.dtype == torch.float16 else 2.0**60
+    for _ in range(32 if total.requires_grad and start is not None else 0):
+        gradient = torch.autograd.grad(total.float().sum() * scale, start, retain_graph=True, allow_unused=True)[0]
+        peak = 0.0 if gradient is None else float(gradient.abs().amax())
+        if math.isfinite(peak):
+            # 2⁹ is as far from float16's largest number as layers below may still make gradients grow.
+            following = min(highest, scale * 2.0 ** min(16, 9 - math.ceil(math.log2(peak)) if peak else 16))
+        else:
+            following = highest = scale / 4
+        if following == scale:
+            break
+        scale = following
+    return scale
