@@ -32,12 +32,12 @@ from score_table import CRITERION, ScoreTable, cell, fill, markdown_table, open_
 from torch import Tensor, nn
 
 import gmarpp
-from gmarpp.attribution import METHOD_LABELS
 from gmarpp.data.probe import spread_over_classes
+from gmarpp.figures import figure_bytes
+from gmarpp.files import write_atomically
+from gmarpp.labels import METHOD_LABELS, metric_label
 from gmarpp.metrics.functional import rank_correlation
-from gmarpp.storage import write_atomically
-from gmarpp.summary import bootstrap, higher_is_better, leaders, metric_label
-from gmarpp.visualize import figure_bytes
+from gmarpp.run.summary import bootstrap, higher_is_better, leaders
 
 LABELS = METHOD_LABELS | {name: label for name, (label, _) in OUTSIDE_METHODS.items()}
 OURS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum")

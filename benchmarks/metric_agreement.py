@@ -24,10 +24,9 @@ from scipy.stats import rankdata, spearmanr
 from score_table import markdown_table
 from sklearn.metrics import average_precision_score, jaccard_score
 
+from gmarpp.maps import minmax, normalize_map
 from gmarpp.metrics import functional
 from gmarpp.perturbation import rank_patches
-from gmarpp.perturbation.masks import minmax
-from gmarpp.visualize import normalise_map
 
 GRIDS = tuple(range(7, 38))
 Array = npt.NDArray[Any]
@@ -151,7 +150,7 @@ def compare_maps(table: Table, generator: Generator, grid: tuple[int, int]) -> N
     table.add("minmax", minmax(batch).flatten(1).amax(1), [naive_minmax(values).max() for values in each])
     for position, values in enumerate(each):
         table.add("minmax", minmax(batch)[position].ravel(), naive_minmax(values).ravel())
-        table.add("normalise_map", normalise_map(values).ravel(), naive_minmax(values).ravel())
+        table.add("normalize_map", normalize_map(values).ravel(), naive_minmax(values).ravel())
         order = np.argsort(rank_patches(batch[position]).numpy())
         table.add("rank_patches", order, np.argsort(-values.ravel().astype(np.float64), kind="stable"))
     table.add("sparseness", functional.sparseness(batch, "none"), [naive_gini(values) for values in each])

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from gmarpp.explainer import FAITHFULNESS_METRICS, metric_inputs
+from gmarpp.files import write_atomically
 from gmarpp.metrics import functional
 from gmarpp.metrics.functional import boxes_to_masks
-from gmarpp.module import load_classifier
 from gmarpp.perturbation import score_perturbations
-from gmarpp.results import write_csv
-from gmarpp.storage import write_atomically
-from gmarpp.summary import FEWEST_IMAGES, Interval, higher_is_better, paired_difference
+from gmarpp.run.summary import FEWEST_IMAGES, Interval, higher_is_better, paired_difference
+from gmarpp.run.tables import write_csv
+from gmarpp.training.module import load_classifier
 
 CRITERION = "insertion_deletion_gap"
 FAITHFULNESS = (*FAITHFULNESS_METRICS, CRITERION)

@@ -38,7 +38,7 @@ from measure import PRECISIONS, alternate, autocast, machine, network
 from torch import Tensor, nn
 
 import gmarpp
-from gmarpp.attribution import METHOD_LABELS
+from gmarpp.labels import METHOD_LABELS
 from gmarpp.perturbation import road_scores, score_perturbations
 
 LIBRARIES = ("captum", "grad-cam", "torchcam", "legrad-torch", "quantus")

@@ -48,9 +48,10 @@ from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import Chefer, GMARPlusPlus
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import FAITHFULNESS_METRICS
-from gmarpp.storage import write_atomically
-from gmarpp.summary import bootstrap, metric_label
-from gmarpp.visualize import figure_bytes
+from gmarpp.figures import figure_bytes
+from gmarpp.files import write_atomically
+from gmarpp.labels import metric_label
+from gmarpp.run.summary import bootstrap
 
 BASELINES = ("blur", "drop")
 RIVALS = ("GMAR++ (L1)", "GMAR++ (L2)", "Chefer")

@@ -30,10 +30,11 @@ from measure import machine
 from torch.utils.data import DataLoader
 
 from gmarpp.callbacks import ModelCardCheckpoint
-from gmarpp.cli import LatestCheckpoint, Trainer
+from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
 from gmarpp.data import Augmentation, TinyImageNet
-from gmarpp.module import ViTClassifier
-from gmarpp.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.training.trainer import Trainer
 
 
 class Clock(L.Callback):

@@ -15,9 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gmarpp.attribution import METHOD_LABELS
-from gmarpp.summary import metric_label
-from gmarpp.visualize import method_color
+from gmarpp.labels import METHOD_LABELS, method_color, metric_label
 
 ACCURACY = {"val/accuracy": "top 1", "val/accuracy_top5": "top 5"}
 METRICS = ("insertion_auc", "deletion_auc")

@@ -22,10 +22,10 @@ import lightning as L
 from measure import machine, resident_mebibytes, seconds
 
 from gmarpp.callbacks import ExplanationWriter
-from gmarpp.cli import Trainer
 from gmarpp.data import TinyImageNet
 from gmarpp.explainer import Explainer
-from gmarpp.module import load_classifier
+from gmarpp.training.module import load_classifier
+from gmarpp.training.trainer import Trainer
 
 
 class _EarlyPeak(L.Callback):

@@ -18,9 +18,10 @@ from skimage import data
 from torchvision.transforms.v2 import functional as TF
 
 import gmarpp
-from gmarpp.cli import explain_main, train_main
+from gmarpp.cli.explain import explain_main
+from gmarpp.cli.train import train_main
 from gmarpp.data import EvaluationTransform, Preprocessing
-from gmarpp.visualize import comparison_figure, figure_bytes
+from gmarpp.figures import comparison_figure, figure_bytes
 
 CHECKPOINT = "checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors"
 RESULTS = Path("results/demo")

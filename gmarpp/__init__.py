@@ -1,7 +1,6 @@
 """Fine-tune Vision Transformers with PyTorch Lightning and explain them with GMAR++."""
 
 from gmarpp.attribution import (
-    METHOD_LABELS,
     METHODS,
     VARIANTS,
     Architecture,
@@ -11,9 +10,10 @@ from gmarpp.attribution import (
     architecture_of,
     explain,
 )
-from gmarpp.checkpoint import load_model
+from gmarpp.labels import METHOD_LABELS
+from gmarpp.network.load import load_model
 from gmarpp.perturbation import perturbation_curves
-from gmarpp.reader import load_explanations
+from gmarpp.run.reader import load_explanations
 
 __version__ = "0.1.0"
 __all__ = [

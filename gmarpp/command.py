@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import gmarpp.data
 from gmarpp.callbacks.termination import SIGNALS
 from gmarpp.configuration import limit_yaml
-from gmarpp.ranks import launched_by_rank_zero, leave_lost_run, lost_rank, watch_rank_zero
+from gmarpp.training.ranks import launched_by_rank_zero, leave_lost_run, lost_rank, watch_rank_zero
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
 _OUT_OF_MEMORY = (

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution import Explanation, explain, resolve_method
-from gmarpp.attribution.extent import fit_to_extent
-from gmarpp.data.transforms import Preprocessing, denormalise
 from gmarpp.metrics import METRICS, functional
 from gmarpp.metrics.functional import boxes_to_masks
+from gmarpp.network.extent import fit_to_extent
+from gmarpp.network.preprocessing import Preprocessing, denormalize
 from gmarpp.perturbation import (
     BASELINES,
     SCORES,
@@ -167,7 +167,7 @@ class Explainer:
             values=values,
             inputs=inputs,
             curves=curves,
-            images=denormalise(fit_to_extent(images.float(), (height, width)), Preprocessing.of(model)).cpu(),
+            images=denormalize(fit_to_extent(images.float(), (height, width)), Preprocessing.of(model)).cpu(),
             boxes=None if boxes is None else boxes.cpu(),
             masks=None if masks is None else masks.cpu(),
         )

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gmarpp.checkpoint import describe_model, get_image_size, load_model, save_weights
 from gmarpp.command import run_function
-from gmarpp.storage import atomic_file
+from gmarpp.files import atomic_file
+from gmarpp.network.load import load_model
+from gmarpp.network.preprocessing import get_image_size
+from gmarpp.network.save import describe_model, save_weights
 
 logger = logging.getLogger(__name__)
 

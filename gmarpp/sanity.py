@@ -21,14 +21,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from gmarpp.attribution import METHOD_LABELS, METHODS, Architecture, architecture_of, explain, resolve_method
+from gmarpp.attribution import METHODS, Architecture, architecture_of, explain, resolve_method
 from gmarpp.command import run_function
 from gmarpp.data.probe import spread_over_classes
-from gmarpp.data.transforms import Preprocessing
+from gmarpp.figures import figure_bytes
+from gmarpp.files import write_atomically
+from gmarpp.labels import METHOD_LABELS, method_color, method_dashes
 from gmarpp.metrics.functional import rank_correlation
-from gmarpp.module import load_classifier
-from gmarpp.storage import write_atomically
-from gmarpp.visualize import figure_bytes, method_color, method_dashes
+from gmarpp.network.preprocessing import Preprocessing
+from gmarpp.training.module import load_classifier
 
 logger = logging.getLogger(__name__)
 

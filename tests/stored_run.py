@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmarpp.reader import Explanations, load_explanations
-from gmarpp.shards import Shard, merge_parts, remove_parts
-from gmarpp.storage import IMAGES, MAPS, PARTS, file_stem, write_run
+from gmarpp.run.folder import IMAGES, MAPS, PARTS, file_stem, write_run
+from gmarpp.run.reader import StoredRun, load_explanations
+from gmarpp.run.shards import Shard, merge_parts, remove_parts
 from gmarpp.visualize import encode_jpeg
 
 METHODS = ("gmarpp_l1", "rollout", "random")
@@ -64,7 +64,7 @@ def shard(indices: Sequence[int], paths: Sequence[str], grid: tuple[int, int] = 
     return Shard(METHODS, METRICS, rows, stacked, torch.linspace(0, 1, 5))
 
 
-def stored_run(folder: Path, paths: Sequence[str], shard_size: int = 4) -> Explanations:
+def stored_run(folder: Path, paths: Sequence[str], shard_size: int = 4) -> StoredRun:
     for name in (PARTS, MAPS, IMAGES):
         (folder / name).mkdir(parents=True)
     part = shard(range(len(paths)), paths)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gmarpp.cli import explain_main, train_main
-from gmarpp.module import ViTClassifier
+from gmarpp.cli.explain import explain_main
+from gmarpp.cli.train import train_main
+from gmarpp.training.module import ViTClassifier
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

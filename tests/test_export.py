@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from gmarpp import export as export_file
-from gmarpp.checkpoint import build_model, load_model, save_weights, set_preprocessing
 from gmarpp.export import main, save_onnx
+from gmarpp.network.build import build_model
+from gmarpp.network.load import load_model
+from gmarpp.network.preprocessing import set_preprocessing
+from gmarpp.network.save import save_weights
 
 
 @pytest.fixture

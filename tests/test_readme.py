@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gmarpp.cli import explain_main
+from gmarpp.cli.explain import explain_main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,10 +7,10 @@ import torch
 
 import gmarpp
 from gmarpp import sanity
-from gmarpp.checkpoint import save_weights
 from gmarpp.data import Digits
-from gmarpp.module import ViTClassifier
+from gmarpp.network.save import save_weights
 from gmarpp.sanity import sanity_check
+from gmarpp.training.module import ViTClassifier
 
 
 @pytest.fixture

@@ -9,40 +9,36 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from gmarpp.attribution import METHODS, VARIANTS
-from gmarpp.curve_figure import curves_figure
-from gmarpp.summary import MeanCurve
+from gmarpp.figures import comparison_figure, figure_bytes, short_name
+from gmarpp.labels import method_color, method_dashes, method_label
+from gmarpp.maps import normalize_map
+from gmarpp.run.curve_figure import curves_figure
+from gmarpp.run.summary import MeanCurve
 from gmarpp.visualize import (
     COLORMAPS,
     add_colors,
     backdrop,
     colormap_table,
-    comparison_figure,
     encode_jpeg,
     encode_png,
-    figure_bytes,
-    method_color,
-    method_dashes,
-    method_label,
-    normalise_map,
     overlay,
-    short_name,
     upsample_map,
 )
 
 
 def test_normalise_map_scales_every_map_by_itself():
     maps = torch.tensor([[[1.0, 3.0], [2.0, 5.0]], [[-1.0, 0.0], [0.0, 0.0]]])
-    assert normalise_map(maps).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.0, 1.0], [1.0, 1.0]]]
+    assert normalize_map(maps).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.0, 1.0], [1.0, 1.0]]]
 
 
 def test_normalise_map_of_a_constant_map_is_zero():
-    assert normalise_map(torch.full((2, 3), 7.0)).tolist() == [[0.0] * 3] * 2
+    assert normalize_map(torch.full((2, 3), 7.0)).tolist() == [[0.0] * 3] * 2
 
 
 def test_normalise_map_takes_what_is_not_finite_as_the_minimum():
     values = torch.tensor([[torch.nan, 2.0], [torch.inf, 4.0]])
-    assert normalise_map(values).tolist() == [[0.0, 0.0], [0.0, 1.0]]
-    assert normalise_map(torch.full((2, 2), torch.nan)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert normalize_map(values).tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert normalize_map(torch.full((2, 2), torch.nan)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_upsample_map_keeps_rows_and_columns_apart_on_grids_that_are_not_square():

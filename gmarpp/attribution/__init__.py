@@ -29,14 +29,11 @@ Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks 
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.
 """
 
-from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.explain import explain
 from gmarpp.attribution.explanation import Explanation
-from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import (
     GMAR,
-    METHOD_LABELS,
     METHODS,
     VARIANTS,
     Chefer,
@@ -48,6 +45,9 @@ from gmarpp.attribution.methods import (
     resolve_method,
 )
 from gmarpp.attribution.target import Contrast
+from gmarpp.labels import METHOD_LABELS
+from gmarpp.network.architecture import Architecture, architecture_of
+from gmarpp.network.errors import UnsupportedNetworkError
 
 __all__ = [
     "GMAR",

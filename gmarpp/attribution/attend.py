@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError
+from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.fused_layer import is_fused
 from gmarpp.attribution.seam import Handler, fused_attention
+from gmarpp.network.errors import UnsupportedNetworkError
 
 
 class Inputs(NamedTuple):

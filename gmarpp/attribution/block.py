@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmarpp.attribution.attend import repeated
-from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.forward import BlockRun, ForwardPass, tokens_of
 from gmarpp.attribution.seam import answered_by, is_intercepted
+from gmarpp.network.errors import UnsupportedNetworkError
 
 Forward = Callable[..., Any]
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
-class UnsupportedNetworkError(ValueError):
-    """A network whose attention cannot be followed from its output to its input tokens."""
+from gmarpp.network.errors import UnsupportedNetworkError
 
 
 @dataclass(eq=False)

@@ -8,21 +8,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from gmarpp.attribution.block import wrapped
-from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
-from gmarpp.attribution.extent import fit_to_extent, grid_extent
 from gmarpp.attribution.forward import ForwardPass
-from gmarpp.attribution.grid import Architecture, architecture_of
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import select_methods
-from gmarpp.attribution.normalisation import displayable
 from gmarpp.attribution.plan import Plan
-from gmarpp.attribution.preserve import evaluation_mode
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
-from gmarpp.attribution.target import Target, class_names
+from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
+from gmarpp.network.architecture import Architecture, architecture_of
+from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.extent import fit_to_extent, grid_extent
+from gmarpp.network.modes import evaluation_mode
+from gmarpp.network.output import class_names
+from gmarpp.network.preprocessing import displayable
 
 
 def explain(

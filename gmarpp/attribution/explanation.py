@@ -50,7 +50,7 @@ class Explanation:
         Args:
             images: draw the first so many; every explained class of an image has a column of its own.
         """
-        from gmarpp.visualize import comparison_figure
+        from gmarpp.figures import comparison_figure
 
         targets = self.target[:, None] if self.target.dim() == 1 else self.target
         columns = [(image, column) for image in range(min(images, len(targets))) for column in range(targets.shape[1])]

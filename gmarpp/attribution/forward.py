@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gmarpp.attribution.attend import Inputs, attended
-from gmarpp.attribution.call import AttentionCall, UnsupportedNetworkError, require_one_chain
+from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.unseen import UnseenAttention
+from gmarpp.network.errors import UnsupportedNetworkError
 
 
 @dataclass(frozen=True)

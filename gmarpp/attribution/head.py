@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.forward import CUT, ForwardPass
-from gmarpp.attribution.grid import Architecture
 from gmarpp.attribution.seam import answered_by
-from gmarpp.attribution.target import check_finite
+from gmarpp.network.architecture import Architecture
+from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.output import check_finite
 
 _DESCRIBE_HEAD = (
     "describe what follows the last block: architecture=dataclasses.replace(gmarpp.architecture_of(net.vit), "

@@ -220,8 +220,6 @@ METHODS: tuple[str, ...] = tuple(_PUBLISHED)
 """Names of the published methods and the controls."""
 VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 """Names of this project's own variants of them."""
-METHOD_LABELS: dict[str, str] = {name: method.label for name, method in _REGISTERED.items()}
-"""Label for people of each method."""
 
 
 def resolve_method(name: str) -> str:

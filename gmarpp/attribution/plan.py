@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gmarpp.attribution.call import UnsupportedNetworkError
-from gmarpp.attribution.grid import Architecture
 from gmarpp.attribution.method import Method
+from gmarpp.network.architecture import Architecture
+from gmarpp.network.errors import UnsupportedNetworkError
 
 GRADIENT_RULES = ("plain",)
 """How a score's gradient may be propagated: as it is."""

@@ -6,17 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution.target import (
-    NO_CLASS,
-    ClassTarget,
-    Contrast,
-    Score,
-    Target,
-    check_finite,
-    class_score,
-    logits_of,
-    resolve_target,
-)
+from gmarpp.attribution.target import NO_CLASS, ClassTarget, Contrast, Score, Target, class_score, resolve_target
+from gmarpp.network.output import check_finite, logits_of
 
 
 @dataclass(frozen=True)

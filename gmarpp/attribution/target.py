@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from gmarpp.network.output import class_index, logits_of
+
 Score = Callable[[Any], Tensor]
 """Takes the network's output and gives one score per image, shape (B,)."""
+
 
 NO_CLASS = -1
 """Target of an explanation of a function, which explains no class."""
@@ -29,65 +31,9 @@ class Contrast:
 
 
 ClassTarget: TypeAlias = "int | str | Tensor | Sequence[Any] | None"
+
+
 Target: TypeAlias = "ClassTarget | Contrast | Score"
-
-
-def logits_of(output: Any) -> Tensor:
-    """Give the logits, shape (B, C), of a network's output: a tensor, or an object with the attribute `logits`.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(
-            f"the network's output ({type(output).__name__}) holds no logits of shape (images, classes); "
-            "gmarpp.explain takes a function of the output as target instead"
-        )
-    return logits
-
-
-def check_finite(logits: Tensor, what: str = "logits") -> None:
-    """Raise `ValueError`, naming the images, unless all logits (B, C) are finite."""
-    unusable = (~logits.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if unusable:
-        raise ValueError(
-            f"the {what} of images {unusable} are not finite: check the input's normalisation and the weights, or use "
-            "a wider precision (bfloat16 or float32)"
-        )
-
-
-def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Give the class names that a network carries: its attribute `class_names`, or Hugging Face's `id2label`."""
-    labels = getattr(getattr(model, "config", None), "id2label", None)
-    return tuple(labels[index] for index in sorted(labels)) if labels else tuple(getattr(model, "class_names", ()))
-
-
-def class_index(name: str, model: nn.Module) -> int:
-    """Find a class by its name or identifier.
-
-    Names come from the network: the attributes `class_names` and `classes` (set by `gmarpp.load_model`), or a Hugging
-    Face configuration's `label2id`. Digits that name no class are an index.
-
-    Raises:
-        ValueError: if the network knows no such class, or several.
-    """
-    known: dict[str, set[int]] = {}
-    label2id = getattr(getattr(model, "config", None), "label2id", None)
-    for names in (label2id or {}, getattr(model, "classes", ()), getattr(model, "class_names", ())):
-        pairs = names.items() if isinstance(names, dict) else ((each, index) for index, each in enumerate(names))
-        for each, index in pairs:
-            known.setdefault(each, set()).add(int(index))
-    if len(known.get(name, ())) > 1:
-        raise ValueError(f"{name!r} names several classes, {sorted(known[name])}: pass the index of one of them")
-    if name in known:
-        return known[name].pop()
-    if name.isdecimal():
-        return int(name)
-    if not known:
-        raise ValueError(f"class {name!r} cannot be found: the network carries no class names; pass the class's index")
-    close = ", ".join([each for each in known if name.lower() in each.lower()][:5] or get_close_matches(name, known))
-    raise ValueError(f"unknown class {name!r}: " + (f"did you mean {close}?" if close else "no class is named like it"))
 
 
 def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Tensor:

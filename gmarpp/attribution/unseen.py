@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gmarpp.attribution.call import UnsupportedNetworkError
+from gmarpp.network.errors import UnsupportedNetworkError
 
 _SOFTMAX = (torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax)
 _RANDOM = (

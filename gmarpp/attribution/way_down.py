@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmarpp.attribution.call import UnsupportedNetworkError
 from gmarpp.attribution.forward import CUT, ForwardPass
 from gmarpp.attribution.head import readout_of
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.own_scores import OwnScores
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.target import Score
+from gmarpp.network.errors import UnsupportedNetworkError
 
 Rows = dict[str, Tensor]
 """By method, a row (B, N) for the input tokens."""

@@ -10,10 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
-from gmarpp.attribution import METHOD_LABELS
-from gmarpp.storage import write_atomically
-from gmarpp.summary import metric_label
-from gmarpp.versions import versions
+from gmarpp.files import write_atomically
+from gmarpp.labels import METHOD_LABELS, metric_label
+from gmarpp.run.versions import versions
 
 
 class ModelCardCheckpoint(ModelCheckpoint):
@@ -128,7 +127,7 @@ def _attribution(metrics: Mapping[str, float]) -> list[str]:
         for method in methods
     ]
     head = ("method", *(metric_label(metric) for metric in columns))
-    return ["## Explanations", "Measured on the monitor's images.", _table(head, rows)] if rows else []
+    return ["## StoredRun", "Measured on the monitor's images.", _table(head, rows)] if rows else []
 
 
 def _configuration(trainer: Any) -> list[str]:

@@ -15,12 +15,13 @@ from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from gmarpp.curve_figure import curves_figure
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import ExplainedBatch, Explainer, metric_inputs
+from gmarpp.figures import comparison_figure, figure_bytes
+from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
-from gmarpp.summary import CurveSum, metric_label
-from gmarpp.visualize import comparison_figure, figure_bytes
+from gmarpp.run.curve_figure import curves_figure
+from gmarpp.run.summary import CurveSum
 
 
 class AttributionMonitor(L.Callback):

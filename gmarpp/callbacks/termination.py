@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gmarpp.ranks import end_launched_ranks, stopping
+from gmarpp.training.ranks import end_launched_ranks, stopping
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Schedulers and launchers may send a signal to the process and to its group: the echo is not a second request.

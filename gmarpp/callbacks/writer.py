@@ -10,29 +10,22 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, IterableDataset
 
-from gmarpp.callbacks.background import BackgroundTasks
-from gmarpp.callbacks.batches import batch_loader, pending_batches
-from gmarpp.callbacks.description import describe_run, now, require_same_run
-from gmarpp.callbacks.free_memory import return_free_memory
-from gmarpp.callbacks.output_folder import OutputFolder
-from gmarpp.callbacks.pictures import write_pictures
-from gmarpp.callbacks.stored_batch import bytes_per_image, stored_batch
 from gmarpp.cores import usable_cores
 from gmarpp.explainer import ExplainedBatch, metric_inputs
-from gmarpp.reader import Explanations
-from gmarpp.results import write_results
-from gmarpp.shards import Shard, merge_parts, remove_parts, reopen_maps, shard_files
-from gmarpp.storage import (
-    IMAGES,
-    MAPS,
-    MAPS_INDEX,
-    OVERLAYS,
-    PARTS,
-    expand_path,
-    sync_disk,
-    write_run,
-)
-from gmarpp.visualize import COLORMAPS, FIGURE_FORMATS, pixels
+from gmarpp.figures import FIGURE_FORMATS
+from gmarpp.files import expand_path, sync_disk
+from gmarpp.run.background import BackgroundTasks
+from gmarpp.run.batches import batch_loader, pending_batches
+from gmarpp.run.description import describe_run, now, require_same_run
+from gmarpp.run.folder import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, PARTS, write_run
+from gmarpp.run.memory import return_free_memory
+from gmarpp.run.output_folder import OutputFolder
+from gmarpp.run.pictures import write_pictures
+from gmarpp.run.reader import StoredRun
+from gmarpp.run.results import write_results
+from gmarpp.run.shards import Shard, merge_parts, remove_parts, reopen_maps, shard_files
+from gmarpp.run.stored_batch import bytes_per_image, stored_batch
+from gmarpp.visualize import COLORMAPS, pixels
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +309,7 @@ class ExplanationWriter(BasePredictionWriter):
             self._run["status"] = "running"
             write_run(self.folder, self._run)
         images = merge_parts(self.folder, self.shard_size)
-        explanations = Explanations(self.folder, self._run)
+        explanations = StoredRun(self.folder, self._run)
         write_results(explanations, self.figure_images, self.figure_formats, self.colormap, self.opacity, self.report)
         # The parts may go only when the disk has all that replaces them.
         sync_disk()

@@ -6,7 +6,8 @@ from gmarpp.data.hub import HubDataset
 from gmarpp.data.image_folder import ImageFolder
 from gmarpp.data.module import ImageDataModule
 from gmarpp.data.tiny_imagenet import TinyImageNet
-from gmarpp.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, denormalise
+from gmarpp.data.transforms import Augmentation, EvaluationTransform, TrainingTransform
+from gmarpp.network.preprocessing import Preprocessing, denormalize
 
 __all__ = [
     "Augmentation",
@@ -18,7 +19,7 @@ __all__ = [
     "Preprocessing",
     "TinyImageNet",
     "TrainingTransform",
-    "denormalise",
+    "denormalize",
     "read_image",
     "read_mask",
 ]

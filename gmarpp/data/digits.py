@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter
 
 from gmarpp.data.module import SEEDS
 from gmarpp.data.tiny_imagenet import TinyImageNet
+from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
-from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 

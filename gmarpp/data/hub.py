@@ -16,8 +16,8 @@ from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
 from gmarpp.data.row_images import RowImages
 from gmarpp.data.walk import files_below, require_regular_file
+from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
-from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 

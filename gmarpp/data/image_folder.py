@@ -11,7 +11,7 @@ from gmarpp.data.dataset import Files
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
 from gmarpp.data.walk import SUFFIXES, files_below, require_regular_file
-from gmarpp.storage import expand_path
+from gmarpp.files import expand_path
 
 
 class ImageFolder(ImageDataModule):

@@ -14,8 +14,8 @@ from gmarpp.data.archive import download, extract, require_same_archive
 from gmarpp.data.dataset import Files
 from gmarpp.data.module import SEEDS, ImageDataModule, Labels, Split
 from gmarpp.data.walk import files_in, require_regular_file
+from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
-from gmarpp.storage import expand_path
 
 logger = logging.getLogger(__name__)
 

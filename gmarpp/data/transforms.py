@@ -1,94 +1,22 @@
-"""Preprocessing: from a decoded image to the tensor that a network was trained on, and back."""
+"""Transforms: from a decoded image to the tensor that a network was trained on."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
-from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+from gmarpp.network.preprocessing import Preprocessing, _channels
+
 Policy: TypeAlias = Literal["none", "randaugment", "trivialaugment"]
+
+
 # torchvision's RandAugment has so many bins, and a magnitude is one of them.
 MAX_MAGNITUDE = 30
-MAX_EDGE = 16384
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a network expects of its input.
-
-    Args:
-        size: height and width in pixels, up to 16384.
-        mean: per channel, of RGB values in [0, 1].
-        std: per channel, of RGB values in [0, 1], above 0.
-        interpolation: "nearest", "bilinear" or "bicubic"; the last two with antialiasing.
-        crop_pct: part of the resized image's edge that the central crop keeps, in (0, 1].
-        crop_mode: "center" keeps the aspect ratio, "squash" resizes both edges and loses it, as timm defines them.
-
-    Raises:
-        ValueError: an option is out of its range.
-    """
-
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    crop_mode: str = "center"
-
-    def __post_init__(self) -> None:
-        if len(self.size) != 2 or not all(isinstance(edge, int) and 1 <= edge <= MAX_EDGE for edge in self.size):
-            raise ValueError(
-                f"preprocessing: size must be two integers (height, width) from 1 to {MAX_EDGE}, got {self.size}"
-            )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not all(0 <= value <= 1 for value in values):
-                raise ValueError(f"preprocessing: {name} must be three numbers in [0, 1], got {values}")
-        if min(self.std) <= 0:
-            raise ValueError(f"preprocessing: std must be positive, got {self.std}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"preprocessing: unknown interpolation {self.interpolation!r}: choose from {', '.join(INTERPOLATIONS)}"
-            )
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"preprocessing: crop_pct must be in (0, 1], got {self.crop_pct}")
-        if self.crop_mode not in ("center", "squash"):
-            raise ValueError(f"preprocessing: unknown crop_mode {self.crop_mode!r}: choose from center, squash")
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Preprocessing":
-        """Preprocessing of a timm network, from its data config.
-
-        The size is the one the network was built with, where it accepts no other: timm's config keeps the size of the
-        pretrained weights even when `img_size` was given.
-
-        Raises:
-            ValueError: the network carries no data config.
-        """
-        if not getattr(model, "pretrained_cfg", None):
-            raise ValueError(
-                f"{type(model).__name__} carries no timm data config to take the preprocessing from: "
-                "give Preprocessing(size=..., mean=..., std=...) instead"
-            )
-        config = resolve_model_data_config(model)
-        size = config["input_size"][1:]
-        embedding = getattr(model, "patch_embed", None)
-        if getattr(embedding, "strict_img_size", False) and getattr(embedding, "img_size", None):
-            size = embedding.img_size  # type: ignore[union-attr]
-        height, width = size
-        return cls(
-            (height, width),
-            config["mean"],
-            config["std"],
-            config["interpolation"],
-            config["crop_pct"],
-            config["crop_mode"],
-        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +72,7 @@ class EvaluationTransform:
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self.interpolation = InterpolationMode(preprocessing.interpolation)
-        self.normalise = Normalise(preprocessing)
+        self.normalise = Normalize(preprocessing)
 
     def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
         """See `Transform`. A box that lies outside the crop comes back with an area of zero."""
@@ -192,7 +120,7 @@ class TrainingTransform:
         )
         self.flip = v2.RandomHorizontalFlip(augmentation.horizontal_flip)
         self.policy = _policy(augmentation, fill=[round(255 * value) for value in preprocessing.mean])
-        self.normalise = Normalise(preprocessing)
+        self.normalise = Normalize(preprocessing)
         self.erase = v2.RandomErasing(augmentation.erasing, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random")
 
     def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -204,7 +132,7 @@ class TrainingTransform:
         return {"image": self.erase(self.normalise(image))}
 
 
-class Normalise:
+class Normalize:
     """From uint8 in [0, 255] to float32, (x / 255 - mean) / std per channel, with two operations on the image."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -214,21 +142,6 @@ class Normalise:
     def __call__(self, image: Tensor) -> Tensor:
         """Normalises (..., 3, H, W)."""
         return image.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.offset).mul_(self.factor)
-
-
-def denormalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """From normalised images (..., 3, H, W) to RGB in [0, 1].
-
-    >>> preprocessing = Preprocessing((1, 1), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    >>> denormalise(torch.tensor([-2.0, 0.0, 3.0]).view(3, 1, 1), preprocessing).flatten().tolist()
-    [0.0, 0.5, 1.0]
-    """
-    mean, std = (value.to(images) for value in _channels(preprocessing))
-    return (images * std + mean).clamp(0, 1)
-
-
-def _channels(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    return torch.tensor(preprocessing.mean).view(3, 1, 1), torch.tensor(preprocessing.std).view(3, 1, 1)
 
 
 def _policy(augmentation: Augmentation, fill: list[int]) -> v2.Transform | None:

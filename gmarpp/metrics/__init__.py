@@ -12,7 +12,7 @@ Functional twins, with values per image, are in `gmarpp.metrics.functional`.
 from gmarpp.metrics.base import MeanOverImages
 from gmarpp.metrics.curves import ROAD, DeletionAUC, InsertionAUC, InsertionDeletionGap
 from gmarpp.metrics.kept_region import AverageDrop, AverageGain, AverageIncrease
-from gmarpp.metrics.localisation import AveragePrecision, EnergyInside, IoU, PixelAccuracy, PointingGame
+from gmarpp.metrics.localization import AveragePrecision, EnergyInside, IoU, PixelAccuracy, PointingGame
 from gmarpp.metrics.sparseness import Sparseness
 
 METRICS: dict[str, type[MeanOverImages]] = {

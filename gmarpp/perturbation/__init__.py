@@ -4,10 +4,11 @@ Patches are ranked once per map, removed or revealed in that order, and the netw
 `score_perturbations` (several maps at once), `perturbation_curves` (one map) and `road_scores`.
 """
 
+from gmarpp.maps import rank_patches
 from gmarpp.perturbation.baselines import BASELINES, Baseline, baseline_images, gaussian_blur
 from gmarpp.perturbation.curves import Curves, KeptMask, PerturbationScores, perturbation_curves, score_perturbations
 from gmarpp.perturbation.imputation import noisy_linear_imputation
-from gmarpp.perturbation.masks import rank_patches, step_counts
+from gmarpp.perturbation.masks import step_counts
 from gmarpp.perturbation.objective import SCORES, Score, class_scores
 from gmarpp.perturbation.road import RoadScores, road_scores
 

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gmarpp.attribution import UnsupportedNetworkError, architecture_of
-from gmarpp.attribution.normalisation import normalisation_of
+from gmarpp.network.preprocessing import normalization_of
 
 Baseline = Literal["blur", "mean", "black", "drop"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -36,7 +36,7 @@ def gaussian_blur(images: Tensor) -> Tensor:
 
 
 def _black(model: nn.Module, images: Tensor) -> Tensor:
-    normalisation = normalisation_of(model, images)
+    normalisation = normalization_of(model, images)
     if normalisation is None:
         raise ValueError(
             f"baseline 'black' needs the normalisation of the network's {images.shape[1]} input channels: set "

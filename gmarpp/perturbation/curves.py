@@ -8,11 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution.preserve import evaluation_mode
 from gmarpp.attribution.target import Target
+from gmarpp.maps import check_maps, minmax, rank_patches
+from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.baselines import BASELINES, Baseline, TokenDrop, baseline_images
 from gmarpp.perturbation.jobs import Render, composite, score_intervals, score_weighted
-from gmarpp.perturbation.masks import check_maps, minmax, patch_extent, pixel_to_patch, rank_patches, step_counts
+from gmarpp.perturbation.masks import patch_extent, pixel_to_patch, step_counts
 from gmarpp.perturbation.objective import Score, objective_of
 
 KeptMask = Literal["topk", "soft"]

@@ -1,66 +1,10 @@
-"""Order of the patches and the way from the patch grid to pixels."""
-
-from collections.abc import Mapping
+"""Masks on the patch grid, and at the resolution of the image."""
 
 import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution import UnsupportedNetworkError, architecture_of
-from gmarpp.attribution.extent import grid_extent
-
-
-def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
-    """Check that all maps fit the images and are finite, and return their common patch grid.
-
-    Args:
-        maps: (B, h, w) per method.
-        images: (B, C, H, W).
-
-    Raises:
-        ValueError: no map, a wrong shape, grids that differ, a grid finer than the pixels, or values that are not
-            finite (naming the method and the positions of the images in the batch).
-    """
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must have shape (B, C, H, W) with B at least 1, got {tuple(images.shape)}")
-    if not maps:
-        raise ValueError("maps is empty: give one map (B, h, w) per method")
-    grid: tuple[int, int] | None = None
-    for method, batch in maps.items():
-        if batch.ndim != 3 or len(batch) != len(images):
-            raise ValueError(
-                f"{method}: maps must have shape ({len(images)}, h, w) for {len(images)} images, got "
-                f"{tuple(batch.shape)}; of several classes per image, score each alone, with maps[:, k]"
-            )
-        height, width = batch.shape[1:]
-        grid = grid or (height, width)
-        if (height, width) != grid:
-            raise ValueError(f"{method}: patch grid {(height, width)} differs from {grid} of the other maps")
-        if height > images.shape[2] or width > images.shape[3]:
-            raise ValueError(
-                f"{method}: patch grid {(height, width)} is finer than images of {tuple(images.shape[2:])}"
-            )
-        finite = batch.isfinite().flatten(1).all(1)
-        if not finite.all():
-            positions = (~finite).nonzero().flatten().tolist()
-            raise ValueError(f"{method}: NaN or infinite values in the maps of image positions {positions}")
-    assert grid is not None
-    return grid
-
-
-def rank_patches(maps: Tensor) -> Tensor:
-    """Rank of every patch: 0 for the most relevant, ties by index (so a constant map ranks in reading order).
-
-    Args:
-        maps: (..., h, w), raw.
-
-    Returns:
-        (..., h * w) long, a permutation of 0 … h * w - 1 in every map.
-
-    Example:
-        >>> rank_patches(torch.tensor([[[0.1, 0.9], [0.9, 0.3]]]))
-        tensor([[3, 0, 1, 2]])
-    """
-    return maps.flatten(-2).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+from gmarpp.network.extent import grid_extent
 
 
 def step_counts(patches: int, steps: int) -> list[int]:
@@ -118,14 +62,3 @@ def pixel_to_patch(
         for cells, n, span in zip(grid, size, extent or size, strict=True)
     )
     return (rows[:, None] * grid[1] + columns).flatten()
-
-
-def minmax(maps: Tensor) -> Tensor:
-    """Scale every map to [0, 1]; a constant map, which points nowhere, becomes 0.
-
-    Args:
-        maps: (..., h, w), on their own grid: interpolation leaves constant maps an ulp uneven.
-    """
-    values = maps.double()  # no range of float32 overflows
-    low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
-    return ((values - low) / torch.where(high > low, high - low, 1.0)).to(maps.dtype)

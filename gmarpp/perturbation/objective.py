@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution.target import ClassTarget, Contrast, Target, class_indices, logits_of
+from gmarpp.attribution.target import ClassTarget, Contrast, Target, class_indices
+from gmarpp.network.output import logits_of
 
 Score = Literal["probability", "sigmoid", "logit"]
 SCORES: tuple[str, ...] = get_args(Score)

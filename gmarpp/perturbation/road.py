@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution.preserve import evaluation_mode
 from gmarpp.attribution.target import Target
+from gmarpp.maps import check_maps, rank_patches
+from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.imputation import noisy_linear_imputation
 from gmarpp.perturbation.jobs import score_intervals
-from gmarpp.perturbation.masks import check_maps, patch_extent, pixel_to_patch, rank_patches
+from gmarpp.perturbation.masks import patch_extent, pixel_to_patch
 from gmarpp.perturbation.objective import Score, objective_of
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -11,7 +11,7 @@ import transformers
 from naive_attribution import attention_and_gradients, naive_legrad, naive_row
 
 import gmarpp
-from gmarpp.attribution.target import logits_of
+from gmarpp.network.output import logits_of
 
 PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
 SMALL_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}

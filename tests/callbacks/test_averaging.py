@@ -4,8 +4,8 @@ import torch
 from squares import OrderedSquares
 
 from gmarpp.callbacks import AveragedWeights
-from gmarpp.cli import LatestCheckpoint
-from gmarpp.module import ViTClassifier
+from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
+from gmarpp.training.module import ViTClassifier
 
 
 class Watch(L.Callback):

@@ -5,7 +5,7 @@ from squares import ColouredSquares, Squares
 from torch.utils.data import DataLoader
 
 from gmarpp.callbacks import PeakLearningRateFinder
-from gmarpp.module import ViTClassifier
+from gmarpp.training.module import ViTClassifier
 
 
 class Ordered(Squares):

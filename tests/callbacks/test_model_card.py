@@ -4,9 +4,9 @@ import yaml
 from squares import Squares
 
 from gmarpp.callbacks import AttributionMonitor, ModelCardCheckpoint
-from gmarpp.checkpoint import load_model
 from gmarpp.explainer import Explainer
-from gmarpp.module import ViTClassifier
+from gmarpp.network.load import load_model
+from gmarpp.training.module import ViTClassifier
 
 
 class Scores(L.Callback):

@@ -17,8 +17,8 @@ from gmarpp.callbacks import AttributionMonitor, AveragedWeights
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
 from gmarpp.metrics import METRICS
-from gmarpp.module import ViTClassifier
 from gmarpp.perturbation import score_perturbations
+from gmarpp.training.module import ViTClassifier
 
 EXPLAINER = Explainer(
     methods=["gmarpp_l1", "rollout"], metrics=["average_drop", "insertion_auc", "deletion_auc", "road"], steps=4

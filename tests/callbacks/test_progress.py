@@ -5,7 +5,7 @@ import pytest
 from squares import Squares
 
 from gmarpp.callbacks import ProgressLines
-from gmarpp.module import ViTClassifier
+from gmarpp.training.module import ViTClassifier
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import lightning as L
 import pytest
 from noise import write_noise
 
-from gmarpp.cli import explain_main, train_main
+from gmarpp.cli.explain import explain_main
+from gmarpp.cli.train import train_main
 
 PLACES = {
     "in an epoch": ("on_train_batch_end", 3),

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from gmarpp.callbacks import ExplanationWriter, writer
 from gmarpp.explainer import ExplainedBatch, Explainer
 from gmarpp.perturbation import Curves
-from gmarpp.reader import load_explanations
-from gmarpp.shards import finished_indices
+from gmarpp.run.reader import load_explanations
+from gmarpp.run.shards import finished_indices
 
 METHODS = ("gmarpp_l1", "rollout")
 METRICS = ("insertion_auc", "deletion_auc")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gmarpp.callbacks import ExplanationWriter
 from gmarpp.data import Augmentation, HubDataset, TinyImageNet
-from gmarpp.module import ViTClassifier
+from gmarpp.training.module import ViTClassifier
 
 SORTED = sorted(WNIDS)
 

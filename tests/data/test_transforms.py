@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from gmarpp.data import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, denormalise
+from gmarpp.data import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform, denormalize
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -105,7 +105,7 @@ def test_denormalise_inverts_the_evaluation():
     preprocessing = Preprocessing((64, 64), **IMAGENET)
     image = pil_to_tensor(picture(3))
     batch = EvaluationTransform(preprocessing)(image)["image"][None]
-    assert torch.allclose(denormalise(batch, preprocessing), image[None] / 255, atol=1e-6)
+    assert torch.allclose(denormalize(batch, preprocessing), image[None] / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", ["none", "randaugment", "trivialaugment"])

@@ -2,7 +2,7 @@
 
 from gmarpp.metrics.functional.curves import deletion_auc, insertion_auc, insertion_deletion_gap, road
 from gmarpp.metrics.functional.kept_region import average_drop, average_gain, average_increase
-from gmarpp.metrics.functional.localisation import (
+from gmarpp.metrics.functional.localization import (
     average_precision,
     boxes_to_masks,
     energy_inside,

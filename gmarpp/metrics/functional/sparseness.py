@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from gmarpp.metrics.functional.reduction import Reduction, check_finite_maps, reduce_images
+from gmarpp.maps import check_finite_maps
+from gmarpp.metrics.functional.reduction import Reduction, reduce_images
 
 
 def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:

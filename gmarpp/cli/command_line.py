@@ -1,0 +1,31 @@
+"""What the command lines of training and explaining share."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from gmarpp.configuration import limit_yaml, require_readable_configurations
+from gmarpp.options import Range, require_ranges
+
+
+class CommandLine(LightningCLI):
+    """A LightningCLI that checks the files that its command line names before it builds anything."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line.
+
+        Raises:
+            ValueError: naming the file or the option that is wrong.
+        """
+        limit_yaml()
+        require_readable_configurations(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        if not isinstance(options.seed_everything, bool):
+            require_ranges(options, {"seed_everything": Range(0, 2**32 - 1)}, "--")
+
+
+def _parser_options(*subcommands: str) -> dict[str, Any]:
+    """Has every parser raise its errors instead of printing a page of usage."""
+    return {"exit_on_error": False, **{name: {"exit_on_error": False} for name in subcommands}}

@@ -1,0 +1,140 @@
+"""The commands `fit`, `validate` and `test`."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
+from gmarpp.callbacks.model_card import ModelCardCheckpoint
+from gmarpp.callbacks.monitored import require_monitored_metrics
+from gmarpp.callbacks.progress import ProgressLines
+from gmarpp.callbacks.termination import Termination
+from gmarpp.cli.command_line import CommandLine, _parser_options
+from gmarpp.command import run_command
+from gmarpp.files import find_path
+from gmarpp.training.module import ViTClassifier, classifier_options
+from gmarpp.training.resume import find_checkpoint
+from gmarpp.training.trainer import Trainer
+
+# what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
+RESOLVED = ("image_size", "model_args", "preprocessing")
+
+
+# options of the machine, not of the network: a run may be resumed on another one
+MACHINE = ("gradient_checkpointing", "compile", "channels_last")
+
+
+class TrainCLI(CommandLine):
+    """Fine-tunes and evaluates; a run logs to TensorBoard and keeps its best checkpoint, with a card, and its last."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=ViTClassifier,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            trainer_defaults={
+                "callbacks": [ProgressLines(), Termination()],
+                "default_root_dir": "logs",
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "logs", "name": "", "default_hp_metric": False},
+                },
+            },
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=_parser_options("fit", "validate", "test"),
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Fit, validate and test; explaining is `explain.py`'s."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the checkpoint of the best validation and the one of the latest state, both configurable."""
+        parser.add_lightning_class_args(ModelCardCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LatestCheckpoint, "last_checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.auto_insert_metric_name": False,
+                "last_checkpoint.filename": "last",
+                "last_checkpoint.save_on_exception": True,
+                "last_checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Keeps checkpoints and the configuration of training alone, and only where checkpoints are wanted."""
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        if self.subcommand != "fit" or self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys.clear()
+        return super().instantiate_trainer(**kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Reads the weights to evaluate, from any format, before the data numbers its classes."""
+        super().instantiate_classes()
+        path = self._get(self.config, "ckpt_path")
+        if self.subcommand != "fit" and path is not None:
+            self.model.restore(path)
+
+    def before_fit(self) -> None:
+        """Refuse to train for metrics that nobody logs."""
+        require_monitored_metrics(self.trainer, self.model)
+
+    def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
+        """Validates without letting Lightning load the checkpoint a second time."""
+        self.trainer.validate(model, **options)
+
+    def test(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
+        """Tests without letting Lightning load the checkpoint a second time."""
+        self.trainer.test(model, **options)
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
+        command = self.config.subcommand
+        options = self.config[command]
+        if options.get("ckpt_path") in ("last", "best"):
+            keyword, options["ckpt_path"] = options.ckpt_path, find_checkpoint(options.ckpt_path, options)
+            rank_zero_info(f"--ckpt_path {keyword}: {options.ckpt_path}")
+        path = options.get("ckpt_path")
+        if path is None and command != "fit" and not (options.model.pretrained or options.model.weights):
+            raise ValueError(f"--ckpt_path is missing: {command} would evaluate a network of random weights")
+        if path is None or (command == "fit" and path == "hpc"):
+            return
+        if command == "fit":
+            _require_resumable(path, options.trainer)
+        asked, default = options.model.as_dict(), self._parser(command).get_defaults().model.as_dict()
+        saved = {key: value for key, value in classifier_options(path).items() if key not in MACHINE}
+        self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
+        taken = self.config[command].model
+        for key in sorted(asked.keys() - set(RESOLVED)):
+            if asked[key] not in (taken[key], default[key]):
+                rank_zero_warn(f"--model.{key} {asked[key]} is not used: the checkpoint was trained with {taken[key]}")
+
+
+def train_main(args: list[str] | None = None) -> TrainCLI:
+    """Runs `train.py`; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        args: command line without the program's name; `sys.argv`'s when `None`.
+    """
+    return run_command(TrainCLI, args)
+
+
+def _require_resumable(path: str, trainer: Any) -> None:
+    if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
+        # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
+        raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
+    if find_path(path).suffix != ".ckpt":
+        raise ValueError(
+            f"--ckpt_path {path} is no training checkpoint (.ckpt); to start from its weights use --model.weights"
+        )

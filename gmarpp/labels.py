@@ -1,0 +1,71 @@
+"""Names, colors and line styles of methods and metrics for people."""
+
+import zlib
+
+METHOD_LABELS = {
+    "gmarpp_l1": "GMAR++ (L1)",
+    "gmarpp_l2": "GMAR++ (L2)",
+    "gmarpp_sum": "GMAR++ (sum)",
+    "gmar_l1": "GMAR (L1)",
+    "gmar_l2": "GMAR (L2)",
+    "rollout": "Rollout",
+    "legrad": "LeGrad",
+    "chefer": "Chefer",
+    "attention": "Attention",
+    "random": "Random",
+}
+"""Label for people of each method, as the method itself has it."""
+
+METRIC_LABELS = {
+    "average_drop": "Average Drop",
+    "average_increase": "Average Increase",
+    "average_gain": "Average Gain",
+    "insertion_auc": "Insertion AUC",
+    "deletion_auc": "Deletion AUC",
+    "insertion_deletion_gap": "Insertion-Deletion Gap",
+    "road": "ROAD",
+    "pointing_game": "Pointing Game",
+    "energy_inside": "Energy Inside",
+    "iou": "IoU",
+    "average_precision": "Average Precision",
+    "pixel_accuracy": "Pixel Accuracy",
+    "sparseness": "Sparseness",
+}
+"""Label for people of each metric."""
+
+
+def metric_label(metric: str) -> str:
+    """Name of a metric for people."""
+    return METRIC_LABELS.get(metric, metric.replace("_", " "))
+
+
+_METHOD_COLORS = {
+    "gmarpp_l1": "#d7263d",
+    "gmarpp_l2": "#f0851f",
+    "gmarpp_sum": "#8c1c13",
+    "gmar_l1": "#2a62c9",
+    "gmar_l2": "#4fa8e0",
+    "rollout": "#239160",
+    "legrad": "#8a56cf",
+    "chefer": "#a87434",
+    "attention": "#dd6fb0",
+    "random": "#8a8f98",
+}
+
+
+_SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
+
+
+def method_label(method: str) -> str:
+    """Name of a method for people; a method of one's own keeps its name."""
+    return METHOD_LABELS.get(method, method)
+
+
+def method_color(method: str) -> str:
+    """Colour of a method, the same in every figure and report, as ``#rrggbb``."""
+    return _METHOD_COLORS.get(method) or _SPARE_COLORS[zlib.crc32(method.encode()) % len(_SPARE_COLORS)]
+
+
+def method_dashes(method: str) -> str:
+    """Line style of a method (``solid``, ``dashed``, ``dotted``), so that colour is not the only difference."""
+    return "dotted" if method == "random" else "dashed" if method.endswith("_l2") else "solid"

@@ -1,0 +1,108 @@
+"""Operations on raw maps: finite, min-max, ranks."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+
+def check_finite_maps(maps: Tensor) -> None:
+    """Check that maps have shape (B, h, w) and are finite.
+
+    Raises:
+        ValueError: naming the positions of the images in the batch.
+    """
+    if maps.ndim != 3 or not maps.is_floating_point():
+        raise ValueError(f"maps must be floating point of shape (B, h, w), got {tuple(maps.shape)}, {maps.dtype}")
+    finite = maps.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"NaN or infinite values in the maps of images {(~finite).nonzero().flatten().tolist()}")
+
+
+def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
+    """Check that all maps fit the images and are finite, and return their common patch grid.
+
+    Args:
+        maps: (B, h, w) per method.
+        images: (B, C, H, W).
+
+    Raises:
+        ValueError: no map, a wrong shape, grids that differ, a grid finer than the pixels, or values that are not
+            finite (naming the method and the positions of the images in the batch).
+    """
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must have shape (B, C, H, W) with B at least 1, got {tuple(images.shape)}")
+    if not maps:
+        raise ValueError("maps is empty: give one map (B, h, w) per method")
+    grid: tuple[int, int] | None = None
+    for method, batch in maps.items():
+        if batch.ndim != 3 or len(batch) != len(images):
+            raise ValueError(
+                f"{method}: maps must have shape ({len(images)}, h, w) for {len(images)} images, got "
+                f"{tuple(batch.shape)}; of several classes per image, score each alone, with maps[:, k]"
+            )
+        height, width = batch.shape[1:]
+        grid = grid or (height, width)
+        if (height, width) != grid:
+            raise ValueError(f"{method}: patch grid {(height, width)} differs from {grid} of the other maps")
+        if height > images.shape[2] or width > images.shape[3]:
+            raise ValueError(
+                f"{method}: patch grid {(height, width)} is finer than images of {tuple(images.shape[2:])}"
+            )
+        finite = batch.isfinite().flatten(1).all(1)
+        if not finite.all():
+            positions = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"{method}: NaN or infinite values in the maps of image positions {positions}")
+    assert grid is not None
+    return grid
+
+
+def rank_patches(maps: Tensor) -> Tensor:
+    """Rank of every patch: 0 for the most relevant, ties by index (so a constant map ranks in reading order).
+
+    Args:
+        maps: (..., h, w), raw.
+
+    Returns:
+        (..., h * w) long, a permutation of 0 … h * w - 1 in every map.
+
+    Example:
+        >>> rank_patches(torch.tensor([[[0.1, 0.9], [0.9, 0.3]]]))
+        tensor([[3, 0, 1, 2]])
+    """
+    return maps.flatten(-2).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def minmax(maps: Tensor) -> Tensor:
+    """Scale every map to [0, 1]; a constant map, which points nowhere, becomes 0.
+
+    Args:
+        maps: (..., h, w), on their own grid: interpolation leaves constant maps an ulp uneven.
+    """
+    values = maps.double()  # no range of float32 overflows
+    low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
+    return ((values - low) / torch.where(high > low, high - low, 1.0)).to(maps.dtype)
+
+
+def normalize_map(attribution: Tensor | Array) -> Array:
+    """Scale each map to [0, 1] by its minimum and maximum.
+
+    Args:
+        attribution: maps, shape (..., h, w), any range.
+
+    Returns:
+        float32 array of the same shape. A constant map gives zeros; values that are not finite count as the minimum.
+
+    Example:
+        >>> normalize_map(torch.tensor([[1.0, 3.0], [2.0, 5.0]])).tolist()
+        [[0.0, 0.5], [0.25, 1.0]]
+    """
+    values = torch.as_tensor(attribution, dtype=torch.float64)
+    finite = values.isfinite()
+    low = values.where(finite, math.inf).amin((-2, -1), keepdim=True)
+    return minmax(values.where(finite, low.where(low.isfinite(), 0.0))).float().numpy()

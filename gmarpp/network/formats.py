@@ -1,0 +1,129 @@
+"""The kinds of files that hold weights, each read into the same description."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gmarpp.files import damaged, find_file, find_path
+from gmarpp.network.hugging_face import CONFIG, read_folder
+from gmarpp.network.safe_reading import load_safetensors, load_tensors, parse_json
+from gmarpp.network.weights import (
+    DIGEST,
+    MAX_CLASSES,
+    PREPROCESSING,
+    Weights,
+    content_digest,
+    expect_integer,
+    expect_mapping,
+    expect_names,
+    expect_pair,
+    without_prefix,
+)
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
+# Where training scripts keep the network among other things.
+STATE_KEYS = ("state_dict", "model")
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Return the weights in a file of any of the formats of `load_model`; large files are mapped, not read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, unsafe, or of an unknown kind, or describes no network.
+    """
+    source = find_path(path)
+    suffixes = (".ckpt", ".safetensors", *TORCH_SUFFIXES)
+    with _naming(path):
+        if source.is_dir() and ((source / CONFIG).exists() or not source.name.endswith(suffixes)):
+            return read_folder(source)
+        if source.name.endswith(".ckpt"):
+            return _read_lightning(source)
+        if source.name.endswith(".safetensors"):
+            return _read_safetensors(source)
+        if source.name.endswith(TORCH_SUFFIXES):
+            return _read_torch(source)
+    raise ValueError(
+        f"{path} is of an unknown kind; known are {', '.join(suffixes)}, and the folders of timm networks and of "
+        "ViTForImageClassification from the Hugging Face Hub"
+    )
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Have errors in a description name the file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error) or str(find_path(path)) in str(error):
+            raise
+        raise ValueError(f"{path} does not describe a network that can be built: {error}") from error
+
+
+def read_lightning_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the content of a `.ckpt` by Lightning, with its tensors mapped from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or unsafe, or holds something else.
+    """
+    content = load_tensors(find_file(path))
+    with _naming(path):
+        expect_mapping("state_dict", content.get("state_dict"))
+        expect_mapping("hyper_parameters", content.setdefault("hyper_parameters", {}))
+    return content
+
+
+def _read_lightning(path: Path) -> Weights:
+    content = read_lightning_checkpoint(path)
+    options = content["hyper_parameters"]
+    if "architecture" not in options:
+        # another project's: the caller has to know what it is
+        return Weights(without_prefix(content["state_dict"]))
+    missing = {"image_size", "num_classes", "model_args", "preprocessing"} - options.keys()
+    if missing:
+        raise ValueError(f"hyper_parameters: expected {', '.join(sorted(missing))}, got none")
+    prefix = "model."
+    return Weights(
+        state={key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)},
+        architecture=options["architecture"],
+        image_size=expect_pair("image_size", options["image_size"]),
+        num_classes=expect_integer("num_classes", options["num_classes"], 0, MAX_CLASSES),
+        model_args=options["model_args"],
+        classes=expect_names("classes", content.get("classes", ())),
+        class_names=expect_names("class_names", content.get("class_names", ())),
+        preprocessing=options["preprocessing"],
+    )
+
+
+def _read_safetensors(path: Path) -> Weights:
+    state, metadata = load_safetensors(path)
+    if DIGEST in metadata and metadata[DIGEST] != content_digest(state, metadata):
+        raise damaged(path, f"its content has changed; after a change on purpose remove {DIGEST} from its metadata")
+
+    def parsed(key: str, absent: Any = None) -> Any:
+        return parse_json(metadata[key], key) if key in metadata else absent
+
+    size = parsed("img_size")
+    texts = {"interpolation", "crop_mode"}
+    return Weights(
+        state=state if "architecture" in metadata else without_prefix(state),
+        architecture=metadata.get("architecture"),
+        image_size=None if size is None else expect_pair("img_size", size),
+        num_classes=parsed("num_classes"),
+        model_args=parsed("model_args", {}),
+        classes=expect_names("classes", parsed("classes", [])),
+        class_names=expect_names("class_names", parsed("class_names", [])),
+        preprocessing={key: metadata[key] if key in texts else parsed(key) for key in PREPROCESSING if key in metadata},
+    )
+
+
+def _read_torch(path: Path) -> Weights:
+    content = load_tensors(path)
+    nested = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
+    state: dict[str, Tensor] = content if nested is None else content[nested]
+    architecture = content.get("arch") if nested else None
+    return Weights(without_prefix(state), architecture if isinstance(architecture, str) else None)

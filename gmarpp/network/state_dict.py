@@ -1,0 +1,101 @@
+"""How weights and a network belong together: by name, shape and type."""
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from gmarpp.files import first_line
+from gmarpp.network.weights import Weights
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+@contextmanager
+def at_most_parameters(limit: int) -> Iterator[None]:
+    """Ends the building of a network in this thread when it has had more parameters than a limit."""
+    count, thread = 0, threading.get_ident()
+
+    def register(*_: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ValueError(f"it would have more than {limit} parameters, and the file holds far fewer")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def to_layout_of(model: nn.Module, weights: Weights, path: str | Path, resample: bool = False) -> dict[str, Tensor]:
+    """Gives weights the names that a network has; resamples those of other sizes only if asked to."""
+    current = model.state_dict()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or (weights.state.keys() == current.keys() and not resample):
+        return dict(weights.state)
+    try:
+        state: dict[str, Tensor] = dict(convert(dict(weights.state), model))
+    except Exception as error:  # of whatever kind: the weights alone decide what goes wrong here
+        raise ValueError(
+            f"{path} does not fit {_architecture(model)} ({first_line(error)}): name the architecture that it was "
+            "saved from"
+        ) from error
+    for key, value in weights.state.items():
+        # timm guesses the size that an embedding was made for, and resamples some that fit as they are
+        fits = key in current and value.shape == current[key].shape
+        if key in state and (fits or (not resample and value.numel() != state[key].numel())):
+            state[key] = value
+    return state
+
+
+def _architecture(model: nn.Module) -> str:
+    network: Any = model
+    return str(network.pretrained_cfg["architecture"])
+
+
+def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Requires names, shapes and types of weights to be a network's.
+
+    Raises:
+        ValueError: naming the first weight of each kind of difference.
+    """
+    current = model.state_dict()
+    missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
+    problems = [
+        f"{len(keys)} {what} ({keys[0]}, …)" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+    ]
+    both = sorted(current.keys() & state.keys())
+    shapes = [key for key in both if current[key].shape != state[key].shape]
+    problems += [f"{key} is {tuple(state[key].shape)}, expected {tuple(current[key].shape)}" for key in shapes[:1]]
+    types = [key for key in both if (current[key].dtype in FLOATS) != (state[key].dtype in FLOATS)]
+    problems += [f"{key} is {state[key].dtype}, expected {current[key].dtype}" for key in types[:1]]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {_architecture(model)}: {'; '.join(problems)}; "
+            "name the architecture that it was saved from"
+        )
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Loads weights that must be a network's by name, shape and type, and finite.
+
+    Raises:
+        ValueError: naming the weight that is not.
+    """
+    require_same_layout(model, state, path)
+    model.load_state_dict(state)
+    for name, value in model.state_dict().items():
+        # a buffer may be a mask of infinite values
+        if value.isnan().any() or (name in dict(model.named_parameters()) and value.isinf().any()):
+            raise ValueError(
+                f"{path}: {name} holds values that are not finite numbers, so the network's output would not be any "
+                "either: the file is damaged, or training diverged; use an earlier checkpoint"
+            )

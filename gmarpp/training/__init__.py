@@ -1,0 +1,1 @@
+"""Fine-tuning: the Lightning module, its optimizer, its trainer, and how checkpoints are written."""

@@ -1,0 +1,69 @@
+"""The Trainer of all commands."""
+
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from gmarpp.options import Range, require_ranges
+from gmarpp.training.checkpoint_io import AtomicCheckpointIO
+from gmarpp.training.ranks import RankLauncher
+
+# the trainer's numbers that Lightning takes unchecked, or refuses without naming them
+TRAINER_RANGES = {
+    "gradient_clip_val": Range(0),
+    "accumulate_grad_batches": Range(1),
+    "check_val_every_n_epoch": Range(1),
+    "log_every_n_steps": Range(0),
+    "num_sanity_val_steps": Range(-1),
+    "min_epochs": Range(0),
+    "min_steps": Range(0),
+}
+
+
+class Trainer(L.Trainer):
+    """A Trainer that reads checkpoints without running code, writes them atomically, and ends with its ranks.
+
+    For it `--trainer.limit_train_batches 1` means one batch: Lightning's own annotation makes the parser read 1 as 1.0,
+    all batches; so for the other three limits.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        require_ranges(kwargs, TRAINER_RANGES, "--trainer.")
+        if kwargs.get("val_check_interval") == 0:
+            raise ValueError("--trainer.val_check_interval: expected batches, a share of an epoch or a time, got 0")
+        if kwargs.get("enable_progress_bar") is None and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
+        try:
+            super().__init__(
+                *args,
+                limit_train_batches=limit_train_batches,
+                limit_val_batches=limit_val_batches,
+                limit_test_batches=limit_test_batches,
+                limit_predict_batches=limit_predict_batches,
+                **kwargs,
+            )
+        except TypeError as error:
+            devices, time = kwargs.get("devices"), kwargs.get("max_time")
+            raise ValueError(f"--trainer.devices {devices}, --trainer.max_time {time}: {error}") from error
+        plugin: Any = self.strategy.checkpoint_io
+        if type(plugin) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) is TorchCheckpointIO:
+            plugin._checkpoint_io = AtomicCheckpointIO()
+        launcher = self.strategy.launcher
+        if type(launcher) is _SubprocessScriptLauncher:
+            self.strategy._launcher = RankLauncher(
+                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+            )

@@ -1,0 +1,372 @@
+import json
+import os
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+from full_disk import no_file_larger_than
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from timm.models import save_for_hf
+
+from gmarpp.export import main as export_main
+from gmarpp.files import sha256
+from gmarpp.network.build import build_model
+from gmarpp.network.load import load_model, load_pretrained, load_weights
+from gmarpp.network.preprocessing import set_preprocessing
+from gmarpp.network.save import save_weights
+
+TINY = {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+NORMALISATION = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "crop_pct": 1.0}
+
+
+def tiny(num_classes=3, image_size=32, **options):
+    torch.manual_seed(0)
+    return build_model("vit_tiny_patch16_224", num_classes, image_size, {**TINY, **options}).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny()
+    set_preprocessing(model, NORMALISATION)
+    model.classes, model.class_names = ("n1", "n2", "n3"), ("ant", "bée", "cat")
+    save_weights(model, tmp_path / "tiny.safetensors", notes={"recipe": "none"})
+    return model, tmp_path / "tiny.safetensors"
+
+
+def test_safetensors_round_trip_keeps_everything(saved, images):
+    model, path = saved
+    loaded = load_model(path)
+    assert not loaded.training
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.classes == ("n1", "n2", "n3")
+    assert loaded.class_names == ("ant", "bée", "cat")
+    config = resolve_model_data_config(loaded)
+    assert config["input_size"] == (3, 32, 32)
+    assert config["mean"] == (0.4, 0.5, 0.6)
+    assert config["std"] == (0.1, 0.2, 0.3)
+    assert (config["interpolation"], config["crop_pct"]) == ("bilinear", 1.0)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["recipe"] == "none"
+        assert "/" not in file.metadata()["architecture"]
+
+
+def test_half_precision_file_loads_as_float32(tmp_path):
+    model = tiny()
+    save_weights(model, tmp_path / "half.safetensors", dtype=torch.float16)
+    assert {value.dtype for value in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    assert {value.dtype for value in load_model(tmp_path / "half.safetensors").parameters()} == {torch.float32}
+
+
+def test_metadata_without_own_options_loads_as_timm_writes_it(tmp_path):
+    # the layout of a file made by hand: no model_args, crop_pct or class names
+    source = timm.create_model("test_vit", img_size=32, num_classes=2).eval()
+    metadata = {
+        "architecture": "test_vit",
+        "img_size": "32",
+        "num_classes": "2",
+        "classes": '["a", "b"]',
+        "mean": "[0.485,0.456,0.406]",
+        "std": "[0.229,0.224,0.225]",
+        "interpolation": "bilinear",
+    }
+    save_file(source.state_dict(), tmp_path / "plain.safetensors", metadata=metadata)
+    loaded = load_model(tmp_path / "plain.safetensors")
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(image), source(image))
+    assert (loaded.classes, loaded.class_names) == (("a", "b"), ())
+    assert resolve_model_data_config(loaded)["mean"] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize("content", ["plain", "nested"])
+def test_pth_needs_an_architecture_and_gets_its_size_from_the_weights(tmp_path, content):
+    source = timm.create_model("test_vit", img_size=48, num_classes=4).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(source.state_dict() if content == "plain" else {"state_dict": source.state_dict(), "epoch": 3}, path)
+    with pytest.raises(ValueError, match="does not name its architecture"):
+        load_model(path)
+    loaded = load_model(path, architecture="test_vit")
+    image = torch.randn(1, 3, 48, 48)
+    assert torch.equal(loaded(image), source(image))
+
+
+def test_advice_for_a_file_without_architecture_can_be_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = timm.create_model("test_vit", img_size=48, num_classes=4).eval()
+    torch.save(source.state_dict(), "weights.pth")
+    with pytest.raises(ValueError, match=r"python -m gmarpp\.export --ckpt_path weights\.pth --architecture") as raised:
+        load_model("weights.pth")
+    command = str(raised.value).partition("python -m gmarpp.export ")[2].replace("vit_base_patch16_224", "test_vit")
+    export_main(command.split())
+    image = torch.randn(1, 3, 48, 48)
+    assert torch.equal(load_model("named.safetensors")(image), source(image))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix"),
+    [
+        *((prefix, ".pth") for prefix in ("module.", "_orig_mod.", "model.", "backbone.")),
+        *(("module._orig_mod.", ".safetensors"), ("model.net.", ".ckpt")),
+    ],
+)
+def test_what_wrappers_put_before_all_names_is_taken_off(tmp_path, prefix, suffix):
+    source = timm.create_model("test_vit", img_size=32, num_classes=4).eval()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, path)
+    loaded = load_model(path, architecture="test_vit")
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(image), source(image))
+
+
+def test_best_file_of_timms_training_script(tmp_path):
+    source = timm.create_model("test_vit", img_size=32, num_classes=4).eval()
+    content = {"epoch": 3, "arch": "test_vit", "state_dict": source.state_dict(), "args": Namespace(lr=0.1, data="x")}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    loaded = load_model(tmp_path / "model_best.pth.tar")
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(image), source(image))
+
+
+def test_folder_of_a_timm_network_from_the_hub(tmp_path):
+    source = timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, num_classes=3, global_pool="avg", class_token=False, fc_norm=False, depth=2
+    ).eval()
+    source.pretrained_cfg = {**source.pretrained_cfg, "input_size": (3, 48, 48), "mean": (0.1, 0.2, 0.3), "tag": "x"}
+    options = {"global_pool": "avg", "class_token": False, "fc_norm": False, "depth": 2}
+    labels = {"label_names": ["n1", "n2", "n3"], "label_descriptions": {"n1": "ant", "n2": "bee", "n3": "cat"}}
+    save_for_hf(source, tmp_path, model_config={"model_args": options, **labels})
+    loaded = load_model(tmp_path)
+    image = torch.randn(1, 3, 48, 48)
+    assert torch.equal(loaded(image), source(image))
+    assert (loaded.classes, loaded.class_names) == (("n1", "n2", "n3"), ("ant", "bee", "cat"))
+    assert resolve_model_data_config(loaded)["mean"] == (0.1, 0.2, 0.3)
+
+
+def hugging_face_folder(folder, **options):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, patch_size=8, **options
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)  # the default initialisation hides swapped biases and norms
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 32, "id2label": {0: "ant", 1: "bee", 2: "cat"}},
+        {"image_size": 48, "num_labels": 7, "qkv_bias": False, "hidden_act": "gelu_new", "layer_norm_eps": 0.1},
+    ],
+)
+def test_hugging_face_folder_gives_equal_logits(tmp_path, options):
+    source = hugging_face_folder(tmp_path, **options)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "size": {"height": 1}})
+    )
+    loaded = load_model(tmp_path)
+    image = torch.randn(2, 3, options["image_size"], options["image_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image), source(pixel_values=image).logits, rtol=1e-4, atol=1e-5)
+    assert loaded.class_names[:2] == (("ant", "bee") if "id2label" in options else ("LABEL_0", "LABEL_1"))
+    config = resolve_model_data_config(loaded)
+    assert (config["mean"], config["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1.0)
+    assert config["crop_mode"] == "squash"
+
+
+def test_hugging_face_import_survives_an_export(tmp_path):
+    hugging_face_folder(tmp_path / "source", image_size=32, layer_norm_eps=0.1)
+    loaded = load_model(tmp_path / "source")
+    save_weights(loaded, tmp_path / "export.safetensors")
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load_model(tmp_path / "export.safetensors")(image), loaded(image))
+
+
+def test_other_hugging_face_networks_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+    with pytest.raises(ValueError, match=r"holds a swin; .*ViTForImageClassification"):
+        load_model(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_model(tmp_path / "empty")
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.safetensors"):
+        load_model(tmp_path / "absent.safetensors")
+    (tmp_path / "weights.onnx").touch()
+    with pytest.raises(ValueError, match="unknown kind; known are"):
+        load_model(tmp_path / "weights.onnx")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth"])
+def test_truncated_file_is_named(saved, tmp_path, suffix):
+    model, path = saved
+    file = tmp_path / f"file{suffix}"
+    if suffix == ".safetensors":
+        file = path
+    else:
+        torch.save({"state_dict": model.state_dict()}, file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged or incomplete"):
+        load_model(file)
+
+
+class Intruder:
+    def __reduce__(self):
+        return os.mkdir, ("intruder-was-here",)
+
+
+def test_code_in_a_file_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Intruder()}, "evil.pth")
+    with pytest.raises(ValueError, match="unpickling can run code"):
+        load_model("evil.pth", architecture="test_vit")
+    assert not (tmp_path / "intruder-was-here").exists()
+    for option, value in (
+        ("checkpoint_path", "evil.pth"),
+        ("pretrained", True),
+        ("pretrained_cfg", {"file": "evil.pth"}),
+        ("pretrained_cfg_overlay", {"url": "http://localhost/evil.pth"}),
+        ("cache_dir", "."),
+    ):
+        parts = {"architecture": "test_vit", "num_classes": 2, "model_args": {option: value}}
+        metadata = {name: part if isinstance(part, str) else json.dumps(part) for name, part in parts.items()}
+        save_file({"x": torch.zeros(1)}, "evil.safetensors", metadata={**metadata, "img_size": "32"})
+        torch.save(
+            {"state_dict": {}, "hyper_parameters": {**parts, "image_size": 32, "preprocessing": {}}}, "evil.ckpt"
+        )
+        for file in ("evil.safetensors", "evil.ckpt"):
+            with pytest.raises(ValueError, match=f"model_args holds {option}, which would read other files"):
+                load_model(file)
+    assert not (tmp_path / "intruder-was-here").exists()
+
+
+def test_unknown_architecture_suggests_names():
+    with pytest.raises(
+        ValueError, match=r"unknown architecture 'vit_bse_patch16_224'; close names: .*vit_base_patch16_224"
+    ):
+        build_model("vit_bse_patch16_224", 2)
+    with pytest.raises(ValueError, match=r"close names: .*vit_base_patch16_224\.augreg"):
+        build_model("vit_base_patch16_224.augrag", 2)
+
+
+def test_impossible_options_are_named():
+    with pytest.raises(ValueError, match=r"image_size 36x36 .*8-pixel patches"):
+        tiny(image_size=36)
+    with pytest.raises(ValueError, match="dpeth"):
+        build_model("test_vit", 2, model_args={"dpeth": 3})
+    with pytest.raises(ValueError, match="unknown preprocessing 'avg': choose from mean"):
+        set_preprocessing(tiny(), {"avg": [0, 0, 0]})
+
+
+def test_weights_of_another_shape_are_named(saved):
+    _, path = saved
+    state = load_file(path)
+    state.pop("norm.weight")
+    state["blocks.0.mlp.fc1.bias"] = torch.zeros(7)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata.pop("content_sha256")
+    save_file(state, path, metadata=metadata)
+    with pytest.raises(
+        ValueError, match=r"1 missing \(norm\.weight, …\); blocks\.0\.mlp\.fc1\.bias is \(7,\), expected \(128,\)"
+    ):
+        load_model(path)
+
+
+def test_start_weights_resample_the_position_embedding_and_drop_a_foreign_head(saved):
+    source, path = saved
+    target = tiny(num_classes=5, image_size=64)
+    head = target.head.weight.clone()
+    assert not load_weights(target, path)
+    assert torch.equal(target.head.weight, head)
+    assert torch.equal(target.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
+    assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
+    # bicubic resampling from 4 x 4 to 8 x 8 keeps the mean of the grid about
+    torch.testing.assert_close(target.pos_embed[:, 1:].mean(1), source.pos_embed[:, 1:].mean(1), rtol=0, atol=5e-3)
+    assert target.pos_embed.shape[1] == 65
+
+
+def test_weights_of_a_wide_network_are_loaded_as_they_are(tmp_path):
+    """16 tokens, which are 2 x 8 here, could be a square's 4 x 4: resampled they would be others."""
+    source = tiny(image_size=[16, 64])
+    torch.nn.init.normal_(source.pos_embed)
+    save_weights(source, tmp_path / "wide.safetensors")
+    assert torch.equal(load_model(tmp_path / "wide.safetensors").pos_embed, source.pos_embed)
+    target = tiny(image_size=[16, 64])
+    load_weights(target, tmp_path / "wide.safetensors")
+    assert torch.equal(target.pos_embed, source.pos_embed)
+
+
+def test_a_network_is_not_built_before_its_weights_are_known_to_fit(saved, monkeypatch):
+    _, path = saved
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata.pop("content_sha256")
+    huge = json.dumps({**TINY, "embed_dim": 60_000, "num_heads": 1})
+    save_file(load_file(path), path, metadata={**metadata, "model_args": huge})
+    built = []
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: built.append(layer.weight.device.type))
+    with pytest.raises(ValueError, match=r"attn\.proj\.bias is \(32,\), expected \(60000,\)"):
+        load_model(path)
+    assert set(built) == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "kept"), [((), True), (("n1", "n2", "n3"), True), (("n1", "n3", "n2"), False), (("x", "y", "z"), False)]
+)
+def test_head_is_used_only_for_the_same_classes(saved, classes, kept):
+    source, path = saved
+    target = tiny()
+    torch.nn.init.ones_(target.head.weight)
+    assert load_weights(target, path, classes) is kept
+    assert torch.equal(target.head.weight, source.head.weight) is kept
+
+
+@pytest.mark.parametrize(("num_classes", "kept"), [(1000, True), (3, False)])
+def test_head_of_pretrained_weights_is_used_only_for_as_many_classes(monkeypatch, num_classes, kept):
+    target, source = (build_model("test_vit", num_classes, 32) for _ in range(2))
+    head = target.head.weight.clone()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
+    assert load_pretrained(target, "test_vit") is kept
+    assert torch.equal(target.head.weight, source.head.weight if kept else head)
+    assert torch.equal(target.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
+def test_start_weights_of_another_network_are_refused(saved):
+    _, path = saved
+    with pytest.raises(ValueError, match="does not fit"):
+        load_weights(tiny(depth=3), path)
+
+
+def test_failed_write_leaves_the_old_file(saved):
+    model, path = saved
+    before = path.read_bytes()
+    with no_file_larger_than(1000), pytest.raises(OSError, match=r"can't write: File too large: .*tiny\.safetensors"):
+        save_weights(model, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path) != sha256(tmp_path / "abc")

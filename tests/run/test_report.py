@@ -1,0 +1,261 @@
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import scipy.stats
+from stored_run import CLASS_NAMES, METHODS, METRICS, stored_run
+
+from gmarpp.maps import normalize_map
+from gmarpp.run import report
+from gmarpp.run.report import write_report
+
+PATHS = ["a/same.jpg", "b/same.jpg", "</script><script>alert(1)</script>.jpg", "bad\udcff&.jpg", "x" * 300, "猫.jpg"]
+
+
+# Uses the page as people do and leaves what it saw in an element of the document.
+VISITOR = """<script>
+addEventListener("load", () => {
+  const seen = {}, find = selector => document.querySelector(selector);
+  const all = selector => [...document.querySelectorAll(selector)], style = node => getComputedStyle(node);
+  const focused = () => document.activeElement.textContent;
+  const set = (field, value) => {
+    field.value = value;
+    for (const type of ["input", "change"]) field.dispatchEvent(new Event(type, { bubbles: true }));
+  };
+  const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const choose = fields => {
+    for (const [id, value] of Object.entries(fields)) set(document.getElementById(id), value);
+    const paths = all("#gallery .item").map(item => item.title), paged = !find(".pages.below").hidden;
+    const result = { status: find("#status").textContent, paths, paged };
+    find(".pages button").click();
+    return result;
+  };
+  seen.title = [document.title, find("h1").textContent];
+  const marks = all(".chart").map(chart => [...chart.querySelectorAll("text")]);
+  seen.axes = marks.map(texts => texts.map(text => text.textContent));
+  // In the units of the view box, of which everything left of 0 is cut; the text is larger on small screens.
+  for (const text of marks.flat()) text.style.fontSize = "15px";
+  const within = (node, left, top, right, bottom) => {
+    const box = node.getBBox();
+    return box.x >= left && box.y >= top && box.x + box.width <= right && box.y + box.height <= bottom;
+  };
+  seen.cut = marks.flat().filter(text => !within(text, 0, 0, 460, 250)).length;
+  seen.outside = all(".chart path").filter(path => !within(path, 0, 13.9, 460, 220.1)).length;
+  seen.note = find("#summary .note").textContent.slice(0, 4);
+  seen.sections = all("nav a").map(link => link.textContent);
+  const pixel = canvas => canvas.getContext("2d").getImageData(64, 64, 1, 1).data;
+  seen.drawn = all("#gallery canvas").every(canvas => pixel(canvas)[3] === 255);
+  find(".pages.below button:last-child").click();
+  seen.last = { status: find("#status").textContent, focused: focused() };
+  seen.dog = choose({ class: 1 });
+  seen.wrong = choose({ correctness: "wrong" });
+  seen.sorted = choose({ sort: "metric:insertion_auc", "sort-method": 1 });
+  seen.bounded = choose({ least: 0.25, most: 0.75 });
+  seen.cleared = choose({ sort: "index" }).status;
+  set(find(".opacity"), 80);
+  seen.opacity = [find(".opacity + output").textContent, ...all("#gallery canvas").map(node => style(node).opacity)];
+  find(".summary thead button").click();
+  seen.ordered = all("th[aria-sort]").map(header => [header.ariaSort, style(header).boxShadow !== "none"]);
+  const legend = find(".legend li");
+  legend.focus();
+  seen.emphasis = all(".chart.dim .line.on").length;
+  legend.blur();
+  seen.emphasis -= all(".chart.dim").length;
+  const title = () => find("#detail header p").textContent.split(" · ")[1];
+  const next = () => find("[aria-label='Next image']");
+  find("#gallery .item").focus();
+  find("#gallery .item").click();
+  seen.opened = [find("#detail").open, title(), find("#detail .opacity").value, all("#detail canvas").length];
+  press("ArrowRight");
+  next().click();
+  seen.moved = [title(), focused()];
+  while (!next().disabled) press("ArrowRight");
+  seen.end = [title(), focused()];
+  press("ArrowRight");
+  press("ArrowLeft");
+  seen.back = [title(), focused()];
+  find("#detail .close").click();
+  press("ArrowLeft");
+  seen.closed = [find("#detail").open, document.activeElement.className];
+  document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+});
+</script>"""
+
+
+class Scripts(HTMLParser):
+    """Texts of the script elements by id, and every address the page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.scripts, self.addresses, self.opened = {}, [], None
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "script":
+            self.opened = attributes.get("id", "code")
+        self.addresses += [attributes[key] for key in ("src", "href") if key in attributes]
+
+    def handle_data(self, data):
+        if self.opened is not None:
+            self.scripts[self.opened] = self.scripts.get(self.opened, "") + data
+
+    def handle_endtag(self, tag):
+        self.opened = None
+
+
+def parse(page):
+    parser = Scripts()
+    parser.feed(page.read_text(encoding="utf-8"))
+    return parser, json.loads(parser.scripts["data"])
+
+
+@pytest.fixture
+def explanations(tmp_path):
+    return stored_run(tmp_path / "run", PATHS)
+
+
+@pytest.fixture
+def page(explanations):
+    write_report(explanations, explanations.folder / "report.html")
+    return explanations.folder / "report.html"
+
+
+def test_no_text_of_the_data_can_leave_its_element(page):
+    parser, data = parse(page)
+    assert set(parser.scripts) == {"data", "maps-0", "code"}
+    assert data["images"]["path"] == [path.replace("\udcff", "?") for path in PATHS]
+    assert set(data["images"]["classNames"].values()) == set(CLASS_NAMES)
+    assert "<b>dog" not in page.read_text(encoding="utf-8")
+    assert "alert(1)</script>" not in page.read_text(encoding="utf-8")
+    assert "innerHTML" not in parser.scripts["code"]
+
+
+def test_the_page_needs_no_network(page):
+    parser, _ = parse(page)
+    assert [address for address in parser.addresses if not address.startswith("#")] == []
+    addresses = re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]+", page.read_text(encoding="utf-8"))
+    assert set(addresses) <= {"http://www.w3.org"}
+    assert "default-src 'none'" in page.read_text(encoding="utf-8")
+
+
+def test_maps_are_bytes_in_the_order_of_images_and_methods(page, explanations):
+    parser, data = parse(page)
+    assert data["grid"] == [4, 6]
+    assert data["size"] == [24, 36]
+    decoded = np.frombuffer(base64.b64decode(json.loads(parser.scripts["maps-0"])), dtype=np.uint8)
+    maps = decoded.reshape(len(PATHS), len(METHODS), 4, 6)
+    expected = normalize_map(explanations.map(4, "rollout")) * 255
+    assert np.abs(maps[4, 1] - expected).max() <= 0.5
+
+
+def test_values_intervals_and_leaders(page, explanations):
+    _, data = parse(page)
+    assert [metric["higher"] for metric in data["metrics"]] == [False, True, None]
+    values = explanations.values["rollout"]["average_drop"]
+    assert data["images"]["values"]["rollout"]["average_drop"][1] is None
+    sent = np.array(data["images"]["values"]["rollout"]["average_drop"][2:])
+    assert (sent.astype(np.float32) == values[2:]).all(), "the page alone rounds"
+    mean, low, high, n = data["summary"]["rollout"]["average_drop"]
+    assert mean == pytest.approx(float(np.nanmean(values)), rel=1e-3)
+    assert low <= mean <= high
+    assert n == len(PATHS) - 1
+    assert data["leaders"] == {metric: [] for metric in METRICS}, "six images tell no methods apart"
+    assert data["curves"]["insertion"]["rollout"]["fractions"] == [0, 0.25, 0.5, 0.75, 1]
+    assert data["images"]["label"][0] == -1
+
+
+def test_the_title_says_what_was_explained(explanations):
+    title = report._title
+    assert title(explanations.run) == "x on ImageFolder"
+    run = explanations.run | {"data": {"name": "ImageFolder", "options": {"root": "../photos of cats/"}}}
+    assert title(run) == "x on ImageFolder, photos of cats"
+    run = run | {"checkpoint": {"path": None}, "data": {"name": None}}
+    assert title(run) == "vit_tiny on data loader"
+
+
+def test_disagreement_is_that_of_the_two_methods_beside_the_control(page, explanations):
+    _, data = parse(page)
+    first, second = (explanations.maps(method).flatten(1).numpy() for method in ("gmarpp_l1", "rollout"))
+    expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(first, second, strict=True)]
+    assert data["images"]["weakest"] == pytest.approx(expected, abs=1e-3)
+    assert data["images"]["weakestPair"] == [[0, 1]] * len(PATHS)
+    assert data["images"]["agreement"][0][1] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert data["images"]["agreement"][2][2] == 1
+
+
+def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatch):
+    monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
+    monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
+    monkeypatch.setattr(report, "_CHUNK_BYTES", 4 * len(METHODS) * 24)
+    write_report(explanations, explanations.folder / "report.html")
+    parser, data = parse(explanations.folder / "report.html")
+    assert set(parser.scripts) == {"data", "code"}
+    assert data["thumbnails"] is None
+    assert data["mapFiles"] == ["report_maps/00000.js", "report_maps/00001.js"]
+    script = (explanations.folder / data["mapFiles"][1]).read_text()
+    encoded = re.fullmatch(r'receiveMaps\(1,"([A-Za-z0-9+/=]*)"\)\n', script)[1]
+    assert len(base64.b64decode(encoded)) == 2 * len(METHODS) * 24
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded):
+    if not embedded:
+        monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
+        monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
+        monkeypatch.setattr(report, "_CHUNK_BYTES", 20 * len(METHODS) * 24)
+    explanations = stored_run(tmp_path / "run", [*PATHS, *(f"{number}.jpg" for number in range(44))])
+    page = explanations.folder / "report.html"
+    write_report(explanations, page)
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", VISITOR + "</body>"), encoding="utf-8")
+    document = browse(page)
+    assert "&lt;b&gt;dog&lt;/b&gt;" in document
+    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', document)[1]))
+    rows = explanations.rows
+    paths = [row["path"].replace("\udcff", "?") for row in rows]
+
+    def found(indices):
+        status = f"1\u2013{len(indices)} of {len(indices)} images"
+        return {"status": status, "paths": [paths[index] for index in indices], "paged": False}
+
+    assert seen["sections"] == ["Summary", "Curves", "Agreement", "Highlights", "Gallery", "Run"]
+    assert seen["title"] == ["x on ImageFolder · explanations", "x on ImageFolder"]
+    steps = ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert seen["axes"] == [[*steps, "0 %", "25 %", "50 %", "75 %", "100 %"]] * 2
+    assert (seen["cut"], seen["outside"], seen["note"]) == (0, 0, "Best")
+    assert seen["drawn"]
+    assert seen["last"] == {"status": "49\u201350 of 50 images", "focused": "← Previous"}
+    assert seen["dog"] == found([row["index"] for row in rows if row["target"] == 1])
+    wrong = [row["index"] for row in rows if row["label"] not in (-1, row["predicted"])]
+    assert seen["wrong"] == found(wrong)
+    values = explanations.values["rollout"]["insertion_auc"].tolist()
+    ranked = sorted(range(50), key=lambda index: values[index])
+    assert seen["sorted"]["paged"]
+    assert seen["sorted"]["paths"] == [paths[index] for index in ranked[:48]]
+    assert seen["bounded"] == found([index for index in ranked if 0.25 <= values[index] <= 0.75])
+    assert seen["cleared"] == "1\u201348 of 50 images"
+    assert set(seen["opacity"]) == {"80 %", "0.8"}
+    assert seen["ordered"] == [["ascending", True]]
+    assert seen["emphasis"] == 1
+    assert seen["opened"] == [True, "image 0", "80", len(METHODS)]
+    assert seen["moved"] == ["image 2", "→"]
+    assert seen["end"] == ["image 49", "Close"]
+    assert seen["back"] == ["image 48", "←"]
+    assert seen["closed"] == [False, "item"]
+
+
+def browse(page):
+    """Give the document as it is after a page was loaded in a browser."""
+    switches = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    options = ["--headless=new", "--disable-sync", *(f"--{switch}" for switch in switches.split())]
+    # The browser puts a socket into its profile, whose path must be short.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
