@@ -58,7 +58,9 @@ class Termination(Callback):
             number = int(numbers)
         if number:
             self._signals.number = number
-            self._signals.received_sigterm = True
+            # From the last batch of an epoch that no validation follows, Lightning 2.6 resumes in the middle of the
+            # next one where steps limit the run. The first batch of the validation or of the next epoch stops instead.
+            self._signals.received_sigterm = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             stopping.set()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -106,6 +106,18 @@ def test_stopped_run_resumes_to_the_same_losses_and_validations(fit, whole, plac
     assert Recorder.validations == whole["validations"]
 
 
+def test_stop_after_the_last_batch_of_an_epoch_that_no_validation_follows(fit):
+    limits = ("--trainer.max_epochs=-1", "--trainer.max_steps=36")
+    options = (*limits, "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=8")
+    fit(*options)
+    losses, validations = Recorder.losses, Recorder.validations
+    assert len(losses) == 36
+    assert stopped(fit, *options, "--trainer.default_root_dir=cut", place=("on_train_batch_end", 11)) == 143
+    fit(*options, "--trainer.default_root_dir=cut", "--ckpt_path=last", keep=True)
+    assert Recorder.losses == losses
+    assert Recorder.validations == validations
+
+
 def test_interrupt_from_the_keyboard_has_its_own_status_and_handlers_are_restored(fit):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert stopped(fit, place=("on_train_batch_end", 0), number=signal.SIGINT) == 130
