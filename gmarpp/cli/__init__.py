@@ -33,7 +33,7 @@ def main(args: list[str] | None = None) -> None:
         close = "".join(f", close to {known}" for known in get_close_matches(name, COMMANDS, n=1))
         sys.stderr.write(f"error: unknown command '{name}'{close}: choose from {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
-    if {"-h", "--help"} & set(rest):
+    if {"-h", "--help"} & set(rest) or ("--help_all" in rest and not COMMANDS[name].every_option):
         _leave_with(page(name))
     if "--help_all" in rest:
         rest = ["--help"]
@@ -89,6 +89,17 @@ def _run_export(options: list[str], _: list[str] | None) -> None:
     run_function(export, options, "gmarpp export")
 
 
+def _run_configs(options: list[str], _: list[str] | None) -> None:
+    from gmarpp.cli.configs import configs_main
+
+    try:
+        configs_main(options)
+    except (ValueError, OSError) as error:
+        # As gmarpp.command has it, which imports torch.
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
 _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "fit": _run_training,
     "validate": _run_training,
@@ -96,6 +107,7 @@ _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "predict": _run_explanation,
     "sanity": _run_sanity,
     "export": _run_export,
+    "configs": _run_configs,
 }
 
 

@@ -29,12 +29,14 @@ class Command:
         usage: what follows its name.
         options: its main options with their meaning and, in brackets, their default.
         example: a command line that works.
+        every_option: whether it has more than its main options.
     """
 
     summary: str
     usage: str
     options: dict[str, str]
     example: str
+    every_option: bool = True
 
 
 COMMANDS = {
@@ -55,7 +57,7 @@ COMMANDS = {
             "--checkpoint.monitor METRIC": "keep the checkpoint that is best by it (val/accuracy)",
             "--ckpt_path FILE": "go on with an interrupted run: a .ckpt, or last for the newest",
         },
-        example="gmarpp fit --config configs/vit_small_tiny_imagenet.yaml",
+        example="gmarpp configs configs && gmarpp fit --config configs/vit_small_tiny_imagenet.yaml",
     ),
     "validate": Command(
         summary="evaluate a trained network on the validation images",
@@ -113,6 +115,13 @@ COMMANDS = {
         },
         example="gmarpp export --ckpt_path best.ckpt --output model.onnx",
     ),
+    "configs": Command(
+        summary="list the shipped configurations, or copy them into a folder",
+        usage="[FOLDER]",
+        options={"FOLDER": "where to copy them; files that exist there are kept"},
+        example="gmarpp configs configs",
+        every_option=False,
+    ),
 }
 
 
@@ -152,9 +161,9 @@ def page(name: str) -> str:
         "",
         "example:",
         f"  {command.example}",
-        "",
-        f"gmarpp {name} --help_all prints every option.",
     ]
+    if command.every_option:
+        lines += ["", f"gmarpp {name} --help_all prints every option."]
     return "\n".join(lines)
 
 

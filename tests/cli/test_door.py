@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,11 +10,14 @@ from gmarpp.cli import main
 from gmarpp.cli.pages import COMMANDS, page
 from gmarpp.metrics import METRICS
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gmarpp"])
+    return tmp_path
 
 
 def printed(capsys, *arguments, status=0):
@@ -44,6 +48,29 @@ def test_without_a_command_the_overview_is_no_success(capsys):
     assert "commands:" in printed(capsys, status=2)
 
 
+def test_configs_are_listed_with_what_they_are_for(capsys):
+    main(["configs"])
+    text = capsys.readouterr().out
+    for path in CONFIGS.rglob("*.*"):
+        comment = next(line for line in path.read_text().splitlines() if line.startswith("# "))
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{path.relative_to(CONFIGS).as_posix()} "))
+        assert comment[2:40] in line
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_configs_are_copied_once_and_never_overwritten(folder, capsys):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "digits.yaml").write_text("changed: true\n")
+    main(["configs", "mine"])
+    kept = [line for line in capsys.readouterr().out.splitlines() if "kept" in line]
+    assert kept == ["mine/digits.yaml exists already and is kept"]
+    assert (folder / "mine" / "digits.yaml").read_text() == "changed: true\n"
+    copied = {path.relative_to(folder / "mine") for path in (folder / "mine").rglob("*.*")}
+    assert copied == {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.*")}
+    for name in copied - {Path("digits.yaml")}:
+        assert (folder / "mine" / name).read_bytes() == (CONFIGS / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", ["fit", "validate", "predict", "sanity", "export"])
 def test_page_promises_options_that_there_are(name, capsys):
     options = {option.split()[0] for option in COMMANDS[name].options} - {"--data.NAME"}
@@ -71,10 +98,14 @@ def test_unknown_command_ends_with_one_line(name, close, capsys):
         (["predict", "--data=Digits"], "--ckpt_path is missing", 1),
         (["sanity", "--ckpt_path=none.ckpt", "--data=Digits"], "none.ckpt", 1),
         (["export", "--ckpt_path=none.ckpt", "--output=a.txt"], "a.txt", 1),
+        (["configs", "one", "two"], "got one two", 2),
+        (["configs", "--overwrite"], "got --overwrite", 2),
+        (["configs", "file/below"], "file", 1),
         (["export", "--ckpt_path=none.ckpt", "--output=a.onnx", "--sufix=1"], "--sufix", 2),
     ],
 )
-def test_mistakes_end_with_one_line(arguments, message, status, capsys):
+def test_mistakes_end_with_one_line(arguments, message, status, folder, capsys):
+    (folder / "file").touch()
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == status
