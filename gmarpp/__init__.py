@@ -22,9 +22,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from gmarpp import attribution as attribution
     from gmarpp import callbacks as callbacks
     from gmarpp import data as data
     from gmarpp import metrics as metrics
+    from gmarpp import perturbation as perturbation
     from gmarpp.attribution import (
         METHODS,
         VARIANTS,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 else:
     # Type checkers do not see `__getattr__`, which would make every misspelled name right.
-    _SUBPACKAGES = ("callbacks", "data", "metrics")
+    _SUBPACKAGES = ("attribution", "callbacks", "data", "metrics", "perturbation")
     _MODULES = {
         "METHODS": "gmarpp.attribution",
         "METHOD_LABELS": "gmarpp.labels",

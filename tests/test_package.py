@@ -26,14 +26,17 @@ def test_import_needs_no_torch(tmp_path):
     assert "torch" in imported_by("import gmarpp; gmarpp.explain", tmp_path)
 
 
-@pytest.mark.parametrize("name", [*gmarpp.__all__, "__version__", "callbacks", "data", "metrics"])
+SUBPACKAGES = ("attribution", "callbacks", "data", "metrics", "perturbation")
+
+
+@pytest.mark.parametrize("name", [*gmarpp.__all__, *SUBPACKAGES, "__version__"])
 def test_every_public_name_is_listed_and_there(name):
     assert name in dir(gmarpp)
     assert getattr(gmarpp, name) is not None
 
 
 def test_a_misspelled_name_is_not_there():
-    assert not hasattr(gmarpp, "explian")
+    assert not hasattr(gmarpp, "explanation")
 
 
 @pytest.fixture(scope="module")
