@@ -30,7 +30,9 @@ def main(args: list[str] | None = None) -> None:
 
         _leave_with(f"gmarpp {gmarpp.__version__}")
     if name not in COMMANDS:
-        close = "".join(f", close to {known}" for known in get_close_matches(name, COMMANDS, n=1))
+        # An option before the command is no misspelled command.
+        known = () if name.startswith("-") else COMMANDS
+        close = "".join(f", close to {command}" for command in get_close_matches(name, known, n=1))
         sys.stderr.write(f"error: unknown command '{name}'{close}: choose from {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
     if {"-h", "--help"} & set(rest) or ("--help_all" in rest and not COMMANDS[name].every_option):
