@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -10,13 +10,17 @@ help:  ## show this list
 demo: .venv/.installed  ## explain photographs, fine-tune on digits, print where the results are
 	$(BIN)/python examples/demo.py
 
-test: .venv/.installed  ## run all tests
-	$(BIN)/python -m pytest
+test: .venv/.installed  ## run all tests, a module per core at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
-lint: .venv/.installed  ## check style and types
+lint: .venv/.installed  ## check style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+docs: .venv/.docs  ## build the documentation site into build/site
+	$(BIN)/mkdocs build --strict
 
 bench: .venv/.installed  ## measure the engine: time and memory as ratios to a forward pass
 	$(BIN)/python benchmarks/engine.py
@@ -30,4 +34,8 @@ clean:  ## remove what make made: environment, builds, caches; never logs, resul
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

@@ -1,21 +1,11 @@
-"""Fine-tune Vision Transformers with PyTorch Lightning and explain them with GMAR++."""
+"""Fine-tune Vision Transformers with PyTorch Lightning and explain them with GMAR++.
 
-from gmarpp.attribution import (
-    METHODS,
-    VARIANTS,
-    Architecture,
-    Contrast,
-    Explanation,
-    UnsupportedNetworkError,
-    architecture_of,
-    explain,
-)
-from gmarpp.labels import METHOD_LABELS
-from gmarpp.network.load import load_model
-from gmarpp.perturbation import perturbation_curves
-from gmarpp.run.reader import load_explanations
+Nothing is imported before it is used, so that `import gmarpp` and the help of the command line need no torch.
+"""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __all__ = [
     "METHODS",
     "METHOD_LABELS",
@@ -30,3 +20,61 @@ __all__ = [
     "load_model",
     "perturbation_curves",
 ]
+
+if TYPE_CHECKING:
+    from gmarpp import attribution as attribution
+    from gmarpp import callbacks as callbacks
+    from gmarpp import data as data
+    from gmarpp import metrics as metrics
+    from gmarpp import perturbation as perturbation
+    from gmarpp.attribution import (
+        METHODS,
+        VARIANTS,
+        Architecture,
+        Contrast,
+        Explanation,
+        UnsupportedNetworkError,
+        architecture_of,
+        explain,
+    )
+    from gmarpp.labels import METHOD_LABELS
+    from gmarpp.network.load import load_model
+    from gmarpp.perturbation import perturbation_curves
+    from gmarpp.run.reader import load_explanations
+
+    __version__: str
+else:
+    # Type checkers do not see `__getattr__`, which would make every misspelled name right.
+    _SUBPACKAGES = ("attribution", "callbacks", "data", "metrics", "perturbation")
+    _MODULES = {
+        "METHODS": "gmarpp.attribution",
+        "METHOD_LABELS": "gmarpp.labels",
+        "VARIANTS": "gmarpp.attribution",
+        "Architecture": "gmarpp.attribution",
+        "Contrast": "gmarpp.attribution",
+        "Explanation": "gmarpp.attribution",
+        "UnsupportedNetworkError": "gmarpp.attribution",
+        "architecture_of": "gmarpp.attribution",
+        "explain": "gmarpp.attribution",
+        "load_explanations": "gmarpp.run.reader",
+        "load_model": "gmarpp.network.load",
+        "perturbation_curves": "gmarpp.perturbation",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Return a public name or a subpackage, which is imported at its first use."""
+        if name in _SUBPACKAGES:
+            return import_module(f"gmarpp.{name}")
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version("gmarpp")
+        elif name in _MODULES:
+            value = getattr(import_module(_MODULES[name]), name)
+        else:
+            raise AttributeError(f"module 'gmarpp' has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_SUBPACKAGES, "__version__"})

@@ -12,7 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import lightning as L
 import torch.distributed as dist
@@ -72,15 +72,17 @@ def run_command(command: Callable[[list[str] | None], T], args: list[str] | None
         raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
 
 
-def run_function(function: Callable[..., None], args: list[str] | None) -> None:
+def run_function(function: Callable[..., None], args: list[str] | None, program: str | None = None) -> None:
     """Run a function as a command line whose options are its arguments, as `run_command` does.
 
     Args:
         function: its docstring is the help.
         args: the command line without the program's name; `sys.argv`'s when `None`.
+        program: the name that the help uses; the script's when `None`.
     """
     limit_yaml()
-    run_command(lambda args: auto_cli(function, args=args, as_positional=False, exit_on_error=False), args)
+    options: dict[str, Any] = {"as_positional": False, "exit_on_error": False, "prog": program}
+    run_command(lambda args: auto_cli(function, args=args, **options), args)
 
 
 def one_line(error: Exception) -> str | None:

@@ -29,7 +29,7 @@ ARROWS = {
     "command": {"configuration", "callbacks", "training", "data"},
     "sanity": {"command", "training", "data", "attribution", "network", "metrics", *GROUND, "visualize", "figures"},
     "export": {"command", "network", "files"},
-    "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", *GROUND},
+    "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", "sanity", "export", *GROUND},
 }
 LIGHTNING_FREE = ("network", "attribution", "perturbation", "metrics", *GROUND, "visualize", "figures")
 

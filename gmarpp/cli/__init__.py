@@ -1,6 +1,123 @@
-"""The command line."""
+"""The command line: a door that imports torch only when a command runs."""
 
-from gmarpp.cli.explain import explain_main
-from gmarpp.cli.train import train_main
+import logging
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, NoReturn
 
-__all__ = ["explain_main", "train_main"]
+from gmarpp.cli.pages import COMMANDS, overview, page
+
+if TYPE_CHECKING:
+    from gmarpp.cli.explain import ExplainCLI
+    from gmarpp.cli.train import TrainCLI
+
+__all__ = ["explain_main", "main", "train_main"]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `gmarpp`; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        args: command line without the program's name; `sys.argv`'s when `None`.
+    """
+    arguments = sys.argv[1:] if args is None else args
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in ("", "-h", "--help"):
+        _leave_with(overview(), status=0 if name else 2)
+    if name == "--version":
+        import gmarpp
+
+        _leave_with(f"gmarpp {gmarpp.__version__}")
+    if name not in COMMANDS:
+        # An option before the command is no misspelled command.
+        known = () if name.startswith("-") else COMMANDS
+        close = "".join(f", close to {command}" for command in get_close_matches(name, known, n=1))
+        sys.stderr.write(f"error: unknown command '{name}'{close}: choose from {', '.join(COMMANDS)}\n")
+        raise SystemExit(2)
+    if {"-h", "--help"} & set(rest) or ("--help_all" in rest and not COMMANDS[name].every_option):
+        _leave_with(page(name))
+    if "--help_all" in rest:
+        rest = ["--help"]
+        if args is None:
+            sys.argv[1:] = [name, *rest]
+    # Lightning's parser warns where it is handed the command line that it would find by itself.
+    _RUN[name](rest, None if args is None else [name, *rest])
+
+
+def train_main(args: list[str] | None = None) -> "TrainCLI":
+    """Run `fit`, `validate` or `test`; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        args: command line without the program's name; `sys.argv`'s when `None`.
+    """
+    from gmarpp.cli import train
+
+    return train.train_main(args)
+
+
+def explain_main(args: list[str] | None = None) -> "ExplainCLI":
+    """Run `predict`; a user's mistake ends with one line on stderr and a status other than 0.
+
+    Args:
+        args: command line without the program's name; `sys.argv`'s when `None`.
+    """
+    from gmarpp.cli import explain
+
+    return explain.explain_main(args)
+
+
+def _run_training(_: list[str], args: list[str] | None) -> None:
+    train_main(args)
+
+
+def _run_explanation(_: list[str], args: list[str] | None) -> None:
+    explain_main(args)
+
+
+def _run_sanity(options: list[str], _: list[str] | None) -> None:
+    from gmarpp.command import run_function
+    from gmarpp.sanity import write_sanity_check
+
+    _log_to_stderr()
+    run_function(write_sanity_check, options, "gmarpp sanity")
+
+
+def _run_export(options: list[str], _: list[str] | None) -> None:
+    from gmarpp.command import run_function
+    from gmarpp.export import export
+
+    _log_to_stderr()
+    run_function(export, options, "gmarpp export")
+
+
+def _run_configs(options: list[str], _: list[str] | None) -> None:
+    from gmarpp.cli.configs import configs_main
+
+    try:
+        configs_main(options)
+    except (ValueError, OSError) as error:
+        # As gmarpp.command has it, which imports torch.
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+
+
+_RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
+    "fit": _run_training,
+    "validate": _run_training,
+    "test": _run_training,
+    "predict": _run_explanation,
+    "sanity": _run_sanity,
+    "export": _run_export,
+    "configs": _run_configs,
+}
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("gmarpp").setLevel(logging.INFO)
+
+
+def _leave_with(text: str, status: int = 0) -> NoReturn:
+    sys.stdout.write(f"{text}\n")
+    raise SystemExit(status)

@@ -31,7 +31,7 @@ def correlation(found, expected):
 def test_float16_finds_its_scale(pool, factor, half):
     model, batch = vit(global_pool=pool), images()
     with torch.no_grad():
-        model.head.weight.mul_(factor if factor > 1 else 1)
+        model.head.weight.mul_(max(1, factor))
         model.head.bias.zero_()
     # Little relevance beside a residual leaves constant maps, and random maps depend on the images' dtype.
     bare = gmarpp.attribution.GMARPlusPlus(alpha=0, name="bare")

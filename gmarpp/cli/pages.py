@@ -1,0 +1,171 @@
+"""The help that fits a screen; all of it is known without torch."""
+
+import textwrap
+from dataclasses import dataclass
+
+from gmarpp.labels import METHOD_LABELS, METRIC_LABELS
+
+_WIDTH = 100
+_INDENT = 36
+_TRAINER_OPTIONS = {
+    "--trainer.accelerator NAME": "cpu, gpu, or auto, which takes the fastest there is (auto)",
+    "--trainer.devices N": "number of devices, or auto (auto)",
+    "--trainer.precision NAME": "32-true, bf16-mixed, … (32-true)",
+}
+_CONFIG = {"--config FILE": "options from a file, several times if wanted; later ones win"}
+_DATA = {
+    "--data CLASS": "TinyImageNet, ImageFolder, HubDataset, Digits, or your own",
+    "--data.NAME VALUE": "an option of the data module: --data.root, --data.batch_size, …",
+}
+_CHECKPOINT = {"--ckpt_path FILE": "the network: a .ckpt or .safetensors file"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line.
+
+    Attributes:
+        summary: what it does, in a line.
+        usage: what follows its name.
+        options: its main options with their meaning and, in brackets, their default.
+        example: a command line that works.
+        every_option: whether it has more than its main options.
+    """
+
+    summary: str
+    usage: str
+    options: dict[str, str]
+    example: str
+    every_option: bool = True
+
+
+COMMANDS = {
+    "fit": Command(
+        summary="train, with maps and their faithfulness at every validation",
+        usage="--config FILE [options]",
+        options={
+            **_CONFIG,
+            **_DATA,
+            "--model.architecture NAME": "timm's name of the network",
+            "--model.num_classes N": "classes of the data (200)",
+            "--model.weights FILE": "start from this file; timm's weights from the Hub without it",
+            "--model.lr RATE": "peak learning rate of the head (0.00025)",
+            "--model.head_only true": "train the head alone (false)",
+            "--trainer.max_epochs N": "epochs to train",
+            **_TRAINER_OPTIONS,
+            "--trainer.default_root_dir DIR": "folder of logs and checkpoints (logs)",
+            "--checkpoint.monitor METRIC": "keep the checkpoint that is best by it (val/accuracy)",
+            "--ckpt_path FILE": "go on with an interrupted run: a .ckpt, or last for the newest",
+        },
+        example="gmarpp configs configs && gmarpp fit --config configs/vit_small_tiny_imagenet.yaml",
+    ),
+    "validate": Command(
+        summary="evaluate a trained network on the validation images",
+        usage="--ckpt_path FILE --data CLASS [options]",
+        options={**_CHECKPOINT, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
+        example="gmarpp validate --ckpt_path best.ckpt --data TinyImageNet --data.root data",
+    ),
+    "test": Command(
+        summary="evaluate a trained network on the test images",
+        usage="--ckpt_path FILE --data CLASS [options]",
+        options={**_CHECKPOINT, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
+        example="gmarpp test --ckpt_path best.ckpt --data Digits",
+    ),
+    "predict": Command(
+        summary="explain images: maps, overlays, metrics and a report",
+        usage="--ckpt_path FILE --data CLASS [options]",
+        options={
+            **_CHECKPOINT,
+            **_CONFIG,
+            **_DATA,
+            "--output DIR": "folder of the results (results/NAME OF THE CHECKPOINT)",
+            "--resume": "go on with an interrupted run in the same folder",
+            "--overwrite": "replace the run in the same folder",
+            "--explain.methods '[NAME, …]'": "methods ([gmarpp_l1, gmar_l1, rollout, legrad])",
+            "--explain.metrics '[NAME, …]'": "metrics; [] for maps alone, about fifty times faster",
+            "--explain.target CLASS": "predicted, label, or a class's name or index (predicted)",
+            "--explain.steps N": "steps of the insertion and deletion curves (28)",
+            "--explain.baseline NAME": "what replaces removed patches: blur, mean, black, drop (blur)",
+            "--write.overlays false": "write no picture per image and method (true)",
+            **_TRAINER_OPTIONS,
+        },
+        example="gmarpp predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --output results/photos",
+    ),
+    "sanity": Command(
+        summary="check that maps depend on what the network has learned",
+        usage="--ckpt_path FILE --data CLASS [options]",
+        options={
+            **_CHECKPOINT,
+            **_CONFIG,
+            **_DATA,
+            "--output DIR": "folder of sanity.csv and sanity.png (results/sanity)",
+            "--methods '[NAME, …]'": "methods (all but gmarpp_sum)",
+            "--images N": "number of images (64)",
+            "--seed N": "of the random parameters (0)",
+        },
+        example="gmarpp sanity --ckpt_path best.ckpt --data TinyImageNet --data.root data --output results/sanity",
+    ),
+    "export": Command(
+        summary="write a trained network as a .safetensors or .onnx file",
+        usage="--ckpt_path FILE --output FILE [options]",
+        options={
+            **_CHECKPOINT,
+            "--output FILE": "the file to write; its suffix decides, .safetensors or .onnx",
+            "--architecture NAME": "timm's name of the network, where the file does not name it",
+        },
+        example="gmarpp export --ckpt_path best.ckpt --output model.onnx",
+    ),
+    "configs": Command(
+        summary="list the shipped configurations, or copy them into a folder",
+        usage="[FOLDER]",
+        options={"FOLDER": "where to copy them; files that exist there are kept"},
+        example="gmarpp configs configs",
+        every_option=False,
+    ),
+}
+
+
+def overview() -> str:
+    """Return the page of `gmarpp --help`."""
+    lines = [
+        "usage: gmarpp COMMAND [options]",
+        "",
+        "Fine-tune Vision Transformers, see what they look at, and measure whether that is true.",
+        "",
+        "commands:",
+        *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        *_names("methods", METHOD_LABELS),
+        *_names("metrics", METRIC_LABELS),
+        "",
+        "options:",
+        "  --help     this page; with a command, its main options and an example",
+        "  --version  the version of gmarpp",
+        "",
+        "example:",
+        f"  {COMMANDS['predict'].example}",
+    ]
+    return "\n".join(lines)
+
+
+def page(name: str) -> str:
+    """Return the page of `gmarpp COMMAND --help`."""
+    command = COMMANDS[name]
+    lines = [
+        f"usage: gmarpp {name} {command.usage}",
+        "",
+        f"{command.summary[0].upper()}{command.summary[1:]}.",
+        "",
+        "main options:",
+        *(f"  {option:<{_INDENT - 3}} {meaning}" for option, meaning in command.options.items()),
+        "",
+        "example:",
+        f"  {command.example}",
+    ]
+    if command.every_option:
+        lines += ["", f"gmarpp {name} --help_all prints every option."]
+    return "\n".join(lines)
+
+
+def _names(heading: str, names: dict[str, str]) -> list[str]:
+    return textwrap.wrap(", ".join(names), _WIDTH, initial_indent=f"{heading}:  ", subsequent_indent=" " * 10)
