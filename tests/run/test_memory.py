@@ -5,7 +5,7 @@ import pytest
 
 # In a process of its own, where no other live block lies in the heap.
 SCRIPT = """
-from gmarpp.callbacks.free_memory import return_free_memory
+from gmarpp.run.memory import return_free_memory
 
 def resident():
     with open("/proc/self/status") as status:
