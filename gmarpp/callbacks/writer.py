@@ -10,10 +10,10 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, IterableDataset
 
-from gmarpp.cores import usable_cores
 from gmarpp.explainer import ExplainedBatch, metric_inputs
 from gmarpp.figures import FIGURE_FORMATS
 from gmarpp.files import expand_path, sync_disk
+from gmarpp.processes import usable_cores
 from gmarpp.run.background import BackgroundTasks
 from gmarpp.run.batches import batch_loader, pending_batches
 from gmarpp.run.description import describe_run, now, require_same_run

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.cores import usable_cores
 from gmarpp.data.dataset import ImageDataset, Source
 from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count, prepare_worker
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, TrainingTransform, Transform
 from gmarpp.network.preprocessing import Preprocessing
 from gmarpp.options import Range, require_ranges
+from gmarpp.processes import usable_cores
 
 # "selection" is what `fit` validates on, "val" what `validate` reports
 Split: TypeAlias = Literal["train", "selection", "val", "test", "predict"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.run.background import leave_signals_to_parent
+from gmarpp.processes import follow_parent
 
 
 class WholeBatches(Dataset[Any]):
@@ -75,7 +75,7 @@ def batch_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> D
 
 
 def _begin_worker(original: Callable[[int], None] | None, worker: int) -> None:
-    leave_signals_to_parent()
+    follow_parent()
     if original is not None:
         original(worker)
 
