@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.processes import follow_parent
+
+ChooseBatches: TypeAlias = Callable[[Any], list[list[int]]]
+"""Given what a data module would load, which of its images are loaded together: positions, batch by batch."""
 
 
 class WholeBatches(Dataset[Any]):
