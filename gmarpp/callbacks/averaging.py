@@ -3,13 +3,13 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from typing_extensions import override
 
 from gmarpp.options import Range, require_ranges
+from gmarpp.training.lightning_private import ObservedAveraging
 
 
-class AveragedWeights(EMAWeightAveraging):
+class AveragedWeights(ObservedAveraging):
     """Lightning's EMAWeightAveraging, for runs that are saved whenever they end or are interrupted.
 
     Validates, and keeps in checkpoints as the network's own, an exponential moving average of the weights. The trained
@@ -30,8 +30,7 @@ class AveragedWeights(EMAWeightAveraging):
         self._swapped = False
 
     @override
-    def _swap_models(self, pl_module: L.LightningModule) -> None:
-        super()._swap_models(pl_module)
+    def on_swap(self) -> None:
         self._swapped = not self._swapped
 
     @override

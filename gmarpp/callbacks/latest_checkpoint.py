@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from gmarpp.training.lightning_private import ObservedCheckpoint
 
-class LatestCheckpoint(ModelCheckpoint):
+
+class LatestCheckpoint(ObservedCheckpoint):
     """A ModelCheckpoint that saves the end of a run too, and on an error only where no rank has to wait for others."""
 
     _in_training = False
@@ -25,8 +26,8 @@ class LatestCheckpoint(ModelCheckpoint):
         """Save what was learned since the last checkpoint, when they are made every so many steps."""
         super().on_train_end(trainer, pl_module)
         self._in_training = False
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_checkpoint(trainer, self.format_checkpoint_name(trainer.callback_metrics))
+        if not self.is_saved(trainer):
+            self.save(trainer, self.format_checkpoint_name(trainer.callback_metrics))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save if all ranks got here, as they do when they are stopped by a signal."""
@@ -35,11 +36,11 @@ class LatestCheckpoint(ModelCheckpoint):
             return
         if stopped:
             # A checkpoint of this step may be older than the validation that was interrupted.
-            self._last_global_step_saved = -1
-        if self._should_save_on_exception(trainer):
-            path = self.format_checkpoint_name(self._monitor_candidates(trainer))
+            self.forget_step()
+        if self.wants_error_saved(trainer):
+            path = self.format_checkpoint_name(self.metrics_for_name(trainer))
             with _undisturbed():
-                self._save_checkpoint(trainer, path)
+                self.save(trainer, path)
             rank_zero_info(f"Saved step {trainer.global_step}: continue with --ckpt_path {path}")
 
 

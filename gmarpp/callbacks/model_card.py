@@ -6,16 +6,16 @@ from typing import Any
 
 import lightning as L
 from huggingface_hub import EvalResult, ModelCardData
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
 from gmarpp.files import write_atomically
 from gmarpp.labels import METHOD_LABELS, metric_label
 from gmarpp.run.versions import versions
+from gmarpp.training.lightning_private import ObservedCheckpoint
 
 
-class ModelCardCheckpoint(ModelCheckpoint):
+class ModelCardCheckpoint(ObservedCheckpoint):
     """A ModelCheckpoint that writes a model card, `<checkpoint>.md`, beside each checkpoint and removes it with it.
 
     Args:
@@ -35,8 +35,7 @@ class ModelCardCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     @override
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+    def on_file_saved(self, trainer: L.Trainer, filepath: str) -> None:
         # on all ranks, since a metric that was not asked for yet is summed over them
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.model_card and trainer.is_global_zero and "://" not in filepath:
@@ -44,8 +43,7 @@ class ModelCardCheckpoint(ModelCheckpoint):
             write_atomically(_card(filepath), text.encode())
 
     @override
-    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        super()._remove_checkpoint(trainer, filepath)
+    def on_file_removed(self, trainer: L.Trainer, filepath: str) -> None:
         if self.model_card and trainer.is_global_zero and "://" not in filepath:
             _card(filepath).unlink(missing_ok=True)
 
@@ -127,7 +125,7 @@ def _attribution(metrics: Mapping[str, float]) -> list[str]:
         for method in methods
     ]
     head = ("method", *(metric_label(metric) for metric in columns))
-    return ["## StoredRun", "Measured on the monitor's images.", _table(head, rows)] if rows else []
+    return ["## Explanations", "Measured on the monitor's images.", _table(head, rows)] if rows else []
 
 
 def _configuration(trainer: Any) -> list[str]:

@@ -22,6 +22,7 @@ from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import CurveSum
+from gmarpp.training.lightning_private import state_key
 
 
 class AttributionMonitor(L.Callback):
@@ -66,7 +67,7 @@ class AttributionMonitor(L.Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(methods=self.explainer.methods, metrics=self.explainer.metrics)
+        return state_key(self, methods=self.explainer.methods, metrics=self.explainer.metrics)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from gmarpp.training.lightning_private import SignalHandlers
 from gmarpp.training.ranks import end_launched_ranks, stopping
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -40,8 +40,7 @@ class Termination(Callback):
         """
         stopping.clear()
         self._signals = _Signals(trainer)
-        trainer._signal_connector = self._signals
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        self._signals.take_place(trainer)
         self._loops = 0
         self._group: Any = None
         self._ranks = trainer.world_size if dist.is_available() and dist.is_initialized() else 1
@@ -121,7 +120,7 @@ class Termination(Callback):
             raise SIGTERMException
 
 
-class _Signals(_SignalConnector):
+class _Signals(SignalHandlers):
     """Lightning's signal handlers, but for those of SIGTERM and SIGINT, which only take note."""
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -132,7 +131,7 @@ class _Signals(_SignalConnector):
     def register_signal_handlers(self) -> None:
         super().register_signal_handlers()
         for number in SIGNALS:
-            self._register_signal(number, self._note)
+            self.register(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self.number:
@@ -147,7 +146,3 @@ class _Signals(_SignalConnector):
 def _say(message: str) -> None:
     # The interrupted code may itself hold the lock of a stream or a logger.
     os.write(2, f"{message}\n".encode())
-
-
-def _nothing() -> None:
-    """Stand for Lightning's broadcast."""

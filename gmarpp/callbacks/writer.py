@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, IterableDataset
 
-from gmarpp.cores import usable_cores
+from gmarpp.data.batches import pending_batches
+from gmarpp.data.module import chosen_batches
 from gmarpp.explainer import ExplainedBatch, metric_inputs
 from gmarpp.figures import FIGURE_FORMATS
 from gmarpp.files import expand_path, sync_disk
+from gmarpp.processes import usable_cores
 from gmarpp.run.background import BackgroundTasks
-from gmarpp.run.batches import batch_loader, pending_batches
 from gmarpp.run.description import describe_run, now, require_same_run
 from gmarpp.run.folder import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, PARTS, write_run
 from gmarpp.run.memory import return_free_memory
@@ -93,7 +96,7 @@ class ExplanationWriter(BasePredictionWriter):
         self._run: dict[str, Any] = {}
         self._resumed = self._opened = False
         self._batches: list[list[int]] = []
-        self._restore_data: Callable[[], None] = _nothing
+        self._data = ExitStack()
         self._pictures: BackgroundTasks | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -115,13 +118,11 @@ class ExplanationWriter(BasePredictionWriter):
             if self.output.resume:
                 raise ValueError("resume needs a data module: give Trainer.predict(datamodule=…), not data loaders")
             return
-        original = data.predict_dataloader
         # The network's classes and weights are known only after setup, and the finished images only with them.
-        data.predict_dataloader = lambda: self._pending(trainer, pl_module, original())
-        self._restore_data = lambda: vars(data).pop("predict_dataloader", None)
+        self._data.enter_context(chosen_batches(data, partial(self._pending, trainer, pl_module)))
 
-    def _pending(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> DataLoader[Any]:
-        """Return a loader of the batches that have images left to explain."""
+    def _pending(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> list[list[int]]:
+        """Return the batches that have images left to explain, of a loader of all."""
         if not isinstance(loader, DataLoader) or loader.batch_size is None:
             raise ValueError(
                 f"{type(trainer.datamodule).__name__}.predict_dataloader must give one DataLoader with a batch size, "  # type: ignore[attr-defined]
@@ -148,7 +149,7 @@ class ExplanationWriter(BasePredictionWriter):
         if finished:
             done = sum(index < images for index in finished)
             logger.info("%d of %d images are already explained", done, images)
-        return batch_loader(loader, self._batches)
+        return self._batches
 
     def _prepare(self, trainer: L.Trainer, module: Any, dataset: Any) -> set[int]:
         """Describe the run, make sure that it is the one to resume, and return the indices of its finished images."""
@@ -272,7 +273,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Merge on rank 0; also where no image was left to explain, so that the predict loop had nothing to do."""
-        self._restore_data()
+        self._data.close()
         try:
             if stage == "predict" and trainer.is_global_zero and (self._opened or self._resumed):
                 if not self._opened:
@@ -283,7 +284,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what is finished, unless writing itself is what failed."""
-        self._restore_data()
+        self._data.close()
         try:
             if self._pictures is not None and not self._pictures.failed:
                 self._flush(trainer, self._pictures)
@@ -329,10 +330,6 @@ def _on_rank_zero(trainer: L.Trainer, action: Callable[[], None]) -> None:
     error = trainer.strategy.broadcast(error)
     if error is not None:
         raise error
-
-
-def _nothing() -> None:
-    """Stand for a data module that was not changed."""
 
 
 def _publish(shards: list[Shard], part: Path) -> None:

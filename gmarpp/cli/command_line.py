@@ -3,13 +3,14 @@
 import sys
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
 from gmarpp.configuration import limit_yaml, require_readable_configurations
 from gmarpp.options import Range, require_ranges
+from gmarpp.training.lightning_private import ParsedCommandLine
 
 
-class CommandLine(LightningCLI):
+class CommandLine(ParsedCommandLine):
     """A LightningCLI that checks the files that its command line names before it builds anything."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -52,7 +52,7 @@ class ExplainCLI(CommandLine):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         parser.set_defaults(defaults)
-        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self.data_class, "data", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what to explain and where to write it."""
@@ -68,7 +68,8 @@ class ExplainCLI(CommandLine):
             "--overwrite", action="store_true", help="Replace the run in the same folder, once the new one can start."
         )
 
-    def _parse_ckpt_path(self) -> None:
+    def take_options_of_checkpoint(self) -> None:
+        """Refuse to explain without a checkpoint; its options are read with its weights."""
         if not self.config.predict.ckpt_path:
             raise ValueError(
                 "--ckpt_path is missing: explain.py explains a trained network, "

@@ -75,14 +75,14 @@ class TrainCLI(CommandLine):
         """Keeps checkpoints and the configuration of training alone, and only where checkpoints are wanted."""
         if self.subcommand != "fit":
             self.save_config_callback = None
-        if self.subcommand != "fit" or self._get(self.config_init, "trainer").get("enable_checkpointing") is False:
-            self._parser(self.subcommand).callback_keys.clear()
+        if self.subcommand != "fit" or self.option(self.config_init, "trainer").get("enable_checkpointing") is False:
+            self.parser_of(self.subcommand).callback_keys.clear()
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
         """Reads the weights to evaluate, from any format, before the data numbers its classes."""
         super().instantiate_classes()
-        path = self._get(self.config, "ckpt_path")
+        path = self.option(self.config, "ckpt_path")
         if self.subcommand != "fit" and path is not None:
             self.model.restore(path)
 
@@ -98,7 +98,7 @@ class TrainCLI(CommandLine):
         """Tests without letting Lightning load the checkpoint a second time."""
         self.trainer.test(model, **options)
 
-    def _parse_ckpt_path(self) -> None:
+    def take_options_of_checkpoint(self) -> None:
         """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
         command = self.config.subcommand
         options = self.config[command]
@@ -112,7 +112,7 @@ class TrainCLI(CommandLine):
             return
         if command == "fit":
             _require_resumable(path, options.trainer)
-        asked, default = options.model.as_dict(), self._parser(command).get_defaults().model.as_dict()
+        asked, default = options.model.as_dict(), self.parser_of(command).get_defaults().model.as_dict()
         saved = {key: value for key, value in classifier_options(path).items() if key not in MACHINE}
         self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
         taken = self.config[command].model

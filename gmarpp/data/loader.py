@@ -1,8 +1,5 @@
 """Samplers and loader whose order depends on seed and epoch only, on any number of ranks, also after a resume."""
 
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sized
 from itertools import chain, count
 from typing import Any
@@ -10,6 +7,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from gmarpp.processes import follow_parent
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -127,22 +126,6 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def prepare_worker(worker: int) -> None:
-    """Seed a loader's process as Lightning does, and leave signals to the process that it loads for.
-
-    Schedulers and terminals signal all processes of a run: loaders that ended at once would be missed where the run
-    still stops in order. The process ends when its parent does, also if that is killed.
-    """
+    """Seed a loader's process as Lightning does, and have it follow the process that it loads for."""
     pl_worker_init_function(worker)
-    if not hasattr(signal, "sigtimedwait"):
-        # Without it, the process could not tell its parent's order to end from a signal to all.
-        return
-    stopping = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    threading.Thread(target=_end_by_parent, args=(stopping, os.getppid()), daemon=True).start()
-
-
-def _end_by_parent(signals: set[signal.Signals], parent: int) -> None:
-    received = None
-    while os.getppid() == parent and (received is None or received.si_pid != parent):
-        received = signal.sigtimedwait(signals, 0.2)
-    os._exit(0)
+    follow_parent()

@@ -4,7 +4,8 @@ import inspect
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
@@ -14,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.cores import usable_cores
+from gmarpp.data.batches import ChooseBatches, batch_loader
 from gmarpp.data.dataset import ImageDataset, Source
 from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count, prepare_worker
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, TrainingTransform, Transform
 from gmarpp.network.preprocessing import Preprocessing
 from gmarpp.options import Range, require_ranges
+from gmarpp.processes import usable_cores
 
 # "selection" is what `fit` validates on, "val" what `validate` reports
 Split: TypeAlias = Literal["train", "selection", "val", "test", "predict"]
@@ -57,6 +59,7 @@ class ImageDataModule(L.LightningDataModule):
         classes: class ids in the order of the labels, after `setup`; empty when the images are unlabelled.
         class_names: the same for people.
         preprocessing: the one in use, after `setup`.
+        predict_batches: chooses the batches of `predict_dataloader`; None for all images in their order.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class ImageDataModule(L.LightningDataModule):
         self.classes: tuple[str, ...] = ()
         self.class_names: tuple[str, ...] = ()
         self.datasets: dict[str, Any] = {}
+        self.predict_batches: ChooseBatches | None = None
 
     @abstractmethod
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
@@ -189,8 +193,9 @@ class ImageDataModule(L.LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The images to explain."""
-        return self._evaluation_loader("predict")
+        """The images to explain, in the batches that `predict_batches` chooses when the loader is asked for."""
+        loader = self._evaluation_loader("predict")
+        return loader if self.predict_batches is None else batch_loader(loader, self.predict_batches(loader))
 
     @property
     def world_size(self) -> int:
@@ -310,3 +315,34 @@ class ImageDataModule(L.LightningDataModule):
                 f"{type(self).__name__} has no training image of {len(missing)} of its {len(wanted)} classes, the "
                 f"first of them {self.classes[missing[0]]!r}: add images, or leave the class out with only_classes"
             )
+
+
+@contextmanager
+def chosen_batches(data: L.LightningDataModule, choose: ChooseBatches) -> Iterator[None]:
+    """Have a data module's `predict_dataloader` load chosen batches in this context.
+
+    An `ImageDataModule` has `predict_batches` for it. Any other module, and one whose class has a `predict_dataloader`
+    of its own, need not know of it: what it returns, of whatever kind, is handed to `choose`, and then its batches are
+    loaded from its data set in its way.
+    """
+    module: Any = data
+    name: str = "predict_batches"
+    value: Any = choose
+    if getattr(type(data), "predict_dataloader", None) is not ImageDataModule.predict_dataloader:
+        loader_of_all = module.predict_dataloader
+
+        def predict_dataloader() -> DataLoader[Any]:
+            loader = loader_of_all()
+            return batch_loader(loader, choose(loader))
+
+        name, value = "predict_dataloader", predict_dataloader
+    own = name in vars(module)
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(module, name, before)
+        else:
+            delattr(module, name)

@@ -1,8 +1,5 @@
 """Work that need not hold up the network."""
 
-import multiprocessing
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -11,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from gmarpp.processes import follow_parent
 
 
 class BackgroundTasks:
@@ -100,37 +99,6 @@ def _killed_process_named() -> Iterator[None]:
 
 def _begin() -> None:
     """Prepare a process for tasks."""
-    leave_signals_to_parent()
+    follow_parent()
     # A forked process has none of the threads that its parent's torch counts on.
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def leave_signals_to_parent() -> None:
-    """Have this process ignore the signals that its parent handles: what signals a whole group means the parent.
-
-    SIGTERM still ends the process when the parent itself sends it: so a pool ends its processes when one of them was
-    killed, and waits for them. Where the system does not tell the sender (macOS, Windows), SIGTERM always does.
-    """
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, daemon=True).start()
-
-
-def _end_by_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
-    os._exit(1)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -1,6 +1,5 @@
 """Reading what ``explain.py predict`` wrote, lazily."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,8 @@ from gmarpp.files import expand_path
 from gmarpp.run.content import check_classes, check_index, damaged_file, read_json, require_file
 from gmarpp.run.folder import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, read_run
 from gmarpp.run.shards import Shard, open_shard, read_shard
-from gmarpp.run.summary import CurveSum, MeanCurve, bootstrap
+from gmarpp.run.summary import MeanCurve
+from gmarpp.run.totals import RunTotals, summary
 
 
 class StoredRun:
@@ -44,6 +44,7 @@ class StoredRun:
         self._listed: dict[str, list[int]] = {shard["file"]: shard["indices"] for shard in about["shards"]}
         self._checked: set[str] = set()
         self._kind: Any = None
+        self._totals: RunTotals | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -79,10 +80,25 @@ class StoredRun:
     def shards(self) -> Iterator[Shard]:
         """Yield all that is stored, a bounded number of images at a time, in the order of `indices`.
 
+        When the last has been taken, `rows`, `values`, `summary` and `mean_curves` need not read anything again.
+
         Raises:
             ValueError: if a file is damaged; the message names it.
         """
-        return map(self._read, self._listed)
+        totals = RunTotals(self.methods, self.metrics)
+        for name in self._listed:
+            shard = self._read(name)
+            totals.add(shard)
+            yield shard
+        self._totals = totals
+
+    @property
+    def totals(self) -> RunTotals:
+        """What one pass over all shards leaves in memory."""
+        while self._totals is None:
+            for _ in self.shards():
+                pass
+        return self._totals
 
     def _read(self, name: str) -> Shard:
         path = self.folder / MAPS / name
@@ -100,23 +116,15 @@ class StoredRun:
         self._checked.add(name)
         return shard
 
-    @cached_property
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary per image: index, path, label, target, predicted, probabilities, box if there is one."""
-        return [dict(row) for shard in self.shards() for row in shard.rows]
+        return self.totals.rows
 
     @cached_property
     def values(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
         """Metric values by method and metric, one per image (n,), float32; NaN where undefined."""
-        columns: dict[str, dict[str, list[Any]]] = {method: {m: [] for m in self.metrics} for method in self.methods}
-        for shard in self.shards():
-            for method, metrics in columns.items():
-                for metric, parts in metrics.items():
-                    parts.append(shard.tensors[f"{method}/{metric}"].numpy())
-        return {
-            method: {metric: np.concatenate(parts) for metric, parts in metrics.items()}
-            for method, metrics in columns.items()
-        }
+        return self.totals.values()
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -156,28 +164,11 @@ class StoredRun:
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
         """One dictionary per method and metric: mean over images, its 95 % bootstrap interval, number of images."""
-        keys = [(method, metric) for method in self.methods for metric in self.metrics]
-        if not keys:
-            return []
-        columns = np.stack([self.values[method][metric] for method, metric in keys], axis=1)
-        return [
-            {"method": method, "metric": metric, **dataclasses.asdict(interval)}
-            for (method, metric), interval in zip(keys, bootstrap(columns), strict=True)
-        ]
+        return summary(self.values)
 
     def mean_curves(self) -> tuple[dict[str, MeanCurve], dict[str, MeanCurve]]:
         """Return the mean insertion and the mean deletion curve of each method; empty where there are no curves."""
-        sums: tuple[dict[str, CurveSum], dict[str, CurveSum]] = ({}, {})
-        for shard in self.shards():
-            if shard.fractions is None:
-                continue
-            for curves, kind in zip(sums, ("insertion", "deletion"), strict=True):
-                for method in self.methods:
-                    curves.setdefault(method, CurveSum(shard.fractions.numpy())).add(
-                        shard.tensors[f"{method}/{kind}"].numpy()
-                    )
-        insertion, deletion = ({method: total.mean() for method, total in curves.items()} for curves in sums)
-        return insertion, deletion
+        return self.totals.mean_curves()
 
     def image(self, index: int) -> Image.Image:
         """Open the image as the network saw it; its pixels are read when they are first used.

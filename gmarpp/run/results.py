@@ -1,6 +1,6 @@
 """What is made from stored explanations: tables, figures and the report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,10 @@ from gmarpp.files import write_atomically
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.reader import StoredRun
 from gmarpp.run.report import write_report
+from gmarpp.run.report_maps import ReportMaps
+from gmarpp.run.shards import Shard
 from gmarpp.run.tables import write_csv
+from gmarpp.run.totals import Agreement
 
 
 def write_results(
@@ -21,25 +24,28 @@ def write_results(
     opacity: float = 0.5,
     report: bool = True,
 ) -> None:
-    """Write the tables, the figures and the report of a run into its folder.
+    """Write the tables, the figures and the report of a run into its folder, having read each of its shards once.
 
     Args:
         explanations: the run; nothing of it is computed anew.
         figure_images: columns of the comparison figure, images spread evenly over the run; 0 for no figure.
         figure_formats: ``png``, ``pdf``, ``svg``.
-        colormap: colour map of the figure and of the report.
-        opacity: share of the maps' colours, 0 to 1.
+        colormap: color map of the figure and of the report.
+        opacity: share of the maps' colors, 0 to 1.
         report: write ``report.html``.
     """
     folder = explanations.folder
-    write_csv(
-        folder / "explanations.csv", (record for s in explanations.shards() for record in explanations.records(s))
-    )
+    compared = _ComparedMaps(_spread(explanations.indices, figure_images))
+    agreement = Agreement(explanations.methods)
+    maps = ReportMaps(folder, len(explanations))
+    needed = [compared.add, *([agreement.add, maps.add] if report else [])]
+    shards = _passing(explanations.shards(), needed)
+    write_csv(folder / "explanations.csv", (record for shard in shards for record in explanations.records(shard)))
     if explanations.metrics:
         write_csv(folder / "summary.csv", explanations.summary)
     figures = {}
     if figure_images:
-        figures["comparison"] = _comparison(explanations, figure_images, colormap, opacity)
+        figures["comparison"] = _comparison(explanations, compared, colormap, opacity)
     insertion, deletion = explanations.mean_curves()
     if insertion:
         explainer = explanations.run["explainer"]
@@ -48,14 +54,45 @@ def write_results(
         for extension in figure_formats:
             write_atomically(folder / f"{name}.{extension}", figure_bytes(figure, extension))
     if report:
-        write_report(explanations, folder / "report.html", colormap, opacity)
+        write_report(explanations, agreement, maps, folder / "report.html", colormap, opacity)
 
 
-def _comparison(explanations: StoredRun, count: int, colormap: str, opacity: float) -> Any:
-    spread = np.unique(np.linspace(0, len(explanations) - 1, min(count, len(explanations))).round().astype(int))
-    rows = [explanations.rows[position] for position in spread]
+def _passing(shards: Iterable[Shard], needed: Sequence[Callable[[Shard], None]]) -> Iterator[Shard]:
+    """Yield the shards, and show each of them to whatever else needs them."""
+    for shard in shards:
+        for add in needed:
+            add(shard)
+        yield shard
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """Return so many of the indices, evenly spread."""
+    positions = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
+    return [indices[position] for position in np.unique(positions)]
+
+
+class _ComparedMaps:
+    """The rows and maps of a few images."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.rows: list[Any] = []
+        self.maps: dict[str, list[Any]] = {}
+        self._indices = set(indices)
+
+    def add(self, shard: Shard) -> None:
+        """Keep what there is of the images in a shard."""
+        for position, row in enumerate(shard.rows):
+            if row["index"] in self._indices:
+                self.rows.append(row)
+                for method in shard.methods:
+                    # A copy, because a view would keep the file open.
+                    self.maps.setdefault(method, []).append(shard.tensors[method][position].numpy().copy())
+
+
+def _comparison(explanations: StoredRun, compared: _ComparedMaps, colormap: str, opacity: float) -> Any:
+    rows = compared.rows
     images = [explanations.picture(row["index"]) for row in rows]
-    maps = {method: [explanations.map(row["index"], method).numpy() for row in rows] for method in explanations.methods}
     names = [explanations.class_name(row["target"]) for row in rows]
     boxes = [row.get("box") for row in rows]
-    return comparison_figure(images, maps, names, [r["target_probability"] for r in rows], boxes, colormap, opacity)
+    probabilities = [row["target_probability"] for row in rows]
+    return comparison_figure(images, compared.maps, names, probabilities, boxes, colormap, opacity)

@@ -28,6 +28,7 @@ from gmarpp.network.load import describe_weights, fill_model, load_pretrained, l
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing, set_preprocessing
 from gmarpp.network.weights import PREPROCESSING, Weights
 from gmarpp.options import Range, require_ranges
+from gmarpp.training.lightning_private import attached_trainer, restore_place_in_epoch
 from gmarpp.training.optim import parameter_groups, warmup_cosine_schedule
 
 DEFAULT_ARCHITECTURE = "vit_large_patch16_224.augreg_in21k_ft_in1k"
@@ -248,7 +249,7 @@ class ViTClassifier(L.LightningModule):
     def on_train_start(self) -> None:
         """Restores the place within the epoch that the checkpoint of a resumed run was saved at."""
         # Lightning does so when it sets up the data, which was before the checkpoint was read
-        self.trainer.fit_loop._load_combined_loader_states()
+        restore_place_in_epoch(self.trainer)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Has all random numbers of a step, such as dropout's and mixup's, follow from seed, rank, epoch and batch.
@@ -394,7 +395,7 @@ class ViTClassifier(L.LightningModule):
         return module.to(map_location or "cpu")
 
     def _ckpt_path(self) -> Any:
-        return self._trainer.ckpt_path if self._trainer is not None else None
+        return trainer.ckpt_path if (trainer := attached_trainer(self)) is not None else None
 
     def _tell_model_its_classes(self) -> None:
         self._network.classes, self._network.class_names = self.classes, self.class_names

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
+
+from gmarpp.training.lightning_private import ScriptLauncher
 
 _LAUNCHER = "GMARPP_LAUNCHER"
 _POLL_SECONDS = 0.5
@@ -30,7 +30,7 @@ stopping = threading.Event()
 _launched: list[subprocess.Popen[bytes]] = []
 
 
-class RankLauncher(_SubprocessScriptLauncher):
+class RankLauncher(ScriptLauncher):
     """Lightning's launcher of `python script.py` for each further device, which ends with its ranks and they with it.
 
     Lightning's own kills all processes, this one included, as soon as one has ended with a status other than 0, as all
@@ -43,11 +43,11 @@ class RankLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             os.environ[_LAUNCHER] = str(os.getpid())
-            self._call_children_scripts()
+            self.start_other_ranks()
             _launched[:] = self.procs
             atexit.register(_wait_for_launched_ranks)
             threading.Thread(target=_watch_launched_ranks, daemon=True).start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
+        self.share_threads()
         return function(*args, **kwargs)
 
 

@@ -4,12 +4,10 @@ import sys
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from gmarpp.options import Range, require_ranges
 from gmarpp.training.checkpoint_io import AtomicCheckpointIO
+from gmarpp.training.lightning_private import replace_checkpoint_io, replace_launcher
 from gmarpp.training.ranks import RankLauncher
 
 # the trainer's numbers that Lightning takes unchecked, or refuses without naming them
@@ -57,13 +55,5 @@ class Trainer(L.Trainer):
         except TypeError as error:
             devices, time = kwargs.get("devices"), kwargs.get("max_time")
             raise ValueError(f"--trainer.devices {devices}, --trainer.max_time {time}: {error}") from error
-        plugin: Any = self.strategy.checkpoint_io
-        if type(plugin) is TorchCheckpointIO:
-            self.strategy.checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(plugin, _WrappingCheckpointIO) and type(plugin.checkpoint_io) is TorchCheckpointIO:
-            plugin._checkpoint_io = AtomicCheckpointIO()
-        launcher = self.strategy.launcher
-        if type(launcher) is _SubprocessScriptLauncher:
-            self.strategy._launcher = RankLauncher(
-                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
-            )
+        replace_checkpoint_io(self.strategy, AtomicCheckpointIO())
+        replace_launcher(self.strategy, RankLauncher)

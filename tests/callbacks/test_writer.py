@@ -339,6 +339,9 @@ def test_the_data_module_is_left_as_it_was(tmp_path):
     with pytest.raises(RuntimeError):
         predict(tmp_path / "other", data, FakeExplaining(stop_at=2))
     assert "predict_dataloader" not in vars(data)
+    own = data.predict_dataloader = lambda: DataLoader(data.dataset, batch_size=3)
+    predict(tmp_path / "third", data)
+    assert vars(data)["predict_dataloader"] is own
 
 
 def test_resuming_a_complete_run_changes_nothing(tmp_path):
@@ -374,8 +377,8 @@ def test_a_limit_is_meant_for_each_rank(tmp_path):
         is_global_zero=True,
         strategy=SimpleNamespace(broadcast=lambda error: error),
     )
-    loader = ExplanationWriter(tmp_path / "run")._pending(trainer, FakeExplaining(), data.predict_dataloader())
-    assert loader.dataset.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    batches = ExplanationWriter(tmp_path / "run")._pending(trainer, FakeExplaining(), data.predict_dataloader())
+    assert batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_share_of_the_batches_is_not_resumed(tmp_path):

@@ -8,6 +8,7 @@ from miniature import PLAIN, tiny_imagenet, trainer
 
 from gmarpp.data import Augmentation, ImageDataModule, Preprocessing, TinyImageNet
 from gmarpp.data.dataset import Record
+from gmarpp.data.module import chosen_batches
 
 
 class Points:
@@ -46,6 +47,30 @@ def test_batch():
     assert batch["index"].tolist() == [0, 1, 2, 3]
     assert batch["path"] == ["0", "1", "2", "3"]
     assert set(batch) == {"image", "label", "index", "path"}
+
+
+class OwnLoader(PointData):
+    def predict_dataloader(self):
+        return torch.utils.data.DataLoader(self.datasets["predict"], batch_size=12)
+
+
+@pytest.mark.parametrize("kind", [PointData, OwnLoader])
+def test_predicted_images_come_in_chosen_batches(kind):
+    data = kind(preprocessing=PLAIN, num_workers=0, batch_size=4)
+    data.setup("predict")
+    before, asked = dict(vars(data)), []
+
+    def choose(loader):
+        asked.append(len(loader.dataset))
+        return [[7, 2], [11]]
+
+    with chosen_batches(data, choose):
+        assert asked == [], "what to load is chosen when the loader is asked for"
+        batches = [batch["path"] for batch in data.predict_dataloader()]
+        assert (batches, asked) == ([["7", "2"], ["11"]], [12])
+    assert vars(data) == before
+    assert len(data.predict_dataloader().dataset) == 12
+    assert next(iter(data.predict_dataloader()))["path"][:2] == ["0", "1"]
 
 
 def test_only_classes_are_renumbered():

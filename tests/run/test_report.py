@@ -13,8 +13,8 @@ import scipy.stats
 from stored_run import CLASS_NAMES, METHODS, METRICS, stored_run
 
 from gmarpp.maps import normalize_map
-from gmarpp.run import report
-from gmarpp.run.report import write_report
+from gmarpp.run import report, report_maps
+from gmarpp.run.results import write_results
 
 PATHS = ["a/same.jpg", "b/same.jpg", "</script><script>alert(1)</script>.jpg", "bad\udcff&.jpg", "x" * 300, "猫.jpg"]
 
@@ -123,7 +123,7 @@ def explanations(tmp_path):
 
 @pytest.fixture
 def page(explanations):
-    write_report(explanations, explanations.folder / "report.html")
+    write_results(explanations, figure_images=0)
     return explanations.folder / "report.html"
 
 
@@ -192,9 +192,9 @@ def test_disagreement_is_that_of_the_two_methods_beside_the_control(page, explan
 
 def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatch):
     monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
-    monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
-    monkeypatch.setattr(report, "_CHUNK_BYTES", 4 * len(METHODS) * 24)
-    write_report(explanations, explanations.folder / "report.html")
+    monkeypatch.setattr(report_maps, "_EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(report_maps, "_CHUNK_BYTES", 4 * len(METHODS) * 24)
+    write_results(explanations, figure_images=0)
     parser, data = parse(explanations.folder / "report.html")
     assert set(parser.scripts) == {"data", "code"}
     assert data["thumbnails"] is None
@@ -209,11 +209,11 @@ def test_pictures_and_maps_of_a_large_run_stay_in_files(explanations, monkeypatc
 def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded):
     if not embedded:
         monkeypatch.setattr(report, "_EMBEDDED_IMAGES", 0)
-        monkeypatch.setattr(report, "_EMBEDDED_MAPS", 0)
-        monkeypatch.setattr(report, "_CHUNK_BYTES", 20 * len(METHODS) * 24)
+        monkeypatch.setattr(report_maps, "_EMBEDDED_BYTES", 0)
+        monkeypatch.setattr(report_maps, "_CHUNK_BYTES", 20 * len(METHODS) * 24)
     explanations = stored_run(tmp_path / "run", [*PATHS, *(f"{number}.jpg" for number in range(44))])
     page = explanations.folder / "report.html"
-    write_report(explanations, page)
+    write_results(explanations, figure_images=0)
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", VISITOR + "</body>"), encoding="utf-8")
     document = browse(page)
     assert "&lt;b&gt;dog&lt;/b&gt;" in document

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from stored_run import stored_run
 
+from gmarpp.run import shards
 from gmarpp.run.results import write_results
 from gmarpp.run.tables import write_csv
 
@@ -70,6 +71,17 @@ def test_figures_in_all_formats(explanations):
     assert "<svg" in (explanations.folder / "comparison.svg").read_text()
     assert (explanations.folder / "curves.png").exists()
     assert (explanations.folder / "curves.svg").exists()
+
+
+def test_all_results_come_from_one_reading_of_each_file(explanations, monkeypatch):
+    opened, safe_open = [], shards.safe_open
+    monkeypatch.setattr(shards, "safe_open", lambda path, *rest: opened.append(path.name) or safe_open(path, *rest))
+    write_results(explanations, figure_images=3)
+    assert opened == ["00000.safetensors", "00001.safetensors"]
+    for name in ("explanations.csv", "summary.csv", "comparison.png", "curves.png", "report.html"):
+        assert (explanations.folder / name).stat().st_size
+    assert len(explanations.rows) == len(explanations.values["rollout"]["sparseness"]) == len(PATHS)
+    assert len(opened) == 2, "what has been read is known"
 
 
 def test_numbers_have_six_digits_and_none_is_empty(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gmarpp.run.batches import batch_loader, pending_batches
+from gmarpp.data.batches import batch_loader, pending_batches
 
 
 def test_all_batches_of_a_new_run():

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.run.background import leave_signals_to_parent
+from gmarpp.processes import follow_parent
+
+ChooseBatches: TypeAlias = Callable[[Any], list[list[int]]]
+"""Given what a data module would load, which of its images are loaded together: positions, batch by batch."""
 
 
 class WholeBatches(Dataset[Any]):
@@ -75,7 +78,7 @@ def batch_loader(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> D
 
 
 def _begin_worker(original: Callable[[int], None] | None, worker: int) -> None:
-    leave_signals_to_parent()
+    follow_parent()
     if original is not None:
         original(worker)
 
