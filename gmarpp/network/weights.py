@@ -28,7 +28,9 @@ class Weights:
     """A state dict in timm's naming, and what its file says about the network that it fits.
 
     `None` or empty means that the file does not say. `preprocessing` holds any of `PREPROCESSING`; `model_args` are
-    options of `build_model` beyond the architecture's own.
+    options of `build_model` beyond the architecture's own; `training` are all options of the training that wrote the
+    file. `path` is the file as it was asked for, `sha256` the digest of what was read from it; of a folder, the digest
+    of the lines that `sha256sum` prints for the files that were read, by name.
 
     Raises:
         ValueError: a field is of the wrong type or out of range; the message names it.
@@ -42,6 +44,14 @@ class Weights:
     classes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    sha256: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """The file's path, for messages."""
+        return self.path or "the state dict"
 
     def __post_init__(self) -> None:
         other = next((key for key, value in self.state.items() if not isinstance(value, Tensor)), None)
