@@ -45,8 +45,9 @@ def find_path(path: str | Path) -> Path:
     return source
 
 
-def find_file(path: str | Path) -> Path:
-    """Return the existing, non-empty file that a path means, as `find_path` does.
+@contextmanager
+def open_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open the existing, non-empty file that a path means, as `find_path` does, at its beginning.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,14 +58,15 @@ def find_file(path: str | Path) -> Path:
         raise ValueError(f"{path} is a folder, expected a file: give the path of the checkpoint in it")
     with source.open("rb") as file:
         start = file.read(24)
-    if not start:
-        raise damaged(source, "it is empty")
-    if start == b"version https://git-lfs.":
-        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: get it with `git lfs pull`")
-    return source
+        if not start:
+            raise damaged(source, "it is empty")
+        if start == b"version https://git-lfs.":
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: get it with `git lfs pull`")
+        file.seek(0)
+        yield file
 
 
-def damaged(path: Path, reason: Exception | str) -> ValueError:
+def damaged(path: str | Path, reason: Exception | str) -> ValueError:
     """Return the error that says that a file is damaged, and why, in one line."""
     why = reason if isinstance(reason, str) else first_line(reason)
     return ValueError(f"{path} is damaged or incomplete ({why}); copy or download it again")
@@ -75,17 +77,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 digest of a file; of a folder, over its files' names and contents, sorted."""
+def sha256(file: BinaryIO) -> str:
+    """Return the hexadecimal SHA-256 digest of an open file, which is at its beginning then and afterwards."""
     digest = hashlib.sha256()
-    root = Path(path)
-    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        if file.is_file():
-            if root.is_dir():
-                digest.update(file.relative_to(root).as_posix().encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    file.seek(0)
     return digest.hexdigest()
 
 

@@ -14,6 +14,8 @@ from gmarpp.callbacks.termination import Termination
 from gmarpp.cli.command_line import CommandLine, _parser_options
 from gmarpp.command import run_command
 from gmarpp.files import find_path
+from gmarpp.network.load import describe_weights
+from gmarpp.network.weights import Weights
 from gmarpp.training.module import ViTClassifier, classifier_options
 from gmarpp.training.resume import find_checkpoint
 from gmarpp.training.trainer import Trainer
@@ -28,6 +30,8 @@ MACHINE = ("gradient_checkpointing", "compile", "channels_last")
 
 class TrainCLI(CommandLine):
     """Fine-tunes and evaluates; a run logs to TensorBoard and keeps its best checkpoint, with a card, and its last."""
+
+    weights: Weights | None = None
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -80,11 +84,16 @@ class TrainCLI(CommandLine):
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
-        """Reads the weights to evaluate, from any format, before the data numbers its classes."""
+        """Build the network of a checkpoint, of any format, from what was read of it; else from its options."""
+        if self.weights is not None:
+            self.parser.add_instantiator(self._restore, ViTClassifier, subclasses=False)
         super().instantiate_classes()
-        path = self.option(self.config, "ckpt_path")
-        if self.subcommand != "fit" and path is not None:
-            self.model.restore(path)
+
+    def _restore(self, kind: type[ViTClassifier], *, applied_instantiation_links: Any, **options: Any) -> ViTClassifier:
+        # Handed on, not kept: the network has its own copy.
+        weights, self.weights = self.weights, None
+        assert weights is not None
+        return kind.from_weights(weights, **options)
 
     def before_fit(self) -> None:
         """Refuse to train for metrics that nobody logs."""
@@ -99,7 +108,7 @@ class TrainCLI(CommandLine):
         self.trainer.test(model, **options)
 
     def take_options_of_checkpoint(self) -> None:
-        """Takes the model's options from the checkpoint, and says so where the command line asked for others."""
+        """Take the model's options from the checkpoint, and say so where the command line asked for others."""
         command = self.config.subcommand
         options = self.config[command]
         if options.get("ckpt_path") in ("last", "best"):
@@ -113,7 +122,8 @@ class TrainCLI(CommandLine):
         if command == "fit":
             _require_resumable(path, options.trainer)
         asked, default = options.model.as_dict(), self.parser_of(command).get_defaults().model.as_dict()
-        saved = {key: value for key, value in classifier_options(path).items() if key not in MACHINE}
+        self.weights = describe_weights(path)
+        saved = {key: value for key, value in classifier_options(self.weights).items() if key not in MACHINE}
         self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
         taken = self.config[command].model
         for key in sorted(asked.keys() - set(RESOLVED)):

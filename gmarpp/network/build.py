@@ -12,7 +12,7 @@ from torch import nn
 from gmarpp.files import first_line
 from gmarpp.network.preprocessing import _pair, set_preprocessing
 
-# timm's own options of create_model that read files, or the network, in place of building a model
+# Timm's own options of create_model that read files, or the network, in place of building a model.
 FACTORY_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
@@ -23,7 +23,7 @@ def build_model(
     model_args: Mapping[str, Any] | None = None,
     drop_path: float = 0.0,
 ) -> nn.Module:
-    """Builds a timm network with random weights; no network access.
+    """Build a timm network with random weights; no network access.
 
     Args:
         architecture: timm's name, with or without a pretrained tag. The tag decides the preprocessing.

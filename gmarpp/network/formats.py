@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gmarpp.files import damaged, find_file, find_path
+from gmarpp.files import damaged, find_path
 from gmarpp.network.hugging_face import CONFIG, read_folder
 from gmarpp.network.safe_reading import load_safetensors, load_tensors, parse_json
 from gmarpp.network.weights import (
@@ -29,19 +30,25 @@ STATE_KEYS = ("state_dict", "model")
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Return the weights in a file of any of the formats of `load_model`; large files are mapped, not read.
+    """Return the weights in a file of any of the formats of `load_model`, with the digest of what was read.
+
+    The file is opened once.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, unsafe, or of an unknown kind, or describes no network.
     """
+    return replace(_read(path), path=str(path))
+
+
+def _read(path: str | Path) -> Weights:
     source = find_path(path)
     suffixes = (".ckpt", ".safetensors", *TORCH_SUFFIXES)
     with _naming(path):
         if source.is_dir() and ((source / CONFIG).exists() or not source.name.endswith(suffixes)):
             return read_folder(source)
         if source.name.endswith(".ckpt"):
-            return _read_lightning(source)
+            return weights_of_checkpoint(*read_lightning_checkpoint(source), path)
         if source.name.endswith(".safetensors"):
             return _read_safetensors(source)
         if source.name.endswith(TORCH_SUFFIXES):
@@ -63,44 +70,52 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path} does not describe a network that can be built: {error}") from error
 
 
-def read_lightning_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return the content of a `.ckpt` by Lightning, with its tensors mapped from the file.
+def read_lightning_checkpoint(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Return the content of a `.ckpt` by Lightning, and the file's SHA-256.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or unsafe, or holds something else.
     """
-    content = load_tensors(find_file(path))
+    content, digest = load_tensors(path)
     with _naming(path):
         expect_mapping("state_dict", content.get("state_dict"))
         expect_mapping("hyper_parameters", content.setdefault("hyper_parameters", {}))
-    return content
+    return content, digest
 
 
-def _read_lightning(path: Path) -> Weights:
-    content = read_lightning_checkpoint(path)
+def weights_of_checkpoint(content: dict[str, Any], digest: str, path: str | Path) -> Weights:
+    """Return the weights in what `read_lightning_checkpoint` returns.
+
+    Raises:
+        ValueError: naming the file, and the part that describes no network.
+    """
     options = content["hyper_parameters"]
+    origin: dict[str, Any] = {"path": str(path), "sha256": digest}
     if "architecture" not in options:
-        # another project's: the caller has to know what it is
-        return Weights(without_prefix(content["state_dict"]))
+        # Another project's: the caller has to know what it is.
+        return Weights(without_prefix(content["state_dict"]), **origin)
     missing = {"image_size", "num_classes", "model_args", "preprocessing"} - options.keys()
-    if missing:
-        raise ValueError(f"hyper_parameters: expected {', '.join(sorted(missing))}, got none")
     prefix = "model."
-    return Weights(
-        state={key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)},
-        architecture=options["architecture"],
-        image_size=expect_pair("image_size", options["image_size"]),
-        num_classes=expect_integer("num_classes", options["num_classes"], 0, MAX_CLASSES),
-        model_args=options["model_args"],
-        classes=expect_names("classes", content.get("classes", ())),
-        class_names=expect_names("class_names", content.get("class_names", ())),
-        preprocessing=options["preprocessing"],
-    )
+    with _naming(path):
+        if missing:
+            raise ValueError(f"hyper_parameters: expected {', '.join(sorted(missing))}, got none")
+        return Weights(
+            state={key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)},
+            architecture=options["architecture"],
+            image_size=expect_pair("image_size", options["image_size"]),
+            num_classes=expect_integer("num_classes", options["num_classes"], 0, MAX_CLASSES),
+            model_args=options["model_args"],
+            classes=expect_names("classes", content.get("classes", ())),
+            class_names=expect_names("class_names", content.get("class_names", ())),
+            preprocessing=options["preprocessing"],
+            training={key: value for key, value in options.items() if not key.startswith("_")},
+            **origin,
+        )
 
 
 def _read_safetensors(path: Path) -> Weights:
-    state, metadata = load_safetensors(path)
+    state, metadata, digest = load_safetensors(path)
     if DIGEST in metadata and metadata[DIGEST] != content_digest(state, metadata):
         raise damaged(path, f"its content has changed; after a change on purpose remove {DIGEST} from its metadata")
 
@@ -118,12 +133,13 @@ def _read_safetensors(path: Path) -> Weights:
         classes=expect_names("classes", parsed("classes", [])),
         class_names=expect_names("class_names", parsed("class_names", [])),
         preprocessing={key: metadata[key] if key in texts else parsed(key) for key in PREPROCESSING if key in metadata},
+        sha256=digest,
     )
 
 
 def _read_torch(path: Path) -> Weights:
-    content = load_tensors(path)
+    content, digest = load_tensors(path)
     nested = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
     state: dict[str, Tensor] = content if nested is None else content[nested]
     architecture = content.get("arch") if nested else None
-    return Weights(without_prefix(state), architecture if isinstance(architecture, str) else None)
+    return Weights(without_prefix(state), architecture if isinstance(architecture, str) else None, sha256=digest)

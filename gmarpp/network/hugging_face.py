@@ -1,6 +1,8 @@
 """Folders in the layouts of the Hugging Face Hub: a network's configuration beside its weights."""
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +45,35 @@ def read_folder(folder: Path) -> Weights:
     """
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model folder: it has no {CONFIG}")
-    config = read_json(folder / CONFIG)
+    digests: dict[str, str] = {}
+    config = _read_config(folder / CONFIG, digests)
     if "architecture" in config:
-        return _read_timm(folder, config)
-    if config.get("model_type") != "vit":
+        weights = _read_timm(folder, config, digests)
+    elif config.get("model_type") == "vit":
+        weights = _read_vit(folder, config, digests)
+    else:
         raise ValueError(
             f"{folder} holds a {config.get('model_type', 'network without model_type')}; of Hugging Face folders only "
             "timm's and ViTForImageClassification's (model_type vit) can be loaded"
         )
-    return _read_vit(folder, config)
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return replace(weights, sha256=hashlib.sha256(lines.encode()).hexdigest())
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    if (folder / "model.safetensors").exists():
-        return load_safetensors(folder / "model.safetensors")[0]
-    if (folder / "pytorch_model.bin").exists():
-        return load_tensors(folder / "pytorch_model.bin")
+def _read_config(file: Path, digests: dict[str, str]) -> dict[str, Any]:
+    config, digests[file.name] = read_json(file)
+    return config
+
+
+def _read_state(folder: Path, digests: dict[str, str]) -> dict[str, Tensor]:
+    for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_tensors)):
+        if (folder / name).exists():
+            state, *_, digests[name] = load(folder / name)
+            return state
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
 
 
-def _read_timm(folder: Path, config: dict[str, Any]) -> Weights:
+def _read_timm(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> Weights:
     """Read what `timm.models.push_to_hf_hub` and `save_for_hf` write."""
     about = expect_mapping("pretrained_cfg", config.get("pretrained_cfg", config))
     size = about.get("input_size")
@@ -76,7 +87,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Weights:
     own_classes = options.pop("num_classes", None)
     described = expect_mapping("label_descriptions", config.get("label_descriptions") or {})
     return Weights(
-        state=without_prefix(_read_state(folder)),
+        state=without_prefix(_read_state(folder, digests)),
         architecture=config["architecture"],
         image_size=None if own_size is None else expect_pair("input_size", own_size),
         num_classes=config.get("num_classes", about.get("num_classes", own_classes)),
@@ -87,7 +98,7 @@ def _read_timm(folder: Path, config: dict[str, Any]) -> Weights:
     )
 
 
-def _read_vit(folder: Path, config: dict[str, Any]) -> Weights:
+def _read_vit(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> Weights:
     """Convert `transformers.ViTForImageClassification` to timm's layout."""
 
     def integer(name: str) -> int:
@@ -102,7 +113,7 @@ def _read_vit(folder: Path, config: dict[str, Any]) -> Weights:
     depth, width, epsilon = integer("num_hidden_layers"), integer("hidden_size"), config.get("layer_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"layer_norm_eps: expected a number in (0, 1), got {epsilon!r}")
-    state = _rename(_read_state(folder), depth, folder)
+    state = _rename(_read_state(folder, digests), depth, folder)
     num_classes = len(state["head.bias"]) if "head.bias" in state else 0
     labels = {} if config.get("id2label") is None else expect_mapping("id2label", config["id2label"])
     names = tuple(labels.get(str(index), f"LABEL_{index}") for index in range(num_classes))
@@ -124,7 +135,7 @@ def _read_vit(folder: Path, config: dict[str, Any]) -> Weights:
         },
         classes=names if len(set(names)) == len(names) else (),
         class_names=names,
-        preprocessing=_vit_preprocessing(folder, min(size), choice),
+        preprocessing=_vit_preprocessing(folder, min(size), choice, digests),
     )
 
 
@@ -180,9 +191,9 @@ def _rename_layer(left: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
     return state
 
 
-def _vit_preprocessing(folder: Path, image_size: int, choice: Any) -> dict[str, Any]:
+def _vit_preprocessing(folder: Path, image_size: int, choice: Any, digests: dict[str, str]) -> dict[str, Any]:
     file = folder / "preprocessor_config.json"
-    config = read_json(file) if file.exists() else {}
+    config = _read_config(file, digests) if file.exists() else {}
     normalized = choice("do_normalize", {True: True, False: False}, config.get("do_normalize", True))
     size = config.get("size")
     shortest = size.get("shortest_edge") if isinstance(size, dict) else None

@@ -20,9 +20,12 @@ from gmarpp.network.weights import Weights
 
 logger = logging.getLogger(__name__)
 
+# Timm's names of the tokens that come before the patches.
+PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
 
 def load_model(path: str | Path, architecture: str | None = None) -> nn.Module:
-    """Builds the network that a file describes and loads its weights.
+    """Build the network that a file describes and load its weights.
 
     Before memory is taken for the network, the file's description is compared with the weights in it. Checksums are
     compared where the file has any.
@@ -43,45 +46,51 @@ def load_model(path: str | Path, architecture: str | None = None) -> nn.Module:
     weights = describe_weights(path, architecture)
     assert weights.architecture is not None
     assert weights.num_classes is not None
-    model: Any = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
-    fill_model(model, weights, path)
-    module: nn.Module = model.eval()
-    return module
+    model = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
+    set_preprocessing(model, weights.preprocessing)
+    fill_model(model, weights)
+    return model.eval()
 
 
 def describe_weights(path: str | Path, architecture: str | None = None) -> Weights:
-    """Reads a file as `read_weights` does, and finds out what it does not say itself.
+    """Return what `read_weights` does, with what the file does not say itself found out by `complete`."""
+    return complete(read_weights(path), architecture)
+
+
+def complete(weights: Weights, architecture: str | None = None) -> Weights:
+    """Return weights whose description has no gaps.
 
     That weights and description belong together is checked before any memory is taken for the network.
 
+    Args:
+        weights: as read.
+        architecture: timm's name of the network, where the weights do not name it themselves.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of an unknown kind, does not tell its architecture, or describes another
-            network than the one its weights are of.
+        ValueError: the weights do not tell their architecture, or are of another network than the one described.
     """
-    weights = read_weights(path)
     architecture = architecture or weights.architecture
     if architecture is None:
         raise ValueError(
-            f"{path} does not name its architecture: pass timm's name of it as architecture=, or write a file that "
-            f"names it: python -m gmarpp.export --ckpt_path {path} --architecture vit_base_patch16_224 "
-            "--output named.safetensors"
+            f"{weights.origin} does not name its architecture: pass timm's name of it as architecture=, or write a "
+            f"file that names it: python -m gmarpp.export --ckpt_path {weights.origin} "
+            "--architecture vit_base_patch16_224 --output named.safetensors"
         )
     weights = replace(weights, architecture=architecture)
     if weights.num_classes is None:
         weights = replace(weights, num_classes=_head_size(weights.state, architecture))
+    if weights.image_size is None:
+        weights = replace(weights, image_size=_infer_image_size(weights.state))
     try:
-        if weights.image_size is None:
-            weights = replace(weights, image_size=_infer_image_size(weights))
         outline = _outline(weights)
     except ValueError as error:
-        raise ValueError(f"{path} does not describe a network that can be built: {error}") from error
-    require_same_layout(outline, to_layout_of(outline, weights, path), path)
+        raise ValueError(f"{weights.origin} does not describe a network that can be built: {error}") from error
+    require_same_layout(outline, to_layout_of(outline, weights), weights.origin)
     return weights
 
 
 def _outline(weights: Weights) -> nn.Module:
-    """Builds the network that weights describe without any memory for its parameters.
+    """Build the network that weights describe without any memory for its parameters.
 
     Raises:
         ValueError: it cannot be built, or has far more parameters than there are weights.
@@ -91,33 +100,30 @@ def _outline(weights: Weights) -> nn.Module:
         return build_model(weights.architecture, weights.num_classes or 0, weights.image_size, weights.model_args)
 
 
-def fill_model(model: nn.Module, weights: Weights, path: str | Path) -> None:
-    """Loads weights that must fit exactly, head included, and the classes and the preprocessing that go with them.
+def fill_model(model: nn.Module, weights: Weights) -> None:
+    """Load weights that must fit exactly, head included, and the classes that go with them.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape; the message names it and `path`.
+        ValueError: a weight is missing, unknown or of another shape; the message names it and its file.
     """
     network: Any = model
-    load_exactly(model, to_layout_of(model, weights, path), path)
-    set_preprocessing(model, weights.preprocessing)
+    load_exactly(model, to_layout_of(model, weights), weights.origin)
     network.classes, network.class_names = weights.classes, weights.class_names
 
 
-def load_weights(model: nn.Module, path: str | Path, classes: Sequence[str] = ()) -> bool:
-    """Loads a file's weights into a network as the start of a fine-tuning.
+def load_weights(model: nn.Module, weights: Weights, classes: Sequence[str] = ()) -> bool:
+    """Load weights into a network as the start of a fine-tuning.
 
-    The position embedding and the patch projection are resampled where sizes differ. The file's head is used only when
+    The position embedding and the patch projection are resampled where sizes differ. Their head is used only when
     it has as many outputs as the network's and its classes, where both are known, are `classes` in the same order.
 
     Returns:
         Whether the head was loaded.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or holds another architecture's weights.
+        ValueError: they are another architecture's.
     """
-    weights = read_weights(path)
-    state = to_layout_of(model, weights, path, resample=True)
+    state = to_layout_of(model, weights, resample=True)
     current = model.state_dict()
     head = _head_keys(model)
     keep = all(key in state and state[key].shape == current[key].shape for key in head) and (
@@ -125,13 +131,13 @@ def load_weights(model: nn.Module, path: str | Path, classes: Sequence[str] = ()
     )
     if not keep:
         state = {key: value for key, value in state.items() if key not in head} | {key: current[key] for key in head}
-        logger.info("%s: the head is not loaded, it is not for these classes", path)
-    load_exactly(model, state, path)
+        logger.info("%s: the head is not loaded, it is not for these classes", weights.origin)
+    load_exactly(model, state, weights.origin)
     return keep
 
 
 def load_pretrained(model: nn.Module, architecture: str) -> bool:
-    """Loads timm's pretrained weights from the Hugging Face Hub, all but a head that is for other classes.
+    """Load timm's pretrained weights from the Hugging Face Hub, all but a head that is for other classes.
 
     Returns:
         Whether the head was loaded.
@@ -174,16 +180,15 @@ def _head_size(state: Mapping[str, Tensor], architecture: str) -> int:
     return 0 if weight is None else len(weight)
 
 
-def _infer_image_size(weights: Weights) -> tuple[int, int] | None:
-    """Reads the size off a square position embedding; `None` where there is none or it is not square."""
-    embedding = weights.state.get("pos_embed")
-    if embedding is None or embedding.ndim != 3:
+def _infer_image_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Return the size that a square position embedding is for; `None` where there is none or it is not square."""
+    embedding, projection = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if embedding is None or embedding.ndim != 3 or projection is None or projection.ndim != 4:
         return None
-    outline: Any = _outline(weights)
-    patch = getattr(getattr(outline, "patch_embed", None), "patch_size", None)
-    if patch is None:
-        return None
-    patches = embedding.shape[1]
-    patches -= 0 if getattr(outline, "no_embed_class", False) else getattr(outline, "num_prefix_tokens", 0)
-    side = isqrt(max(patches, 0))
-    return (side * patch[0], side * patch[1]) if side and side * side == patches else None
+    prefix = sum(state[name].shape[1] for name in PREFIX_TOKENS if name in state and state[name].ndim == 3)
+    # Some networks embed the positions of patches alone, others those of their further tokens, too.
+    for patches in (embedding.shape[1], embedding.shape[1] - prefix):
+        side = isqrt(max(patches, 0))
+        if side and side * side == patches:
+            return side * projection.shape[2], side * projection.shape[3]
+    return None

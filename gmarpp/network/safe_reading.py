@@ -1,20 +1,22 @@
 """Contents of files that nobody vouches for: no code runs, and sizes and checksums are checked before use."""
 
 import errno
+import hashlib
 import json
 import logging
+import os
 import pickle
 import re
 import zipfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor, nn
 
-from gmarpp.files import damaged, find_file, first_line, sha256
+from gmarpp.files import damaged, first_line, open_file, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -54,66 +56,77 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the JSON object in a file, and the file's SHA-256.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: naming the file; it holds something else.
     """
-    with find_file(path).open("rb") as file:
-        content = parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
+    with open_file(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}; copy or download it again")
-    return content
+    return content, hashlib.sha256(text).hexdigest()
 
 
-def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
+def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Return the tensors and the metadata of a safetensors file, and the file's SHA-256, of one read.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged; one in the Hub's cache also where its content is not what its name says.
     """
-    source = find_file(path)
-    with source.open("rb") as file:
+    with open_file(path) as file:
         header = int.from_bytes(file.read(8), "little")
-    if header > MAX_JSON_BYTES:
-        raise damaged(path, f"expected at most {MAX_JSON_BYTES} bytes of header, got {header}")
-    stored = source.resolve()
-    if stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name) and sha256(stored) != stored.name:
+        if header > MAX_JSON_BYTES:
+            raise damaged(path, f"expected at most {MAX_JSON_BYTES} bytes of header, got {header}")
+        file.seek(0)
+        content, stored = file.read(), Path(file.name).resolve()
+    digest = hashlib.sha256(content).hexdigest()
+    if stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name) and digest != stored.name:
         raise damaged(path, "its content has another SHA-256 than the Hub says")
     try:
-        with safe_open(source, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        # The library checks the header first: its own parser must have accepted what ours then takes the metadata from.
+        state = load(content)
     except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
         raise _unreadable(path, error) from error
+    return state, parse_json(content[8 : 8 + header], str(path)).get("__metadata__") or {}, digest
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the content of a file by `torch.save`: tensors and plain values; large files are mapped, not read.
+def load_tensors(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Return the content of a file by `torch.save`, tensors and plain values, and the file's SHA-256.
 
-    The unpickler is always the one that runs no code, whatever the environment asks for. A file in today's format is
-    read once before, to compare its checksums.
+    The unpickler is always the one that runs no code, whatever the environment asks for. Digest, checksums and content
+    are of one open file: what takes its name in between is not mixed with it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds something else than tensors and plain values.
     """
-    source = find_file(path)
-    with source.open("rb") as file:
+    with open_file(path) as file:
+        digest, size = sha256(file), os.fstat(file.fileno()).st_size
         start = file.read(4)
-    zipped = start == b"PK\x03\x04"
-    if zipped:
-        _check_records(source, path)
-    elif not start.startswith(b"\x80"):
-        raise damaged(path, "it does not begin as PyTorch's files do")
-    else:
-        logger.warning("%s is in a format without checksums, of PyTorch before 1.6: damage may go unnoticed", path)
+        if start == b"PK\x03\x04":
+            _check_records(file, size, path)
+        elif not start.startswith(b"\x80"):
+            raise damaged(path, "it does not begin as PyTorch's files do")
+        else:
+            logger.warning("%s is in a format without checksums, of PyTorch before 1.6: damage may go unnoticed", path)
+        file.seek(0)
+        content = _unpickle(file, path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    _check_values(content, size, path)
+    return content, digest
+
+
+def _unpickle(file: BinaryIO, path: str | Path) -> Any:
     try:
-        # timm's training script stores its options as a Namespace: plain values by name
+        # Timm's training script stores its options as a Namespace: plain values by name.
         with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         if re.search("Unsupported|GLOBAL|blocked", str(error)):
             raise ValueError(
@@ -123,17 +136,13 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise damaged(path, error) from error
     except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
         raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    _check_values(content, source)
-    return content
 
 
-def _check_records(source: Path, path: Path) -> None:
+def _check_records(file: BinaryIO, size: int, path: str | Path) -> None:
     """Compare the checksums of a zip archive's records, which torch.load does not do."""
     try:
-        with zipfile.ZipFile(source) as archive:
-            wrong = _wrong_record(archive, source.stat().st_size)
+        with zipfile.ZipFile(file) as archive:
+            wrong = _wrong_record(archive, size)
     except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
         raise _unreadable(path, error) from error
     if wrong is not None:
@@ -156,17 +165,17 @@ def _wrong_record(archive: zipfile.ZipFile, size: int) -> str | None:
     return None if wrong is None else f"the checksum of {wrong} is wrong"
 
 
-def _unreadable(path: Path, error: Exception) -> Exception:
+def _unreadable(path: str | Path, error: Exception) -> Exception:
     """Return what to raise for what a reader made of a file: damage, unless it is the disk that fails."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return error
     return damaged(path, error)
 
 
-def _check_values(content: dict[str, Any], path: Path) -> None:
+def _check_values(content: dict[str, Any], size: int, path: str | Path) -> None:
     """Refuse what would unfold to far more than the file: views of a few values as large tensors, nested sharing."""
     known: dict[int, int] = {}
-    room = MAX_UNFOLDING * path.stat().st_size
+    room = MAX_UNFOLDING * size
 
     def count(value: Any, depth: int) -> int:
         nonlocal room
@@ -190,7 +199,7 @@ def _check_values(content: dict[str, Any], path: Path) -> None:
     count(content, 0)
 
 
-def _check_tensor(value: Tensor, path: Path) -> None:
+def _check_tensor(value: Tensor, path: str | Path) -> None:
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized:
         raise ValueError(

@@ -17,7 +17,7 @@ from gmarpp.network.weights import DIGEST, content_digest
 def save_weights(
     model: nn.Module, path: str | Path, dtype: torch.dtype | None = None, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a network as a plain timm safetensors file whose metadata lets `load_model` rebuild it.
+    """Write a network as a plain timm safetensors file whose metadata lets `load_model` rebuild it.
 
     The file appears under its name only when it is complete. Its metadata holds a digest of all its content, which is
     compared whenever the file is read.
@@ -41,7 +41,7 @@ def save_weights(
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """What a file has to say about a network from `load_model`: architecture, classes, preprocessing; JSON values."""
+    """Return what a file has to say of a network from `load_model`: architecture, classes, preprocessing; in JSON."""
     network: Any = model
     height, width = get_image_size(model)
     return {

@@ -4,7 +4,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 @contextmanager
 def at_most_parameters(limit: int) -> Iterator[None]:
-    """Ends the building of a network in this thread when it has had more parameters than a limit."""
+    """End the building of a network in this thread when it has had more parameters than a limit."""
     count, thread = 0, threading.get_ident()
 
     def register(*_: Any) -> None:
@@ -35,8 +34,8 @@ def at_most_parameters(limit: int) -> Iterator[None]:
         hook.remove()
 
 
-def to_layout_of(model: nn.Module, weights: Weights, path: str | Path, resample: bool = False) -> dict[str, Tensor]:
-    """Gives weights the names that a network has; resamples those of other sizes only if asked to."""
+def to_layout_of(model: nn.Module, weights: Weights, resample: bool = False) -> dict[str, Tensor]:
+    """Return weights under the names that a network has; those of other sizes are resampled only if asked for."""
     current = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or (weights.state.keys() == current.keys() and not resample):
@@ -45,11 +44,11 @@ def to_layout_of(model: nn.Module, weights: Weights, path: str | Path, resample:
         state: dict[str, Tensor] = dict(convert(dict(weights.state), model))
     except Exception as error:  # of whatever kind: the weights alone decide what goes wrong here
         raise ValueError(
-            f"{path} does not fit {_architecture(model)} ({first_line(error)}): name the architecture that it was "
-            "saved from"
+            f"{weights.origin} does not fit {_architecture(model)} ({first_line(error)}): name the architecture that "
+            "it was saved from"
         ) from error
     for key, value in weights.state.items():
-        # timm guesses the size that an embedding was made for, and resamples some that fit as they are
+        # Timm guesses the size that an embedding was made for, and resamples some that fit as they are.
         fits = key in current and value.shape == current[key].shape
         if key in state and (fits or (not resample and value.numel() != state[key].numel())):
             state[key] = value
@@ -61,8 +60,8 @@ def _architecture(model: nn.Module) -> str:
     return str(network.pretrained_cfg["architecture"])
 
 
-def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Requires names, shapes and types of weights to be a network's.
+def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Require names, shapes and types of weights to be a network's.
 
     Raises:
         ValueError: naming the first weight of each kind of difference.
@@ -79,23 +78,23 @@ def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], path: str
     problems += [f"{key} is {state[key].dtype}, expected {current[key].dtype}" for key in types[:1]]
     if problems:
         raise ValueError(
-            f"{path} does not fit {_architecture(model)}: {'; '.join(problems)}; "
+            f"{origin} does not fit {_architecture(model)}: {'; '.join(problems)}; "
             "name the architecture that it was saved from"
         )
 
 
-def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Loads weights that must be a network's by name, shape and type, and finite.
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load weights that must be a network's by name, shape and type, and finite.
 
     Raises:
         ValueError: naming the weight that is not.
     """
-    require_same_layout(model, state, path)
+    require_same_layout(model, state, origin)
     model.load_state_dict(state)
     for name, value in model.state_dict().items():
-        # a buffer may be a mask of infinite values
+        # A buffer may be a mask of infinite values.
         if value.isnan().any() or (name in dict(model.named_parameters()) and value.isinf().any()):
             raise ValueError(
-                f"{path}: {name} holds values that are not finite numbers, so the network's output would not be any "
+                f"{origin}: {name} holds values that are not finite numbers, so the network's output would not be any "
                 "either: the file is damaged, or training diverged; use an earlier checkpoint"
             )

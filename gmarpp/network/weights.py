@@ -12,8 +12,9 @@ from torch import Tensor
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 DIGEST = "content_sha256"
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
-CROP_MODES = ("center", "squash", "border")
+# All that files name; what images can be prepared with here is a part of them.
+TIMM_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+TIMM_CROP_MODES = ("center", "squash", "border")
 MAX_CLASSES = 1_000_000
 MAX_PIXELS_PER_SIDE = 16_384
 # No option of a network is larger; a number of layers that the weights do not have is found while building.
@@ -27,7 +28,9 @@ class Weights:
     """A state dict in timm's naming, and what its file says about the network that it fits.
 
     `None` or empty means that the file does not say. `preprocessing` holds any of `PREPROCESSING`; `model_args` are
-    options of `build_model` beyond the architecture's own.
+    options of `build_model` beyond the architecture's own; `training` are all options of the training that wrote the
+    file. `path` is the file as it was asked for, `sha256` the digest of what was read from it; of a folder, the digest
+    of the lines that `sha256sum` prints for the files that were read, by name.
 
     Raises:
         ValueError: a field is of the wrong type or out of range; the message names it.
@@ -41,6 +44,14 @@ class Weights:
     classes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    sha256: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """The file's path, for messages."""
+        return self.path or "the state dict"
 
     def __post_init__(self) -> None:
         other = next((key for key, value in self.state.items() if not isinstance(value, Tensor)), None)
@@ -75,11 +86,11 @@ def check_preprocessing(key: str, value: Any) -> None:
         fits = triple and (key == "mean" or min(value) > 0)
         _expect(fits, key, f"three {'positive ' if key == 'std' else ''}numbers, one per channel", value)
     elif key == "interpolation":
-        _expect(value in INTERPOLATIONS, key, f"one of {', '.join(INTERPOLATIONS)}", value)
+        _expect(value in TIMM_INTERPOLATIONS, key, f"one of {', '.join(TIMM_INTERPOLATIONS)}", value)
     elif key == "crop_pct":
         _expect(_is_number(value) and 0 < value <= 1, key, "a number in (0, 1]", value)
     elif key == "crop_mode":
-        _expect(value in CROP_MODES, key, f"one of {', '.join(CROP_MODES)}", value)
+        _expect(value in TIMM_CROP_MODES, key, f"one of {', '.join(TIMM_CROP_MODES)}", value)
     else:
         raise ValueError(f"unknown preprocessing {key!r}: choose from {', '.join(PREPROCESSING)}")
 

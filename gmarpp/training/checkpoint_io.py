@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.files import atomic_file, find_file, remove_leftovers
+from gmarpp.files import atomic_file, remove_leftovers
 from gmarpp.network.safe_reading import load_tensors
 
 # What Lightning takes for granted in a checkpoint, by its type.
@@ -65,8 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             except pickle.UnpicklingError as error:
                 raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from error
         else:
-            # Copied, since what a training goes on from must not depend on the file any more.
-            content = apply_to_collection(load_tensors(find_file(path)), Tensor, torch.clone)
+            content, _ = load_tensors(path)
         _require_checkpoint(content, path)
         return content
 

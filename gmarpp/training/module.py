@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,12 +21,12 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 from typing_extensions import Self, override
 
-from gmarpp.files import find_path, first_line, sha256
+from gmarpp.files import first_line
 from gmarpp.network.build import build_model
-from gmarpp.network.formats import read_lightning_checkpoint, read_weights
-from gmarpp.network.load import describe_weights, fill_model, load_pretrained, load_weights
+from gmarpp.network.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
+from gmarpp.network.load import complete, describe_weights, fill_model, load_pretrained, load_weights
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing, set_preprocessing
-from gmarpp.network.weights import PREPROCESSING, Weights
+from gmarpp.network.weights import Weights
 from gmarpp.options import Range, require_ranges
 from gmarpp.training.lightning_private import attached_trainer, restore_place_in_epoch
 from gmarpp.training.optim import parameter_groups, warmup_cosine_schedule
@@ -53,9 +53,9 @@ RANGES = {
 class ViTClassifier(L.LightningModule):
     """Fine-tunes any timm Vision Transformer as a classifier.
 
-    Pretrained weights are read when a run starts without a checkpoint, never when one is resumed or evaluated from a
-    checkpoint. What decides how the network sees images (`image_size`, `preprocessing`, `model_args`) is resolved once
-    and frozen into the checkpoint.
+    Start weights are loaded when a run starts without a checkpoint. A trained network is built by `from_weights` or
+    `load_from_checkpoint`, which need neither start weights nor the Hub. What decides how the network sees images
+    (`image_size`, `preprocessing`, `model_args`) is resolved once and frozen into the checkpoint.
 
     Args:
         architecture: timm's name of the network; its pretrained tag also decides the preprocessing. The weights file's
@@ -124,8 +124,7 @@ class ViTClassifier(L.LightningModule):
             f"--model.image_size: expected a side or [height, width], got {image_size}",
         )
 
-        frozen = image_size is not None and model_args is not None and set(preprocessing or {}) >= set(PREPROCESSING)
-        source = Weights({}) if weights is None or frozen else read_weights(weights)
+        source = Weights({}) if weights is None else read_weights(weights)
         if architecture is None and weights is not None and source.architecture is None:
             raise ValueError(f"{weights} does not name its architecture: set --model.architecture to timm's name of it")
         architecture = architecture or source.architecture or DEFAULT_ARCHITECTURE
@@ -182,6 +181,32 @@ class ViTClassifier(L.LightningModule):
             prefix="val/",
         )
         self.test_metrics = self.val_metrics.clone(prefix="test/")
+
+    @classmethod
+    def from_weights(cls, weights: Weights, /, **options: Any) -> Self:
+        """Build the module of a trained network: the only one that is built, of the only read of its file.
+
+        Args:
+            weights: complete ones, from `describe_weights`.
+            **options: in place of those that the weights were trained with.
+
+        Raises:
+            ValueError: the description or an option is not accepted, or a weight does not fit; naming the file.
+        """
+        chosen = {**classifier_options(weights), **options}
+        # What the training started from stays on record, and is not needed any more.
+        start = {"pretrained": chosen.pop("pretrained", False), "weights": chosen.pop("weights", None)}
+        try:
+            module = cls(**chosen, pretrained=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{weights.origin} has options that this version of gmarpp does not know or accept: {first_line(error)}"
+            ) from error
+        module.hparams.update(start)
+        fill_model(module.model, weights)
+        module.classes, module.class_names = weights.classes, weights.class_names
+        module.checkpoint_path, module.checkpoint_sha256 = weights.path, weights.sha256
+        return module
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -348,19 +373,6 @@ class ViTClassifier(L.LightningModule):
         self._seed = checkpoint.get("seed", self._seed)
         self._weights_pending = False
 
-    def restore(self, path: str | Path) -> None:
-        """Takes weights, classes and preprocessing from a file that fits exactly.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or does not fit.
-        """
-        weights = describe_weights(path)
-        fill_model(self.model, weights, path)
-        self.classes, self.class_names = weights.classes, weights.class_names
-        self.checkpoint_path, self.checkpoint_sha256 = str(path), sha256(find_path(path))
-        self._weights_pending = False
-
     @classmethod
     @override
     def load_from_checkpoint(
@@ -372,7 +384,7 @@ class ViTClassifier(L.LightningModule):
         weights_only: bool | None = None,
         **options: Any,
     ) -> Self:
-        """Builds the module from a `.ckpt` as Lightning does, but never runs code from the file.
+        """Build the module from a `.ckpt` as Lightning does, but never runs code from the file.
 
         Args:
             checkpoint_path: a local file.
@@ -388,8 +400,9 @@ class ViTClassifier(L.LightningModule):
         """
         _require(weights_only is not False, "weights_only=False would run code from the checkpoint: leave it out")
         _require(hparams_file is None, "hparams_file is not supported: give the options that differ by name")
-        content = read_lightning_checkpoint(checkpoint_path)
-        module = _build(cls, {**classifier_options(checkpoint_path), **options}, checkpoint_path)
+        content, digest = read_lightning_checkpoint(checkpoint_path)
+        weights = complete(weights_of_checkpoint(content, digest, checkpoint_path))
+        module = cls.from_weights(weights, **options)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
         return module.to(map_location or "cpu")
@@ -415,7 +428,7 @@ class ViTClassifier(L.LightningModule):
         if path is None:
             has_head = load_pretrained(self.model, architecture)
         else:
-            has_head = load_weights(self.model, path, self.classes)
+            has_head = load_weights(self.model, read_weights(path), self.classes)
         if not has_head and not self.trainer.training:
             raise ValueError(
                 f"{path or architecture} has no head for the data's {count} classes: nothing can be evaluated with it; "
@@ -482,41 +495,18 @@ class ViTClassifier(L.LightningModule):
 
 
 def load_classifier(path: str | Path) -> ViTClassifier:
-    """Builds a `ViTClassifier` from any file that `gmarpp.load_model` reads; no network access.
+    """Build a `ViTClassifier` from any file that `gmarpp.load_model` reads; no network access.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
     """
-    module = _build(ViTClassifier, classifier_options(path), path)
-    module.restore(path)
-    return module.eval()
+    return ViTClassifier.from_weights(describe_weights(path)).eval()
 
 
-Classifier = TypeVar("Classifier", bound=ViTClassifier)
-
-
-def _build(kind: type[Classifier], options: Mapping[str, Any], path: str | Path) -> Classifier:
-    try:
-        return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has options that this version of gmarpp does not know or accept: {first_line(error)}"
-        ) from error
-
-
-def classifier_options(path: str | Path) -> dict[str, Any]:
-    """The options of a `ViTClassifier` that a file's weights fit; those of optimisation only from a `.ckpt`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of an unknown kind, or does not name its architecture.
-    """
-    weights = describe_weights(path)
-    if str(path).endswith(".ckpt"):
-        saved = read_lightning_checkpoint(path)["hyper_parameters"]
-        return {key: value for key, value in saved.items() if not key.startswith("_")}
-    return {
+def classifier_options(weights: Weights) -> dict[str, Any]:
+    """Return the options of a `ViTClassifier` that weights fit; those of optimization only where the file has them."""
+    return weights.training or {
         "architecture": weights.architecture,
         "num_classes": weights.num_classes,
         "image_size": None if weights.image_size is None else list(weights.image_size),

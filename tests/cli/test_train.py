@@ -13,8 +13,7 @@ import torch
 from noise import write_noise
 
 from gmarpp.cli.train import train_main
-from gmarpp.files import sha256
-from gmarpp.network.load import load_model
+from gmarpp.network.load import describe_weights, load_model
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "checkpoints" / "vit_small_patch14_112.tiny_imagenet.safetensors"
@@ -68,7 +67,7 @@ def logged(folder, name):
 
 
 def test_shipped_checkpoint_is_what_its_readme_says():
-    assert sha256(SHIPPED) in (SHIPPED.parent / "README.md").read_text()
+    assert describe_weights(SHIPPED).sha256 in (SHIPPED.parent / "README.md").read_text()
     model = load_model(SHIPPED)
     assert len(model.classes) == len(model.class_names) == model.num_classes == 200
     assert model.classes == tuple(sorted(model.classes))

@@ -1,3 +1,5 @@
+import hashlib
+import io
 import json
 import os
 from argparse import Namespace
@@ -14,9 +16,11 @@ from timm.models import save_for_hf
 from gmarpp.export import main as export_main
 from gmarpp.files import sha256
 from gmarpp.network.build import build_model
-from gmarpp.network.load import load_model, load_pretrained, load_weights
+from gmarpp.network.formats import read_weights
+from gmarpp.network.load import complete, load_model, load_pretrained, load_weights
 from gmarpp.network.preprocessing import set_preprocessing
 from gmarpp.network.save import save_weights
+from gmarpp.network.weights import Weights
 
 TINY = {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 NORMALISATION = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "crop_pct": 1.0}
@@ -295,7 +299,7 @@ def test_start_weights_resample_the_position_embedding_and_drop_a_foreign_head(s
     source, path = saved
     target = tiny(num_classes=5, image_size=64)
     head = target.head.weight.clone()
-    assert not load_weights(target, path)
+    assert not load_weights(target, read_weights(path))
     assert torch.equal(target.head.weight, head)
     assert torch.equal(target.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
     assert torch.equal(target.pos_embed[:, 0], source.pos_embed[:, 0])
@@ -311,7 +315,7 @@ def test_weights_of_a_wide_network_are_loaded_as_they_are(tmp_path):
     save_weights(source, tmp_path / "wide.safetensors")
     assert torch.equal(load_model(tmp_path / "wide.safetensors").pos_embed, source.pos_embed)
     target = tiny(image_size=[16, 64])
-    load_weights(target, tmp_path / "wide.safetensors")
+    load_weights(target, read_weights(tmp_path / "wide.safetensors"))
     assert torch.equal(target.pos_embed, source.pos_embed)
 
 
@@ -336,7 +340,7 @@ def test_head_is_used_only_for_the_same_classes(saved, classes, kept):
     source, path = saved
     target = tiny()
     torch.nn.init.ones_(target.head.weight)
-    assert load_weights(target, path, classes) is kept
+    assert load_weights(target, read_weights(path), classes) is kept
     assert torch.equal(target.head.weight, source.head.weight) is kept
 
 
@@ -353,7 +357,7 @@ def test_head_of_pretrained_weights_is_used_only_for_as_many_classes(monkeypatch
 def test_start_weights_of_another_network_are_refused(saved):
     _, path = saved
     with pytest.raises(ValueError, match="does not fit"):
-        load_weights(tiny(depth=3), path)
+        load_weights(tiny(depth=3), read_weights(path))
 
 
 def test_failed_write_leaves_the_old_file(saved):
@@ -365,8 +369,44 @@ def test_failed_write_leaves_the_old_file(saved):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_sha256(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
+def test_sha256():
+    file = io.BytesIO(b"abc")
     # FIPS 180-2, appendix B.1
-    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256(tmp_path) != sha256(tmp_path / "abc")
+    assert sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file.read() == b"abc"
+
+
+def test_weights_carry_the_digest_of_what_was_read(saved, tmp_path):
+    _, path = saved
+    assert read_weights(path).path == str(path)
+    assert read_weights(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    source = timm.create_model("test_vit", num_classes=3, img_size=32)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    assert read_weights(tmp_path / "x.pth").sha256 == hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
+    save_for_hf(source, tmp_path / "hub")
+    lines = [
+        f"{hashlib.sha256((tmp_path / 'hub' / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in sorted(file.name for file in (tmp_path / "hub").iterdir())
+    ]
+    assert read_weights(tmp_path / "hub").sha256 == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 4}),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_little_patch16_reg4_gap_256", {}),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": False}),
+        ("vit_small_patch14_reg4_dinov2", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_the_size_is_read_off_the_position_embedding(architecture, options, tmp_path):
+    shape = {"embed_dim": 96, "depth": 1, "num_heads": 2, **options}
+    side = 4 * options.get("patch_size", timm.create_model(architecture, **shape).patch_embed.patch_size[0])
+    model = build_model(architecture, 3, side, shape)
+    weights = complete(Weights(model.state_dict(), architecture, None, 3, shape))
+    # BEiT has no position embedding, so that the size is the architecture's own.
+    assert weights.image_size == (None if "beit" in architecture else (side, side))

@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from gmarpp.callbacks import AveragedWeights
 from gmarpp.data import Augmentation, ImageFolder
-from gmarpp.network.load import load_model
+from gmarpp.network.load import describe_weights, load_model
 from gmarpp.network.save import save_weights
 from gmarpp.training import module as module_file
 from gmarpp.training.module import ViTClassifier, load_classifier
@@ -108,7 +108,9 @@ def test_a_checkpoint_needs_neither_hub_nor_start_weights(tmp_path, monkeypatch)
     run.save_checkpoint(tmp_path / "run.ckpt")
     monkeypatch.setattr(module_file, "load_pretrained", no_hub)
     for weights in (None, "gone.safetensors"):
-        resumed = ViTClassifier(**{**network.hparams, "pretrained": True, "weights": weights})
+        options = {"pretrained": True, "weights": weights}
+        resumed = ViTClassifier.from_weights(describe_weights(tmp_path / "run.ckpt"), **options)
+        assert options.items() <= resumed.hparams.items()
         again = trainer(tmp_path, max_steps=5)
         again.fit(resumed, Squares(), ckpt_path=tmp_path / "run.ckpt")
         assert again.global_step == 5
