@@ -4,7 +4,7 @@ import os
 
 
 def usable_cores(ranks: int) -> int:
-    """Give each rank's share of the cores that the system leaves to this process; at least 1.
+    """Return each rank's share of the cores that the system leaves to this process; at least 1.
 
     Args:
         ranks: processes on this machine that share them.

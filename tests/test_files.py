@@ -48,14 +48,14 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"can't write: No space left.*table\.csv") as error:
+    with pytest.raises(OSError, match=r"cannot write: No space left.*table\.csv") as error:
         write_atomically(tmp_path / "table.csv", b"abc")
     assert error.value.errno == errno.ENOSPC
     assert names_in(tmp_path) == []
 
 
 def test_a_write_that_fails_in_the_block_names_the_file(tmp_path):
-    with no_file_larger_than(1000), pytest.raises(OSError, match=r"can't write: File too large: .*table\.csv"):
+    with no_file_larger_than(1000), pytest.raises(OSError, match=r"cannot write: File too large: .*table\.csv"):
         write_atomically(tmp_path / "table.csv", bytes(100_000))
     assert names_in(tmp_path) == []
 
@@ -87,7 +87,7 @@ def test_a_file_system_may_have_no_folders_to_synchronise(tmp_path, monkeypatch,
         write_atomically(tmp_path / "x", b"abc")
         assert names_in(tmp_path) == ["x"]
     else:
-        with pytest.raises(OSError, match=r"can't write: no: .*x"):
+        with pytest.raises(OSError, match=r"cannot write: no: .*x"):
             write_atomically(tmp_path / "x", b"abc")
 
 

@@ -84,7 +84,7 @@ DIGITS = ("--data=Digits", "--data.root=data", "--data.train_images=2", "--data.
         (["--ckpt_path=vit.safetensors", *DIGITS, "--images=0"], "--images: expected at least 1, got 0"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--images=many"], "images"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[gradcamm]"], "unknown method 'gradcamm'"),
-        (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[]"], "no method was asked for"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[]"], "expected at least one method"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--output=taken"], "taken"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--imagez=3"], "imagez"),
     ],

@@ -1,4 +1,4 @@
-"""Contents of files that nobody vouches for: no code runs, and sizes and checksums are checked before use."""
+"""Contents of untrusted files: no code runs, and sizes and checksums are checked before use."""
 
 import errno
 import json
@@ -21,15 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Descriptions of networks, with the names of 21,000 classes, take less than 2 MB.
 MAX_JSON_BYTES = 16 << 20
-
-
 MAX_VALUES = 1_000_000
-
-
 MAX_NESTING = 32
-
-
-# Weights may be stored under two names, but a file that unfolds to many times its size is no checkpoint.
+# Weights may be stored under two names, but no checkpoint unfolds to many times its size.
 MAX_UNFOLDING = 4
 
 
@@ -73,7 +67,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged; one in the Hub's cache also where its content is not what its name says.
+        ValueError: the file is damaged; one in the Hub's cache also if its content does not match its name.
     """
     source = find_file(path)
     with source.open("rb") as file:
@@ -82,23 +76,24 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise damaged(path, f"expected at most {MAX_JSON_BYTES} bytes of header, got {header}")
     stored = source.resolve()
     if stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name) and sha256(stored) != stored.name:
-        raise damaged(path, "its content has another SHA-256 than the Hub says")
+        raise damaged(path, "its SHA-256 differs from the one on the Hub")
     try:
         with safe_open(source, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
+    # The file alone decides which kind of error is raised here.
+    except Exception as error:
         raise _unreadable(path, error) from error
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
     """Return the content of a file by `torch.save`: tensors and plain values; large files are mapped, not read.
 
-    The unpickler is always the one that runs no code, whatever the environment asks for. A file in today's format is
-    read once before, to compare its checksums.
+    The unpickler is always the one that runs no code, whatever the environment asks for. A file in the current format
+    is first read once to compare its checksums.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds something else than tensors and plain values.
+        ValueError: the file is damaged, or holds anything but tensors and plain values.
     """
     source = find_file(path)
     with source.open("rb") as file:
@@ -111,7 +106,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     else:
         logger.warning("%s is in a format without checksums, of PyTorch before 1.6: damage may go unnoticed", path)
     try:
-        # timm's training script stores its options as a Namespace: plain values by name
+        # The training script of timm stores its options as a Namespace: plain values by name.
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -121,7 +116,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
                 "save its state dict alone, or as safetensors"
             ) from error
         raise damaged(path, error) from error
-    except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
+    # The file alone decides which kind of error is raised here.
+    except Exception as error:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -134,7 +130,8 @@ def _check_records(source: Path, path: Path) -> None:
     try:
         with zipfile.ZipFile(source) as archive:
             wrong = _wrong_record(archive, source.stat().st_size)
-    except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
+    # The file alone decides which kind of error is raised here.
+    except Exception as error:
         raise _unreadable(path, error) from error
     if wrong is not None:
         raise damaged(path, wrong)
@@ -143,7 +140,7 @@ def _check_records(source: Path, path: Path) -> None:
 def _wrong_record(archive: zipfile.ZipFile, size: int) -> str | None:
     records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        return "its records are compressed, and torch.save compresses none"
+        return "its records are compressed, which torch.save never does"
     if sum(record.file_size for record in records) > size:
         return "its records are larger than the file"
     if len({record.filename for record in records}) < len(records):
@@ -157,14 +154,14 @@ def _wrong_record(archive: zipfile.ZipFile, size: int) -> str | None:
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:
-    """Return what to raise for what a reader made of a file: damage, unless it is the disk that fails."""
+    """Return the error to raise when a reader failed: damage, unless the disk failed."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return error
     return damaged(path, error)
 
 
 def _check_values(content: dict[str, Any], path: Path) -> None:
-    """Refuse what would unfold to far more than the file: views of a few values as large tensors, nested sharing."""
+    """Refuse content that would unfold to far more than the file: large views of few values, nested sharing."""
     known: dict[int, int] = {}
     room = MAX_UNFOLDING * path.stat().st_size
 
@@ -173,7 +170,7 @@ def _check_values(content: dict[str, Any], path: Path) -> None:
         if id(value) in known:
             return known[id(value)]
         if depth > MAX_NESTING:
-            raise ValueError(f"{path} nests its values more than {MAX_NESTING} deep: no checkpoint does")
+            raise ValueError(f"{path} nests its values more than {MAX_NESTING} deep, which no checkpoint does")
         total = 1
         if isinstance(value, Tensor):
             _check_tensor(value, path)
@@ -183,7 +180,7 @@ def _check_values(content: dict[str, Any], path: Path) -> None:
         elif isinstance(value, (list, tuple, set, frozenset)):
             total += sum(count(each, depth + 1) for each in value)
         if total > MAX_VALUES or room < 0:
-            raise ValueError(f"{path} unfolds to far more than it holds: no checkpoint does")
+            raise ValueError(f"{path} unfolds to far more than it holds, which no checkpoint does")
         known[id(value)] = total
         return total
 
@@ -198,4 +195,4 @@ def _check_tensor(value: Tensor, path: Path) -> None:
             "expected dense tensors: save the network's state dict from a plain copy"
         )
     if value.nbytes > value.untyped_storage().nbytes():
-        raise ValueError(f"{path} unfolds to far more than it holds: no checkpoint does")
+        raise ValueError(f"{path} unfolds to far more than it holds, which no checkpoint does")

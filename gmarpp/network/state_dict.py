@@ -1,4 +1,4 @@
-"""How weights and a network belong together: by name, shape and type."""
+"""The match between weights and a network: by name, shape and type."""
 
 import sys
 import threading
@@ -19,7 +19,11 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 @contextmanager
 def at_most_parameters(limit: int) -> Iterator[None]:
-    """Ends the building of a network in this thread when it has had more parameters than a limit."""
+    """Stop building a network in this thread once it has more parameters than a limit.
+
+    Raises:
+        ValueError: there are more.
+    """
     count, thread = 0, threading.get_ident()
 
     def register(*_: Any) -> None:
@@ -36,20 +40,21 @@ def at_most_parameters(limit: int) -> Iterator[None]:
 
 
 def to_layout_of(model: nn.Module, weights: Weights, path: str | Path, resample: bool = False) -> dict[str, Tensor]:
-    """Gives weights the names that a network has; resamples those of other sizes only if asked to."""
+    """Rename weights to a network's names; resample those of other sizes only if asked to."""
     current = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or (weights.state.keys() == current.keys() and not resample):
         return dict(weights.state)
     try:
         state: dict[str, Tensor] = dict(convert(dict(weights.state), model))
-    except Exception as error:  # of whatever kind: the weights alone decide what goes wrong here
+    # The weights alone decide which kind of error is raised here.
+    except Exception as error:
         raise ValueError(
             f"{path} does not fit {_architecture(model)} ({first_line(error)}): name the architecture that it was "
             "saved from"
         ) from error
     for key, value in weights.state.items():
-        # timm guesses the size that an embedding was made for, and resamples some that fit as they are
+        # The size that an embedding was made for is a guess of timm, which resamples some that already fit.
         fits = key in current and value.shape == current[key].shape
         if key in state and (fits or (not resample and value.numel() != state[key].numel())):
             state[key] = value
@@ -62,7 +67,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Requires names, shapes and types of weights to be a network's.
+    """Check that weights have the names, shapes and types of a network's.
 
     Raises:
         ValueError: naming the first weight of each kind of difference.
@@ -74,9 +79,9 @@ def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], path: str
     ]
     both = sorted(current.keys() & state.keys())
     shapes = [key for key in both if current[key].shape != state[key].shape]
-    problems += [f"{key} is {tuple(state[key].shape)}, expected {tuple(current[key].shape)}" for key in shapes[:1]]
+    problems += [f"{key}: expected {tuple(current[key].shape)}, got {tuple(state[key].shape)}" for key in shapes[:1]]
     types = [key for key in both if (current[key].dtype in FLOATS) != (state[key].dtype in FLOATS)]
-    problems += [f"{key} is {state[key].dtype}, expected {current[key].dtype}" for key in types[:1]]
+    problems += [f"{key}: expected {current[key].dtype}, got {state[key].dtype}" for key in types[:1]]
     if problems:
         raise ValueError(
             f"{path} does not fit {_architecture(model)}: {'; '.join(problems)}; "
@@ -85,7 +90,7 @@ def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], path: str
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Loads weights that must be a network's by name, shape and type, and finite.
+    """Load weights that must match a network by name, shape and type, and be finite.
 
     Raises:
         ValueError: naming the weight that is not.
@@ -93,9 +98,9 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     require_same_layout(model, state, path)
     model.load_state_dict(state)
     for name, value in model.state_dict().items():
-        # a buffer may be a mask of infinite values
+        # A buffer may be a mask of infinite values.
         if value.isnan().any() or (name in dict(model.named_parameters()) and value.isinf().any()):
             raise ValueError(
-                f"{path}: {name} holds values that are not finite numbers, so the network's output would not be any "
+                f"{path}: {name} holds values that are not finite, so the network's output would not be finite "
                 "either: the file is damaged, or training diverged; use an earlier checkpoint"
             )

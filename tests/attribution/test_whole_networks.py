@@ -319,13 +319,13 @@ def test_networks_of_another_kind_are_named():
             hugging_face("YolosForObjectDetection", image_size=[32, 32], num_detection_tokens=4),
             lambda output: output.logits[:, 0, 0],
             layout,
-            r"tokens behind the patch tokens \(YOLOS\)",
+            r"tokens after the patch tokens \(YOLOS\)",
         ),
         (
             hugging_face("ViTMAEModel", image_size=32, mask_ratio=0.0),
             lambda output: output.last_hidden_state[:, 0, 0],
             layout,
-            r"shuffle or mask patches \(ViTMAE\)",
+            r"shuffle or mask patches do \(ViTMAE\)",
         ),
     )
     for model, target, described, message in cases:

@@ -140,7 +140,7 @@ def test_download_is_verified(tmp_path):
     source.write_bytes(b"content")
     md5 = hashlib.md5(b"content").hexdigest()
     target = tmp_path / "new" / "local.zip"
-    with pytest.raises(ValueError, match=r"remote\.zip arrived damaged and was removed: its md5 is .*, not 0123"):
+    with pytest.raises(ValueError, match=r"remote\.zip arrived damaged and was removed: expected md5 0123"):
         download(source.as_uri(), target, "0123")
     assert names(tmp_path / "new") == []
     download(source.as_uri(), target, md5)

@@ -127,7 +127,7 @@ def test_twelve_bits_in_sixteen_have_the_range_that_the_file_states(caplog):
 
 def test_pictures_beyond_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
-    with pytest.raises(ValueError, match=r"picture cannot be read \(10 x 10 pixels are more than the 99 of"):
+    with pytest.raises(ValueError, match=r"picture cannot be read \(expected at most 99 pixels .*, got 10 x 10"):
         pixels(grey(0, (10, 10)), format="PNG")
 
 
@@ -166,7 +166,9 @@ def test_zero_may_be_white():
 
 
 def test_strips_and_programs_are_refused():
-    with pytest.raises(ValueError, match=r"picture cannot be read \(1 x 101 pixels are more than 100 times as long"):
+    with pytest.raises(
+        ValueError, match=r"picture cannot be read \(expected an aspect ratio of at most 100, got 1 x 101"
+    ):
         pixels(grey(0, (1, 101)), format="PNG")
     assert len(pixels(grey(0, (1, 100)), format="PNG")[0]) == 100
     with pytest.raises(ValueError, match=r"picture cannot be read \(Encapsulated PostScript is a program"):

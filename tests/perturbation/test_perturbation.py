@@ -490,23 +490,23 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"steps": 0}, "steps must be at least 1"),
-            ({"batch_size": 0}, "batch_size must be at least 1"),
-            ({"baseline": "grey"}, "baseline must be one of blur, mean, black, drop"),
-            ({"score": "margin"}, "score must be one of probability, sigmoid, logit"),
-            ({"mask": "hard"}, "mask must be one of topk, soft"),
+            ({"steps": 0}, "steps: expected at least 1"),
+            ({"batch_size": 0}, "batch_size: expected at least 1"),
+            ({"baseline": "gray"}, "unknown baseline 'gray': choose from blur, mean, black, drop"),
+            ({"score": "margin"}, "unknown score 'margin': choose from probability, sigmoid, logit"),
+            ({"mask": "hard"}, "unknown mask 'hard': choose from topk, soft"),
             ({"mask": "soft", "baseline": "drop"}, "half a token"),
-            ({"maps": {}}, "maps is empty"),
-            ({"maps": {"a": torch.rand(2, 2)}}, r"a: maps must have shape \(1, h, w\)"),
+            ({"maps": {}}, "maps: expected maps .* got none"),
+            ({"maps": {"a": torch.rand(2, 2)}}, r"a: expected maps of shape \(1, h, w\)"),
             ({"maps": {"a": torch.rand(1, 3, 2, 2)}}, "several classes per image"),
             ({"maps": {"a": torch.rand(1, 2, 2), "b": torch.rand(1, 2, 1)}}, "b: patch grid"),
             ({"maps": {"a": torch.rand(1, 5, 2)}}, "finer than images"),
-            ({"images": torch.rand(3, 4, 4)}, "images must have shape"),
-            ({"images": torch.rand(0, 3, 4, 4)}, "images must have shape"),
-            ({"target": torch.tensor([1, 1])}, "target must hold one class index per image"),
-            ({"target": torch.tensor([1.0])}, "target must hold one class index per image"),
-            ({"target": [True]}, "target must hold one class index per image"),
-            ({"target": torch.tensor([-1])}, "negative class indices"),
+            ({"images": torch.rand(3, 4, 4)}, "images: expected shape"),
+            ({"images": torch.rand(0, 3, 4, 4)}, "images: expected shape"),
+            ({"target": torch.tensor([1, 1])}, "target: expected one class index per image"),
+            ({"target": torch.tensor([1.0])}, "target: expected one class index per image"),
+            ({"target": [True]}, "target: expected one class index per image"),
+            ({"target": torch.tensor([-1])}, "target: expected class indices of 0 or more"),
             ({"target": torch.tensor([2])}, "target class 2 needs logits"),
         ],
     )
@@ -610,5 +610,5 @@ class TestRoad:
             road_scores(PatchSum(WEIGHTS), ONES, {"a": TRUE_MAP}, CLASS_1, fractions=fractions)
 
     def test_one_patch(self):
-        with pytest.raises(ValueError, match="at least two patches"):
+        with pytest.raises(ValueError, match="at least 2 patches"):
             road_scores(PatchSum(WEIGHTS), ONES, {"a": torch.ones(1, 1, 1)}, CLASS_1)
