@@ -30,7 +30,7 @@ BATCH = 20
 
 Record = dict[str, Any]
 Explain = Callable[[nn.Module, Tensor, Sequence[str]], tuple[dict[str, Tensor], Tensor]]
-"""Takes network, images (B, 3, H, W) and names of methods; gives maps (B, h, w) by method, and the classes (B,)."""
+"""Takes network, images (B, 3, H, W) and names of methods; returns maps (B, h, w) by method, and the classes (B,)."""
 
 
 def open_images(ckpt_path: str, data: L.LightningDataModule) -> tuple[nn.Module, Any]:

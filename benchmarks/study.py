@@ -67,7 +67,7 @@ class Rule(Method):
         alpha: weight of the residual connection beside the relevance.
         heads: weights of the heads: their share of the gradient's `l1`, `l2` or `max` norm, the `mean`, or the `sum`.
         rows: `row` divides each row of E + alpha I by its sum, `layer` divides E by its largest row sum before alpha I
-            is added, `none` leaves E + alpha I as it is.
+            is added, `none` leaves E + alpha I unchanged.
         negative: products of gradient and attention below zero are cut off in each `head`, only where their `sum` over
             the heads is below zero, or they are `kept`.
     """

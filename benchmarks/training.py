@@ -3,7 +3,7 @@
     python benchmarks/training.py --root data [--config configs/vit_small_tiny_imagenet.yaml] [--rounds 5] [--steps 12]
 
 Both train the recipe's network on the same batches of Tiny-ImageNet, on the CPU, with the same loader, precision,
-optimizer, schedule and clipping, from random weights, in turn in one run. The Trainer has what `train.py fit` gives it:
+optimizer, schedule and clipping, from random weights, in turn in one run. The Trainer is that of `train.py fit`, with
 TensorBoard, checkpoints, progress bar. A round's time runs from the end of its warm-up to the end of its last step.
 
 The loader alone has the recipe's augmentation and image size. For the 8-GPU recipe, which no CPU can train:

@@ -97,7 +97,7 @@ def normalize_map(attribution: Tensor | Array) -> Array:
         attribution: maps, shape (..., h, w), any range.
 
     Returns:
-        float32 array of the same shape. A constant map gives zeros; values that are not finite count as the minimum.
+        float32 array of the same shape. A constant map becomes zeros; values that are not finite count as the minimum.
 
     Example:
         >>> normalize_map(torch.tensor([[1.0, 3.0], [2.0, 5.0]])).tolist()

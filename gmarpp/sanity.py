@@ -67,8 +67,8 @@ def sanity_check(
 ) -> SanityCheck:
     """Randomize a network's parameters from the head down, and compare the maps with the trained network's.
 
-    Every parameter is replaced by normal numbers of its own mean and standard deviation: what was learned is gone, the
-    scale of activations stays. The network gets its own parameters back, even after an error.
+    Every parameter is replaced by normal numbers with its own mean and standard deviation, so what was learned is lost,
+    and the scale of activations stays. The network gets its own parameters back, even after an error.
 
     Args:
         model: a network that `gmarpp.explain` can explain, whose blocks are known.
@@ -165,7 +165,7 @@ def write_sanity_check(
 
     Args:
         ckpt_path: checkpoint, as for `explain.py`.
-        data: data module; images are chosen from what it predicts on, spread over the classes.
+        data: data module; images are chosen from those it predicts on, spread over the classes.
         output: folder of the results.
         methods: attribution methods.
         images: number of images, at least 1.

@@ -41,7 +41,7 @@ def test_cascade_decorrelates_what_depends_on_the_weights(network):
     assert torch.equal(again.correlations["gmarpp_l1"], check.correlations["gmarpp_l1"])
 
 
-def test_an_architecture_by_hand_is_randomised_and_restored(network):
+def test_an_architecture_by_hand_is_randomized_and_restored(network):
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     layout = gmarpp.architecture_of(network)

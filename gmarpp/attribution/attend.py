@@ -85,7 +85,7 @@ class _DenseAttention(torch.autograd.Function):
 
 
 class _Visited(torch.autograd.Function):
-    """The output of fused attention as it is; backward, the layer is visited before the network's own step."""
+    """The unchanged output of fused attention; backward, a visit to the layer before the network's own step."""
 
     @staticmethod
     def forward(

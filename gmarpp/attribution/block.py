@@ -75,7 +75,7 @@ class Block:
 
 @contextmanager
 def wrapped(blocks: Sequence[nn.Module], passing: ForwardPass) -> Iterator[None]:
-    """Put a `Block` in place of each block's `forward`, and take it away again, also after an error."""
+    """Replace each block's `forward` by a `Block`, and restore it even after an error."""
     own = [vars(block).get("forward") for block in blocks]
     for position, block in enumerate(blocks):
         block.forward = Block(block.forward, position, passing)

@@ -22,7 +22,7 @@ class AttentionCall:
         scale: factor of the query-key products.
         queries: number of queries.
         keys: number of keys.
-        is_pool: whether the call is that of an attention-pool head, whose queries are no tokens.
+        is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
         follows: whether gradients pass from the call to the layer below.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.

@@ -37,8 +37,8 @@ def explain(
 ) -> Explanation:
     """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
 
-    The network runs in eval mode and without activation checkpointing of its own, and is left exactly as it was; no
-    parameter's gradient is computed. Works under autocast, and inside `torch.inference_mode`.
+    The network runs in eval mode without its own activation checkpointing and is left exactly as it was; no parameter's
+    gradient is computed. `explain` works under autocast, and inside `torch.inference_mode`.
 
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.

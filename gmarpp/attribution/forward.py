@@ -18,7 +18,7 @@ from gmarpp.network.errors import UnsupportedNetworkError
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block was given and what it returned, from which the layer's own score is found.
+    """What a block was given and what it returned, from which the layer's own score is computed.
 
     Attributes:
         forward: the block's own.

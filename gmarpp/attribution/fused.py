@@ -1,7 +1,7 @@
 """Products with a layer's attention and its gradient, from q, k, v and the output's gradient, without N × N matrices.
 
-Two kernels per layer serve all methods. `statistics` goes over the matrices once, for what heads are weighed and rows
-are normalized with; `carry` goes over them again, and takes the rows of all methods through the layer at once. Tiles of
+Two kernels per layer serve all methods. `statistics` goes over the matrices once, for the weights of heads and the
+sums of rows; `carry` goes over them again, and carries the rows of all methods through the layer at once. Tiles of
 A and G are computed where they are used and never stored (see `gmarpp.attribution.kernels`).
 
 An example: rollout and GMAR++ through a layer of ViT-L/16, for 8 images::
@@ -36,7 +36,7 @@ class Statistics:
     """What methods need to know of a layer before their rows pass through it; all float32.
 
     `G = outer vᵀ / gradient_scale` where a query attends to a key, and 0 elsewhere. A query that attends to no key
-    has no attention. Without `outer` there is no gradient: all but the log-sum-exp are NaN.
+    has no attention. Without `outer` there is no gradient, and all but the log-sum-exp are NaN.
 
     Attributes:
         log_sum_exp: of `scale · q kᵀ + mask` over the keys, (B, H, Q); -inf for a query that attends to nothing.

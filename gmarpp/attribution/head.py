@@ -1,4 +1,4 @@
-"""What the head reads, and whether it is the one that the architecture describes."""
+"""What the head reads, and whether it is the head that the architecture describes."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -111,8 +111,9 @@ def check_head(output: Any, passed: ForwardPass) -> None:
         ) from error
     if not agrees:
         raise UnsupportedNetworkError(
-            "the architecture's head does not give the network's output from the last block's tokens, so LeGrad, which "
-            f"asks it for each layer's own score, would explain something else: {_DESCRIBE_HEAD}, or leave LeGrad out"
+            "the architecture's head does not reproduce the network's output from the last block's tokens, so "
+            f"LeGrad, which uses it for each layer's own score, would explain something else: {_DESCRIBE_HEAD}, or "
+            "leave LeGrad out"
         )
 
 
@@ -175,5 +176,5 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
     # What the head reads for other classes, it also reads for this one.
     general = _gradient(distinct_sum(output), start)
     if general is None or not _shares(general)[without].any(dim=1).all():
-        raise ValueError(f"no output of the network depends on the tokens of images {images}: there is no readout")
+        raise ValueError(f"no output of the network depends on the tokens of images {images}, so they have no readout")
     return torch.where(without[:, None], _shares(general), readout)

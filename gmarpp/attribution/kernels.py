@@ -77,11 +77,11 @@ def _gradient(outer, value, bias, factor, PRECISION: tl.constexpr):
 
 @triton.jit
 def _relu(tile):
-    # A plain maximum would turn NaN into 0, and so hide it.
+    # A plain maximum would hide NaN by turning it into 0.
     return tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-# A kernel is compiled again for each value of what it is specialized on, and each pattern of divisibility.
+# Triton recompiles a kernel for each value that it is specialized on, and each pattern of divisibility.
 _STRIDES = [f"{name}_{axis}" for name in ("query", "key", "value", "outer") for axis in ("image", "head", "token")]
 _ROWS = [
     f"{name}_{axis}" for name in ("attention", "product", "gradient") for axis in ("image", "head", "row", "count")

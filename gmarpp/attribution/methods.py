@@ -170,7 +170,7 @@ class LastAttention(Method):
 class RandomMap(Method):
     """Uniform random relevance, the control that every method must beat.
 
-    The numbers depend on the seed and the image's content alone, whatever batch it arrives in.
+    The numbers depend only on the seed and the image's content, not on the batch.
     """
 
     name: str = "random"
@@ -245,7 +245,7 @@ def select_methods(methods: str | Method | Iterable[str | Method]) -> tuple[Meth
     """Return the methods that names and objects stand for, each once, in the given order.
 
     Raises:
-        ValueError: for an unknown name, for two different methods under one name, or if there is none.
+        ValueError: for an unknown name, two different methods under one name, or no method.
     """
     wanted = [methods] if isinstance(methods, str | Method) else list(methods)
     selected: dict[str, Method] = {}

@@ -10,7 +10,7 @@ from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 
 GRADIENT_RULES = ("plain",)
-"""How a score's gradient may be propagated: as it is."""
+"""How a score's gradient may be propagated: `plain` leaves it unchanged."""
 
 
 def _is_hooked(module: nn.Module) -> bool:

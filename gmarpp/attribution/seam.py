@@ -69,7 +69,7 @@ def intercepted(model: nn.Module) -> Iterator[None]:
 
 
 def _relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
+    """Give `nn.MultiheadAttention` tokens that are contiguous after it has transposed them.
 
     Otherwise its projection, whose weights are frozen, becomes a product per image, each with a copy of the weights,
     which takes several times as long as the whole network, mostly in the backward pass.

@@ -86,9 +86,7 @@ def require_same_archive(archive: Path, folder: Path) -> None:
     if not archive.is_file():
         logger.info("%s was extracted before, and %s is gone", folder, archive)
     elif not record.is_file():
-        logger.warning(
-            "%s does not say whether it comes from %s, and is used as it is: delete it to extract that", folder, archive
-        )
+        logger.warning("%s has no record of its archive and is used as it is: delete it to extract %s", folder, archive)
     elif record.read_text(encoding="utf-8", errors="replace").strip() != fingerprint(archive):
         raise ValueError(
             f"{folder} was extracted from another archive than the current {archive}: delete the folder to extract "

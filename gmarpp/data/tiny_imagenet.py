@@ -75,7 +75,7 @@ class TinyImageNet(ImageDataModule):
         """Download and extract the data if needed.
 
         Raises:
-            FileNotFoundError: there is no data, and `download` is off.
+            FileNotFoundError: the data does not exist, and `download` is off.
             OSError: the download failed, or the data cannot be written.
             ValueError: the archive is damaged, a path in it leads outside it, or the folder to extract it to comes
                 from another archive.
@@ -100,7 +100,7 @@ class TinyImageNet(ImageDataModule):
         """Folder with `train`, `val` and `wnids.txt`.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such folder.
         """
         if self._is_archive:
             return (self.extract_to or self.root.parent) / FOLDER

@@ -31,14 +31,14 @@ def parse_json(text: str | bytes, source: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: naming `source`; the text is no JSON, too large, nested too deeply, or has a key twice.
+        ValueError: naming `source`; the text is not JSON, too large, nested too deeply, or has a key twice.
     """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{source}: expected at most {MAX_JSON_BYTES >> 20} MB of JSON, got {len(text) >> 20} MB")
     try:
         return json.loads(text, object_pairs_hook=_with_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is no valid JSON ({first_line(error)}): copy or download it again") from error
+        raise ValueError(f"{source} is not valid JSON ({first_line(error)}): copy or download it again") from error
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Return the content of a file by `torch.save`: tensors and plain values; large files are mapped, not read.
 
-    The unpickler is always the one that runs no code, whatever the environment asks for. A file in the current format
+    The unpickler is always the one that runs no code, whatever the environment says. A file in the current format
     is first read once to compare its checksums.
 
     Raises:
@@ -146,7 +146,7 @@ def _wrong_record(archive: zipfile.ZipFile, size: int) -> str | None:
     if len({record.filename for record in records}) < len(records):
         return "a record appears twice"
     if not any(record.CRC for record in records):
-        # torch.serialization.set_crc32_options(False) leaves all of them out.
+        # Files saved under torch.serialization.set_crc32_options(False) have none.
         logger.warning("%s has no checksums: damage may go unnoticed", archive.filename)
         return None
     wrong = archive.testzip()
@@ -191,7 +191,7 @@ def _check_tensor(value: Tensor, path: Path) -> None:
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized:
         raise ValueError(
-            f"{path} holds a {value.dtype} tensor that is sparse, quantized, without values or of a class of its own; "
+            f"{path} holds a {value.dtype} tensor that is sparse, quantized, without values or of a custom class; "
             "expected dense tensors: save the network's state dict from a plain copy"
         )
     if value.nbytes > value.untyped_storage().nbytes():

@@ -56,6 +56,9 @@ def baseline_images(model: nn.Module, images: Tensor, baseline: str) -> Tensor:
 
     Returns:
         (B, C, H, W), or (B, C, 1, 1) where one color fills the picture.
+
+    Raises:
+        ValueError: `black` without `pretrained_cfg`.
     """
     if baseline == "blur":
         return gaussian_blur(images)

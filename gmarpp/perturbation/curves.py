@@ -89,7 +89,7 @@ def score_perturbations(
         maps: raw maps (B, h, w) per method, all on one grid. It is laid over the pixels that the network's patches
             cover; on a network of an unknown family, and for maps on another grid, it is upsampled to the image by
             nearest neighbor. Every pixel belongs to exactly one patch.
-        target: what is scored, as `gmarpp.explain` takes it, of one class per image: `None` for the class predicted on
+        target: what is scored, as in `gmarpp.explain`, of one class per image: `None` for the class predicted on
             the image, an index or name, or one of either per image; a `Contrast`, whose two classes' scores are
             subtracted; or a function of the network's output, which is scored by its own value. For several classes per
             image (B, K), score each alone, `target[:, k]` with `maps[:, k]`.
@@ -177,7 +177,7 @@ def perturbation_curves(
         model: any network from images to logits.
         images: (B, C, H, W), normalized.
         maps: (B, h, w), raw.
-        target: what is scored, as `gmarpp.explain` takes it, see `score_perturbations`.
+        target: what is scored, as in `gmarpp.explain`; see `score_perturbations`.
         steps: S; capped at the number of patches.
         baseline: `blur`, `mean`, `black` or `drop`.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.

@@ -70,8 +70,8 @@ def _finite(scores: Tensor) -> Tensor:
 def _distinct(ranks: Tensor, intervals: Tensor) -> tuple[Tensor, Tensor]:
     """Return the jobs that differ, and for each of the (M, B, I) jobs the position among them of the one it equals.
 
-    Two jobs are the same when they keep the same patches of the same image, whatever the methods and curves they come
-    from: kept sets are compared exactly, as bits packed into words.
+    Two jobs are the same when they keep the same patches of the same image, whatever methods and curves they belong
+    to: kept sets are compared exactly, as bits packed into words.
     """
     methods, batch, patches = ranks.shape
     powers = 2 ** torch.arange(_WORD, device=ranks.device)

@@ -12,6 +12,9 @@ def step_counts(patches: int, steps: int) -> list[int]:
 
     With more steps than patches there is one step per patch, so the curve is shorter than requested.
 
+    Raises:
+        ValueError: fewer than one step.
+
     Example:
         >>> step_counts(10, 4)
         [0, 2, 5, 8, 10]

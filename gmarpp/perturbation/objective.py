@@ -23,7 +23,7 @@ def class_scores(logits: Tensor, score: str) -> Tensor:
         score: `probability` (softmax over the classes), `sigmoid` (of each logit) or `logit`.
 
     Raises:
-        ValueError: for a softmax over a single column, which is 1 whatever the network says.
+        ValueError: for a softmax over a single column, which is always 1.
     """
     if score == "probability":
         if logits.shape[1] == 1:
@@ -93,7 +93,7 @@ Objective: TypeAlias = ClassObjective | FunctionObjective
 
 
 def objective_of(model: nn.Module, images: Tensor, target: Target, score: str, batch_size: int) -> Objective:
-    """Return what is scored, from a target as `gmarpp.explain` takes it.
+    """Return what is scored for a target of `gmarpp.explain`.
 
     The network runs only where the target is the predicted class.
 

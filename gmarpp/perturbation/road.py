@@ -51,7 +51,7 @@ def road_scores(
         model: any network from images to logits.
         images: (B, C, H, W), normalized.
         maps: raw maps (B, h, w) per method, all on one grid.
-        target: what is scored, as `gmarpp.explain` takes it, see `score_perturbations`.
+        target: what is scored, as in `gmarpp.explain`; see `score_perturbations`.
         fractions: shares of the patches to remove, strictly between 0 and 1; rounded to whole patches, at least one
             removed and one left.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.

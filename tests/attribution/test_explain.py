@@ -20,7 +20,7 @@ def vit(name="vit_tiny_patch16_224", seed=0, **options):
     torch.manual_seed(seed)
     defaults = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
     model = timm.create_model(name, **(defaults | options)).eval()
-    # Networks as initialised have nearly uniform attention, which would hide mistakes.
+    # Networks as initialized have nearly uniform attention, which would hide mistakes.
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(6)

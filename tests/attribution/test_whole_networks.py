@@ -108,7 +108,7 @@ def test_a_known_family_that_forwards_otherwise_is_run_as_it_is(change):
     found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
     torch.testing.assert_close(found.logits, model(batch).detach())
     assert_maps_are_the_naive_ones(model, batch, found.maps, logit_of(TARGET), read)
-    with pytest.raises(gmarpp.UnsupportedNetworkError, match="does not give the network's output"):
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="does not reproduce the network's output"):
         gmarpp.explain(model, batch, "legrad", TARGET)
 
 

@@ -59,7 +59,7 @@ def test_a_folder_of_unknown_origin_is_used_with_a_warning(tmp_path, caplog):
     assert not caplog.text
     (target / ".archive").unlink()
     require_same_archive(source, target)
-    assert "target does not say whether it comes from" in caplog.text
+    assert "target has no record of its archive" in caplog.text
 
 
 def test_archives_that_are_not_sound(tmp_path, monkeypatch):

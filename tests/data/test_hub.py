@@ -194,7 +194,7 @@ def test_unsorted_classes_are_reported(tmp_path, caplog):
     assert "not sorted" in caplog.text
 
 
-def test_grey_and_unlabelled(tmp_path):
+def test_gray_and_unlabeled(tmp_path):
     files = parquet(tmp_path / "hub", {"valid": [(Image.new("L", (20, 16), 51), -1)]})
     sample = opened(files, "predict").datasets["predict"][0]
     assert sample["label"] == -1

@@ -43,9 +43,9 @@ def test_validation_images_labels_and_boxes(tmp_path):
     # val_0 is of the first line of wnids.txt, n02124075, which is second when sorted
     assert [dataset[k]["label"] for k in range(6)] == [1, 0, 2, 1, 0, 2]
     assert dataset[0]["box"].tolist() == [0, 32, 45, 63]
-    grey = np.asarray(Image.open(root / "val" / "images" / "val_0.JPEG"))
-    assert grey.ndim == 2
-    assert torch.equal((dataset[0]["image"] * 255).round(), torch.tensor(grey, dtype=torch.float32).expand(3, 64, 64))
+    gray = np.asarray(Image.open(root / "val" / "images" / "val_0.JPEG"))
+    assert gray.ndim == 2
+    assert torch.equal((dataset[0]["image"] * 255).round(), torch.tensor(gray, dtype=torch.float32).expand(3, 64, 64))
 
 
 def test_training_boxes_belong_to_their_images(tmp_path):
@@ -105,7 +105,7 @@ def test_one_image_per_class_is_kept_for_training(tmp_path):
     assert (len(data.datasets["train"]), len(data.datasets["val"])) == (3, 3)
 
 
-def test_unlabelled_test_split(tmp_path):
+def test_unlabeled_test_split(tmp_path):
     tiny_imagenet(tmp_path)
     sample = opened(tmp_path, "predict", split="test").datasets["predict"][0]
     assert (sample["label"], sample["path"]) == (-1, "test/images/test_0.JPEG")

@@ -134,7 +134,7 @@ def test_shapes():
 
 
 class TestBoxes:
-    def test_pixels_whose_centre_is_inside(self):
+    def test_pixels_whose_center_is_inside(self):
         mask = boxes_to_masks(torch.tensor([[1.0, 0.0, 3.0, 2.0], [0.6, 1.4, 2.5, 3.0]]), (3, 4))
         assert mask[0].int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
         assert mask[1].int().tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]

@@ -286,7 +286,7 @@ def test_weights_of_another_shape_are_named(saved):
     metadata.pop("content_sha256")
     save_file(state, path, metadata=metadata)
     with pytest.raises(
-        ValueError, match=r"1 missing \(norm\.weight, …\); blocks\.0\.mlp\.fc1\.bias is \(7,\), expected \(128,\)"
+        ValueError, match=r"1 missing \(norm\.weight, …\); blocks\.0\.mlp\.fc1\.bias: expected \(128,\), got \(7,\)"
     ):
         load_model(path)
 
@@ -324,7 +324,7 @@ def test_a_network_is_not_built_before_its_weights_are_known_to_fit(saved, monke
     save_file(load_file(path), path, metadata={**metadata, "model_args": huge})
     built = []
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: built.append(layer.weight.device.type))
-    with pytest.raises(ValueError, match=r"attn\.proj\.bias is \(32,\), expected \(60000,\)"):
+    with pytest.raises(ValueError, match=r"attn\.proj\.bias: expected \(60000,\), got \(32,\)"):
         load_model(path)
     assert set(built) == {"meta"}
 

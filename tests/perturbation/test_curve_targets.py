@@ -45,7 +45,7 @@ def maps():
 
 @torch.no_grad()
 def deletion_outputs(model, images, maps, steps=4):
-    """The network's outputs (S + 1, B, C) on images of which a growing share is replaced by their mean colour."""
+    """The network's outputs (S + 1, B, C) on images of which a growing share is replaced by their mean color."""
     outputs = []
     for step in range(steps + 1):
         keep = (rank_patches(maps) >= 16 * step // steps).view(-1, 1, 4, 4)

@@ -96,26 +96,26 @@ class TestBaselines:
         expected = torchvision_blur(images, [kernel, kernel], [sigma, sigma])
         torch.testing.assert_close(gaussian_blur(images), expected, atol=1e-5, rtol=1e-5)
 
-    def test_blur_commutes_with_normalisation_and_ignores_autocast(self):
+    def test_blur_commutes_with_normalization_and_ignores_autocast(self):
         images, mean, std = torch.rand(1, 3, 20, 20), torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
-        normalised = torchvision.transforms.v2.functional.normalize(images, mean.tolist(), std.tolist())
+        normalized = torchvision.transforms.v2.functional.normalize(images, mean.tolist(), std.tolist())
         expected = (gaussian_blur(images) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(gaussian_blur(normalised), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(gaussian_blur(normalized), expected, atol=1e-5, rtol=1e-5)
 
     def test_blur_keeps_half_precision(self):
         assert gaussian_blur(torch.rand(1, 3, 16, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
-    def test_mean_is_each_images_own_colour(self):
+    def test_mean_is_each_images_own_color(self):
         images = torch.stack([torch.zeros(3, 2, 2), torch.arange(12.0).view(3, 2, 2)])
         assert baseline_images(nn.Identity(), images, "mean")[..., 0, 0].tolist() == [[0, 0, 0], [1.5, 5.5, 9.5]]
 
-    def test_black_is_zero_before_normalisation(self):
+    def test_black_is_zero_before_normalization(self):
         model = PatchSum(WEIGHTS, {"mean": (0.5, 0.4, 0.2), "std": (0.5, 0.2, 0.1)})
         black = baseline_images(model, torch.zeros(2, 3, 4, 4), "black")
         torch.testing.assert_close(black[1, :, 0, 0], torch.tensor([-1.0, -2.0, -2.0]))
 
-    def test_black_needs_the_normalisation(self):
+    def test_black_needs_the_normalization(self):
         with pytest.raises(ValueError, match="pretrained_cfg"):
             baseline_images(nn.Identity(), ONES, "black")
 
@@ -149,14 +149,14 @@ class TestExactCurves:
         curves = perturbation_curves(PatchSum(WEIGHTS), ONES, torch.zeros(1, 2, 2), CLASS_1, 4, "black", score="logit")
         assert curves.deletion.tolist() == [[10, 6, 5, 2, 0]]
 
-    def test_normalised_curves_run_from_0_to_1(self):
+    def test_normalized_curves_run_from_0_to_1(self):
         curves = perturbation_curves(
             PatchSum(WEIGHTS), ONES, TRUE_MAP, CLASS_1, 4, "black", score="logit", normalize=True
         )
         torch.testing.assert_close(curves.insertion, torch.tensor([[0.0, 0.4, 0.7, 0.9, 1.0]]))
         torch.testing.assert_close(curves.deletion, torch.tensor([[1.0, 0.6, 0.3, 0.1, 0.0]]))
 
-    def test_normalising_is_undefined_where_the_image_scores_no_higher_than_its_baseline(self):
+    def test_normalizing_is_undefined_where_the_image_scores_no_higher_than_its_baseline(self):
         images, maps = torch.cat([ONES, -ONES, 0 * ONES]), TRUE_MAP.expand(3, 2, 2)
         curves = perturbation_curves(PatchSum(WEIGHTS), images, maps, CLASS_1.expand(3), 4, "black", normalize=True)
         assert curves.insertion.isnan().all(1).tolist() == [False, True, True]
@@ -499,7 +499,7 @@ class TestBadInput:
             ({"maps": {}}, "maps: expected maps .* got none"),
             ({"maps": {"a": torch.rand(2, 2)}}, r"a: expected maps of shape \(1, h, w\)"),
             ({"maps": {"a": torch.rand(1, 3, 2, 2)}}, "several classes per image"),
-            ({"maps": {"a": torch.rand(1, 2, 2), "b": torch.rand(1, 2, 1)}}, "b: patch grid"),
+            ({"maps": {"a": torch.rand(1, 2, 2), "b": torch.rand(1, 2, 1)}}, "b: expected the patch grid"),
             ({"maps": {"a": torch.rand(1, 5, 2)}}, "finer than images"),
             ({"images": torch.rand(3, 4, 4)}, "images: expected shape"),
             ({"images": torch.rand(0, 3, 4, 4)}, "images: expected shape"),
@@ -507,7 +507,7 @@ class TestBadInput:
             ({"target": torch.tensor([1.0])}, "target: expected one class index per image"),
             ({"target": [True]}, "target: expected one class index per image"),
             ({"target": torch.tensor([-1])}, "target: expected class indices of 0 or more"),
-            ({"target": torch.tensor([2])}, "target class 2 needs logits"),
+            ({"target": torch.tensor([2])}, "target class 2: expected logits"),
         ],
     )
     def test_wrong_options(self, change, message):

@@ -27,6 +27,9 @@ def insertion_auc(fractions: Tensor, insertion: Tensor, reduction: Reduction = "
         insertion: (B, S + 1), scores. The area of a curve with NaN is NaN, left out of the mean.
         reduction: `mean`, or `none` for a value per image.
 
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
+
     Example:
         >>> insertion_auc(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[0.0, 0.8, 1.0]]))
         tensor(0.6500)
@@ -41,6 +44,9 @@ def deletion_auc(fractions: Tensor, deletion: Tensor, reduction: Reduction = "me
         fractions: (S + 1,), share of the patches deleted, from 0 to 1; they need not be evenly spaced.
         deletion: (B, S + 1), scores. The area of a curve with NaN is NaN, left out of the mean.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> deletion_auc(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[1.0, 0.2, 0.0]]))
@@ -59,6 +65,9 @@ def insertion_deletion_gap(
         insertion: (B, S + 1), scores.
         deletion: (B, S + 1), scores.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> curve = torch.tensor([[0.0, 0.8, 1.0]])
@@ -81,6 +90,9 @@ def road(
         least_relevant_first: (B, F), scores after removing the least relevant ones.
         order: one order alone, or `combined`: (least relevant first - most relevant first) / 2, higher is better.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown order or reduction.
 
     Example:
         >>> road(torch.tensor([[0.4, 0.2]]), torch.tensor([[0.9, 0.7]]))

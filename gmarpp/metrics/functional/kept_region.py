@@ -25,6 +25,9 @@ def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
         kept: (B,), O, score on the kept region.
         reduction: `mean`, or `none` for a value per image.
 
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
+
     Example:
         >>> average_drop(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(25.)
@@ -43,6 +46,9 @@ def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") 
         full: (B,), Y, score on the image.
         kept: (B,), O, score on the kept region.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> average_increase(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
@@ -63,6 +69,9 @@ def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
         full: (B,), Y, score on the image.
         kept: (B,), O, score on the kept region.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))

@@ -25,6 +25,9 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, H, W) bool.
 
+    Raises:
+        ValueError: boxes of a wrong shape.
+
     Example:
         >>> boxes_to_masks(torch.tensor([[1, 0, 3, 1]]), (2, 4)).int()
         tensor([[[0, 1, 1, 0],
@@ -70,6 +73,9 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
         masks: (B, H, W), true on the object.
         reduction: `mean`, or `none` for a value per image (0 or 1, NaN where the mask is empty).
 
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
+
     Example:
         >>> pointing_game(torch.eye(2)[None], torch.tensor([[[1, 1], [0, 0]]]))
         tensor(1.)
@@ -86,6 +92,9 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> energy_inside(torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
@@ -105,6 +114,9 @@ def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: 
         masks: (B, H, W), true on the object.
         threshold: in [0, 1]; None is the mean of each min-max map, as Chefer et al. 2021 segment.
         reduction: `mean` over images, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> iou(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
@@ -126,6 +138,9 @@ def pixel_accuracy(
         threshold: in [0, 1]; None is the mean of each min-max map, as Chefer et al. 2021 segment.
         reduction: `mean` over images, or `none` for a value per image.
 
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
+
     Example:
         >>> pixel_accuracy(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.5000)
@@ -142,6 +157,9 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> average_precision(torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))

@@ -13,6 +13,9 @@ def reduce_images(values: Tensor, reduction: Reduction) -> Tensor:
     Args:
         values: (B,) float32.
         reduction: `mean` gives a scalar, NaN if no value is defined; `none` gives (B,).
+
+    Raises:
+        ValueError: an unknown reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"unknown reduction {reduction!r}: choose from mean, none")

@@ -19,6 +19,9 @@ def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
         maps: (B, h, w), raw; the index depends on an offset but not on the scale.
         reduction: `mean`, or `none` for a value per image.
 
+    Raises:
+        ValueError: a wrong shape, a map that is not finite, or an unknown reduction.
+
     Example:
         >>> sparseness(torch.tensor([[[0.0, 0.0], [0.0, 5.0]], [[1.0, 1.0], [1.0, 1.0]]]), reduction="none")
         tensor([0.7500, 0.0000])
