@@ -21,7 +21,7 @@ four through ReLU(G) ⊙ A.
    if the layer is a `FusedLayer`.
 7. `products.RowProducts` asks for norms of the heads' G (B, 16), the row sums of ReLU(G) ⊙ A (B, 16, 197), and, all
    methods at once, for the products of rows (B, 16, 3 or 4, 197) with A or ReLU(G) ⊙ A: `r_3 = r_4 M_3`, (B, 197) each.
-8. LeGrad adds the key sums of the gradient of step 5 times vᵀ, (B, 197).
+8. LeGrad adds the key sums of ReLU(g vᵀ), (B, 197), where g is the gradient of step 5.
 9. The dense layer's matrices then yield the gradients of q, k and v; with a fused layer the network's own fused
    backward step does. The layer is freed, and the backward pass goes on to block 2.
 10. Below block 0 the rows' patch tokens (B, 196) are the maps (B, 14, 14), which must be finite.

@@ -28,7 +28,7 @@ class OwnScores:
         output: of the network.
 
     Raises:
-        UnsupportedNetworkError: if the architecture's head does not return the network's output.
+        UnsupportedNetworkError: if the architecture's head does not reproduce the network's output.
     """
 
     def __init__(self, passed: ForwardPass, output: Any) -> None:
