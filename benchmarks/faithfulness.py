@@ -4,9 +4,9 @@
     python benchmarks/faithfulness.py --ckpt_path checkpoints/X --data TinyImageNet --data.root data
 
 All methods explain the predicted class; maps are computed in float32 on the network's patch grid (see
-`outside_maps.py`). Each map is scored under several baselines, what replaces a removed patch: `blur`, `drop` (the token
-leaves the sequence), `mean` and `black`. Images are chosen evenly over the classes; `--images` says how many for each
-baseline, the smaller numbers being the first of the larger. Those on which `study.py` chose `gmarpp_sum` are left out.
+`outside_maps.py`). Each map is scored under several baselines, which replace removed patches: `blur`, `drop` (the
+token leaves the sequence), `mean` and `black`. Images are spread evenly over the classes; `--images` says how many for
+each baseline, smaller numbers being the first of the larger. Those on which `study.py` chose `gmarpp_sum` are omitted.
 Differences between methods are paired by image.
 
 Writes into the output folder `scores.csv` (a row per image, baseline and method; a second run adds what is missing),
@@ -63,7 +63,7 @@ def explain(model: nn.Module, images: Tensor, methods: Sequence[str]) -> tuple[d
 
 
 def means_table(table: ScoreTable, indices: Sequence[int], baseline: str, methods: Sequence[str]) -> str:
-    """Tabulate means with intervals; the best, and what ties with it, in bold."""
+    """Tabulate means with intervals; the best, and those that tie with it, in bold."""
     cells: dict[str, list[str]] = {method: [LABELS[method]] for method in methods}
     for metric in table.metrics:
         columns = {method: table.values(indices, baseline, method, metric) for method in methods}
@@ -78,18 +78,18 @@ def means_table(table: ScoreTable, indices: Sequence[int], baseline: str, method
 def differences_table(
     table: ScoreTable, indices: Sequence[int], baseline: str, reference: str, methods: Sequence[str]
 ) -> str:
-    """Tabulate one method less each other, and whether the interval tells the two apart."""
+    """Tabulate the difference between one method and each other, and whether the interval separates the two."""
     rows = []
     for method in methods:
         if method != reference:
             intervals = {m: table.difference(indices, baseline, reference, method, m) for m in table.metrics}
             row = [f"{cell(each, metric, signed=True)} {verdict(each, metric)}" for metric, each in intervals.items()]
             rows.append([LABELS[method], *row])
-    return markdown_table([f"{LABELS[reference]} less …", *map(metric_label, table.metrics)], rows)
+    return markdown_table([f"{LABELS[reference]} minus …", *map(metric_label, table.metrics)], rows)
 
 
 def mean_values(table: ScoreTable, indices: Indices, methods: Sequence[str], metric: str) -> dict[str, Tensor]:
-    """Give the methods' means under each baseline, shape (methods,), on the images that all baselines have."""
+    """Return the methods' means under each baseline, shape (methods,), on the images that all baselines share."""
     shared = min(indices.values(), key=len)
     return {
         baseline: torch.tensor([np.nanmean(table.values(shared, baseline, method, metric)) for method in methods])
@@ -98,7 +98,7 @@ def mean_values(table: ScoreTable, indices: Indices, methods: Sequence[str], met
 
 
 def ranks_table(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> str:
-    """Tabulate each method's rank by insertion AUC less deletion AUC under each baseline, 1 for the best."""
+    """Tabulate each method's rank by insertion AUC minus deletion AUC under each baseline, 1 for the best."""
     means = mean_values(table, indices, methods, CRITERION)
     ranks = {baseline: (-values).argsort().argsort() + 1 for baseline, values in means.items()}
     rows = [[LABELS[m], *(str(int(rank[place])) for rank in ranks.values())] for place, m in enumerate(methods)]
@@ -106,7 +106,7 @@ def ranks_table(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> 
 
 
 def agreement_table(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> str:
-    """Tabulate Spearman's rank correlation of the methods' means between each two baselines, by metric."""
+    """Tabulate Spearman's rank correlation of the methods' means between each pair of baselines, by metric."""
     pairs = list(itertools.combinations(indices, 2))
     rows = []
     for metric in table.metrics:
@@ -117,7 +117,7 @@ def agreement_table(table: ScoreTable, indices: Indices, methods: Sequence[str])
 
 
 def figure_of(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> Figure:
-    """Draw insertion AUC less deletion AUC of each method, a panel for each baseline."""
+    """Draw insertion AUC minus deletion AUC of each method, a panel for each baseline."""
     first, chosen = next(iter(indices.items()))
     order = sorted(methods, key=lambda method: table.values(chosen, first, method, CRITERION).mean())
     figure = Figure(figsize=(2.2 + 1.75 * len(indices), 0.26 * len(methods) + 1.0), dpi=200, facecolor="white")
@@ -139,8 +139,8 @@ def figure_of(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> Fi
         axes.tick_params(labelsize=8, length=0)
     panels[0].set_yticks(range(len(order)), [LABELS[method] for method in order], fontsize=8)
     figure.supxlabel(
-        "insertion AUC less deletion AUC, with 95 % intervals; higher is better\n"
-        "red: GMAR++, grey: gmarpp's other methods, blue: other libraries",
+        "insertion AUC minus deletion AUC, with 95 % intervals; higher is better\n"
+        "red: GMAR++, gray: gmarpp's other methods, blue: other libraries",
         fontsize=8.5,
     )
     return figure
@@ -162,7 +162,7 @@ def benchmark(
         data: data module; the images are those it predicts on.
         ckpt_path: checkpoint of a timm Vision Transformer, as for `explain.py`.
         output: folder of the results.
-        methods: names of gmarpp's and of other libraries' methods.
+        methods: names of methods of gmarpp and other libraries.
         images: number of images under each baseline.
         skip: number of images left out before those, the development images of `study.py`.
         steps: of the insertion and deletion curves.
@@ -189,7 +189,7 @@ def benchmark(
                 method: {
                     "mean": dataclasses.asdict(bootstrap(table.values(chosen, baseline, method, metric)[:, None])[0]),
                     **{
-                        f"{reference} less this": dataclasses.asdict(
+                        f"{reference} minus this": dataclasses.asdict(
                             table.difference(chosen, baseline, reference, method, metric)
                         )
                         for reference in references
@@ -200,7 +200,7 @@ def benchmark(
             for metric in table.metrics
         }
     shared = min(images.values())
-    parts += [f"## Ranks by insertion AUC less deletion AUC, {shared} images", ranks_table(table, indices, methods)]
+    parts += [f"## Ranks by insertion AUC minus deletion AUC, {shared} images", ranks_table(table, indices, methods)]
     parts += ["## Rank correlation between baselines", agreement_table(table, indices, methods)]
     folder = Path(output)
     report = {**machine(), **options, "skip": skip, "images": images, "baselines": values}

@@ -20,7 +20,7 @@ STEPS = 100
 
 @contextmanager
 def unfused(model: VisionTransformer) -> Iterator[None]:
-    """Let the network compute its attention matrices, as it must for a procedure that reads them."""
+    """Make the network compute its attention matrices, which the procedure reads."""
     for block in model.blocks:
         block.attn.fused_attn = False
     try:
@@ -31,7 +31,7 @@ def unfused(model: VisionTransformer) -> Iterator[None]:
 
 
 def gmarpp(model: VisionTransformer, image: Tensor, label: int) -> Tensor:
-    """GMAR++ (L1) of one image, (1, 3, H, W), for one class: (h, w) in [0, 1]."""
+    """Compute GMAR++ (L1) of one image, (1, 3, H, W), for one class: (h, w) in [0, 1]."""
     attentions: list[Tensor] = []
 
     def keep(_: torch.nn.Module, args: tuple[Tensor]) -> None:
@@ -59,7 +59,7 @@ def gmarpp(model: VisionTransformer, image: Tensor, label: int) -> Tensor:
 
 
 class _Metrics:
-    """One map of one image under the five metrics; each method starts from nothing."""
+    """One map of one image under the five metrics; each method computes everything again."""
 
     def __init__(self, model: VisionTransformer, image: Tensor, map_: Tensor, label: int) -> None:
         self.model = model

@@ -1,9 +1,9 @@
-"""Time of the fused layer's kernels for layers of real networks, beside that of fused attention itself.
+"""Time of the fused layer's kernels for layers of real networks, compared with fused attention itself.
 
     python benchmarks/fused.py --device cuda
 
 On a CPU the kernels run in Triton's interpreter, which only shows that this script works:
-``TRITON_INTERPRET=1 python benchmarks/fused.py --device cpu --layers 1,2,20,16 --repeats 1``.
+`TRITON_INTERPRET=1 python benchmarks/fused.py --device cpu --layers 1,2,20,16 --repeats 1`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time, peak memory and the machine they belong to, for the benchmarks beside this file."""
+"""Time, peak memory and the machine they belong to, for the other benchmarks."""
 
 import datetime
 import math
@@ -39,7 +39,7 @@ class Timing:
 
 
 def machine(device: torch.device | None = None) -> dict[str, object]:
-    """Say what the figures of a run belong to."""
+    """Describe the machine and versions that the figures of a run belong to."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -55,7 +55,7 @@ def machine(device: torch.device | None = None) -> dict[str, object]:
 
 
 def precisions(device: torch.device) -> list[str]:
-    """Name the precisions that a device computes in."""
+    """Return the names of the precisions that a device computes in."""
     return list(GPU_PRECISIONS if device.type == "cuda" else PRECISIONS)
 
 
@@ -71,7 +71,7 @@ def autocast(precision: str, device: torch.device = CPU) -> Iterator[None]:
     """Compute in a precision, in a context that is new for each call, since autocast keeps converted weights."""
     dtype, tf32 = GPU_PRECISIONS[precision], precision == "tf32"
     if device.type == "cuda":
-        # PyTorch 2.9 has new settings, and an error for who reads the old ones after the new ones were set.
+        # PyTorch 2.9 has new settings, and raises an error when the old ones are read after the new ones were set.
         matmul, convolution = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
         for each in (matmul, convolution):
             if hasattr(each, "fp32_precision"):
@@ -92,7 +92,7 @@ def seconds(run: Callable[[], object], device: torch.device = CPU) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU to finish what it was given."""
+    """Wait for a GPU to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -104,19 +104,20 @@ def alternate(
     once_above: float = math.inf,
     device: torch.device = CPU,
 ) -> dict[str, list[Timing]]:
-    """Time jobs in turn, with a forward pass between each and the next, so that a drifting machine drifts for all.
+    """Time jobs in turn, with a forward pass between each and the next, so that a drifting machine affects all alike.
 
     Args:
         jobs: what to time, by name.
         forward: the pass they are compared with.
         rounds: how often each job has its turn.
-        once_above: a job that takes longer than so many seconds has one turn only.
-        device: where they compute.
+        once_above: seconds above which a job has only one turn.
+        device: where the jobs run.
     """
     forward()
     if device.type == "cuda":
+        # The first run compiles kernels.
         for run in jobs.values():
-            run()  # compiles kernels
+            run()
     timings: dict[str, list[Timing]] = {job: [] for job in jobs}
     before = seconds(forward, device)
     for _ in range(rounds):
@@ -136,7 +137,7 @@ def resident_mebibytes(field: str) -> float:
 
 
 def run_job(job: str, model: torch.nn.Module, images: torch.Tensor, classes: int = 1) -> None:
-    """Run one of `JOBS` with so many classes per image."""
+    """Run one of `JOBS` with a number of classes per image."""
     if job == "gradient":
         watched = images.detach().requires_grad_()
         torch.autograd.grad(model(watched)[:, 0].sum(), watched)
@@ -148,12 +149,14 @@ def run_job(job: str, model: torch.nn.Module, images: torch.Tensor, classes: int
 def _peak_of(
     connection: Connection, job: str, name: str, batch: int, size: int, depth: int | None, classes: int
 ) -> None:
-    gmarpp.explain(network("vit_tiny_patch16_224", 32, 1), torch.randn(1, 3, 32, 32))  # imports, thread pools
+    # A first call imports modules and starts thread pools.
+    gmarpp.explain(network("vit_tiny_patch16_224", 32, 1), torch.randn(1, 3, 32, 32))
     model, images = network(name, size, depth).requires_grad_(False), torch.randn(batch, 3, size, size)
     with torch.no_grad():
         model(images[:1])
     before = resident_mebibytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    # Writing 5 resets the high-water mark.
+    Path("/proc/self/clear_refs").write_text("5")
     run_job(job, model, images, classes)
     connection.send(resident_mebibytes("VmHWM") - before)
 
@@ -163,14 +166,14 @@ def peak(job: str, name: str, batch: int, size: int, depth: int | None = None, c
 
     The job runs in a fresh process.
     """
-    # Freed tensors go back to the system at once, so that the resident set is what is in use.
+    # Freed tensors go back to the system at once, so that the resident set is the memory in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
         target=_peak_of, args=(sender, job, name, batch, size, depth, classes)
     )
     process.start()
-    # The parent's copy has to go, or a child that died would leave `recv` waiting.
+    # With the parent's copy open, a child that died would leave `recv` waiting.
     sender.close()
     mebibytes: float = receiver.recv()
     process.join()
@@ -178,7 +181,7 @@ def peak(job: str, name: str, batch: int, size: int, depth: int | None = None, c
 
 
 def gpu_peak(run: Callable[[], object], device: torch.device) -> float:
-    """Measure the most MiB that a call takes at any moment on a GPU, above what is in use before."""
+    """Measure the peak MiB of a call on a GPU, above the memory in use before."""
     run()
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

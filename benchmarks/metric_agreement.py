@@ -5,8 +5,8 @@
 Draws maps (random, constant, of a tiny and of a huge range, tied, a single peak, a ramp whose pixels equal its mean,
 one patch), masks (random, empty, full, one pixel; of sizes that the grid divides, does not divide or exceeds), and
 scores (probabilities, 0, 1, logits, NaN), computes every metric by `gmarpp` in float32 and by NumPy, SciPy and
-scikit-learn in float64, and prints a table in Markdown: cases, and the largest deviation relative to max(1, value). A
-value that only one of the two defines, or a map with NaN that is not refused, deviates infinitely.
+scikit-learn in float64, and prints a table in Markdown: cases, and the largest deviation relative to max(1, value). The
+deviation is infinite for a value that only one of the two defines, or a map with NaN that is accepted.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def naive_minmax(values: Array) -> Array:
 
 
 def naive_upsampling(values: Array, size: tuple[int, int]) -> Array:
-    """Interpolate linearly between the middles of the patches, which the border continues."""
+    """Interpolate linearly between the centers of the patches, and continue the border constantly."""
     for axis, length in enumerate(size):
         cells = values.shape[axis]
         middle = (np.arange(length) + 0.5) * cells / length - 0.5
@@ -78,8 +78,8 @@ def naive_upsampling(values: Array, size: tuple[int, int]) -> Array:
     return values
 
 
-def naive_localisation(values: Array, mask: Array) -> dict[str, float]:
-    """Compute all localisation metrics of one map and mask."""
+def naive_localization(values: Array, mask: Array) -> dict[str, float]:
+    """Compute all localization metrics of one map and mask."""
     scaled = naive_upsampling(naive_minmax(values), mask.shape)
     lit = scaled > scaled.mean() + 1e-10
     if not mask.any():
@@ -161,7 +161,7 @@ def compare_maps(table: Table, generator: Generator, grid: tuple[int, int]) -> N
     table.add("rank_correlation", functional.rank_correlation(batch[:-1], batch[1:]), expected)
     for mask in draw_masks(generator, *grid):
         masks = torch.from_numpy(mask).expand(len(batch), *mask.shape)
-        naive = [naive_localisation(values, mask) for values in each]
+        naive = [naive_localization(values, mask) for values in each]
         for metric in naive[0]:
             found = getattr(functional, metric)(batch, masks, reduction="none")
             table.add(metric, found, [values[metric] for values in naive])

@@ -1,4 +1,4 @@
-"""Maps of torchcam and legrad-torch, each on a kind of network that it takes."""
+"""Maps of torchcam and legrad-torch, each on a kind of network that it accepts."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ except ImportError as error:
 
 
 def torchcam_grad_cam(model: VisionTransformer, images: Tensor, target: Tensor) -> list[Tensor]:
-    """Grad-CAM at the last block's first norm by torchcam."""
+    """Compute Grad-CAM at the last block's first norm by torchcam."""
 
     def as_picture(tokens: Tensor) -> Tensor:
         return tokens[:, model.num_prefix_tokens :].mT.unflatten(-1, model.patch_embed.grid_size)
@@ -40,12 +40,13 @@ def torchvision_twin(model: VisionTransformer, size: int) -> TorchvisionTransfor
         mlp_dim=model.blocks[0].mlp.fc1.out_features,
         num_classes=model.num_classes,
     )
-    nn.init.normal_(twin.heads.head.weight, std=0.02)  # torchvision's zeros would leave every gradient zero
+    # The zeros of torchvision would make every gradient zero.
+    nn.init.normal_(twin.heads.head.weight, std=0.02)
     return twin.eval()
 
 
 def torchcam_legrad(model: TorchvisionTransformer, images: Tensor, target: Tensor) -> list[Tensor]:
-    """LeGrad of all layers by torchcam, for torchvision networks; a layer's score reads the mean of all tokens."""
+    """Compute LeGrad of all layers by torchcam, for torchvision networks; its scores read the mean of all tokens."""
     with torchcam.methods.LeGrad(model, list(model.encoder.layers)) as cam:
         model(images)
         return cam(target.tolist())
@@ -80,7 +81,7 @@ def clip_twins(model: VisionTransformer, size: int, image: Tensor) -> tuple[nn.M
 
 
 def legrad_torch(clip: nn.Module, image: Tensor, text: Tensor, first_layer: int) -> Callable[[], Tensor]:
-    """Prepare LeGrad by legrad-torch, which takes one image at a time.
+    """Prepare LeGrad by legrad-torch, which accepts one image at a time.
 
     Args:
         clip: open_clip network, which is copied: legrad-torch changes its modules.

@@ -1,7 +1,7 @@
 """Maps of other libraries on the network's patch grid: captum, grad-cam, and LRP by lxt with zennit's gamma rule.
 
-Left out: captum's LRP, which has no rules for attention; RISE and LeGrad, which none of the libraries offers for timm
-networks.
+Omitted are captum's LRP, which has no rules for attention, and RISE and LeGrad, which none of the libraries offers for
+timm networks.
 """
 
 import copy
@@ -25,14 +25,14 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error}. Install the other libraries: pip install -e '.[bench]'") from error
 
-# zennit's rules have to pass on relevance divided by the input, as lxt's do.
+# Rules of zennit must pass on relevance divided by the input, as those of lxt do.
 monkey_patch_zennit()
 
 IG_STEPS = 16
 CONV_GAMMA, LINEAR_GAMMA = 0.25, 0.05
 
 OutsideMethod = Callable[[VisionTransformer, Tensor, Tensor], Tensor]
-"""Takes network, images (B, 3, H, W) and classes (B,); gives maps (B, h, w)."""
+"""Takes network, images (B, 3, H, W) and classes (B,); returns maps (B, h, w)."""
 
 
 def _by_patch(model: VisionTransformer, values: Tensor) -> Tensor:
@@ -42,30 +42,30 @@ def _by_patch(model: VisionTransformer, values: Tensor) -> Tensor:
 
 
 def saliency(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    """Absolute gradients (captum), averaged over each patch."""
+    """Compute absolute gradients (captum), averaged over each patch."""
     return _by_patch(model, Saliency(model).attribute(images.clone().requires_grad_(), target=target))
 
 
 def input_x_gradient(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    """Signed input times gradient (captum), averaged over each patch."""
+    """Compute signed input times gradient (captum), averaged over each patch."""
     return _by_patch(model, InputXGradient(model).attribute(images.clone().requires_grad_(), target=target))
 
 
 def integrated_gradients(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    """Signed Integrated Gradients from the mean colour of the training images (captum), averaged over each patch."""
+    """Compute signed Integrated Gradients (captum) from the training images' mean color, averaged over each patch."""
     method = IntegratedGradients(model)
     return _by_patch(model, method.attribute(images, target=target, n_steps=IG_STEPS, internal_batch_size=64))
 
 
 def occlusion(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    """Loss of the logit when one patch is replaced by the mean colour of the training images (captum)."""
+    """Compute the loss of the logit when the mean color of the training images replaces one patch (captum)."""
     patch = (images.shape[1], *model.patch_embed.patch_size)
     method = Occlusion(model)
     return _by_patch(model, method.attribute(images, patch, strides=patch, target=target, perturbations_per_eval=4))
 
 
 def grad_cam(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    """Grad-CAM at the last block's first norm (grad-cam), as its tutorial for Vision Transformers has it."""
+    """Compute Grad-CAM at the last block's first norm (grad-cam), as in its tutorial for Vision Transformers."""
 
     def as_picture(tokens: Tensor) -> Tensor:
         grid = model.patch_embed.dynamic_feat_size((images.shape[2], images.shape[3]))
@@ -78,7 +78,7 @@ def grad_cam(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor
 
 
 def attn_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
-    """LRP through attention with its weights held constant (lxt, zennit), signed, averaged over each patch.
+    """Compute LRP through attention with constant weights (lxt, zennit), signed, averaged over each patch.
 
     lxt has rules for torchvision's networks; the same ones are put on a copy of the timm network: the identity rule on
     GELU and layer norm, no relevance through queries and keys, the gamma rule on linear and convolutional layers.

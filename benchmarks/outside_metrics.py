@@ -1,4 +1,4 @@
-"""Faithfulness metrics of torchcam, quantus and grad-cam for maps that are there already, as `speed.py` times them."""
+"""Faithfulness metrics of torchcam, quantus and grad-cam for existing maps, as `speed.py` times them."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ except ImportError as error:
 
 
 class _GivenMaps:
-    """Maps that are there already, in the form of the extractors that torchcam's metrics call."""
+    """Existing maps, in the form of the extractors that torchcam's metrics call."""
 
     def __init__(self, model: nn.Module, maps: Tensor) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class _GivenMaps:
 
 @torch.no_grad()
 def torchcam_curves(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, steps: int) -> dict[str, float]:
-    """Areas under the insertion and deletion curves of maps (B, h, w) over gmarpp's blur, by torchcam."""
+    """Compute areas under the insertion and deletion curves of maps (B, h, w) over gmarpp's blur, by torchcam."""
     metric = torchcam.metrics.DeletionInsertionMetric(
         _GivenMaps(model, maps), partial(torch.softmax, dim=-1), steps=steps, baseline=gaussian_blur
     )
@@ -50,7 +50,7 @@ def torchcam_curves(model: nn.Module, images: Tensor, maps: Tensor, target: Tens
 
 @torch.no_grad()
 def torchcam_drop_and_increase(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor) -> dict[str, float]:
-    """Average Drop and Increase of maps (B, h, w), multiplied with the images, by torchcam."""
+    """Compute Average Drop and Increase of maps (B, h, w), multiplied by the images, by torchcam."""
     metric = torchcam.metrics.ClassificationMetric(_GivenMaps(model, maps), partial(torch.softmax, dim=-1))
     metric.update(images, target.tolist())
     return metric.summary()
@@ -68,17 +68,17 @@ class _Float32Logits(nn.Module):
 
 
 def _pixel_maps(maps: Tensor, images: Tensor) -> Tensor:
-    """Maps (B, h, w) in [0, 1] on the images' pixels."""
+    """Scale maps (B, h, w) to [0, 1], and enlarge them to the images' pixels."""
     maps = maps - maps.amin((1, 2), keepdim=True)
     maps = maps / maps.amax((1, 2), keepdim=True)
     return F.interpolate(maps[:, None], images.shape[2:], mode="nearest")[:, 0]
 
 
 def quantus_deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, steps: int) -> Any:
-    """Deletion curve of maps (B, h, w) by quantus' pixel flipping.
+    """Compute the deletion curve of maps (B, h, w) by quantus' pixel flipping.
 
-    The number of values that it changes at a time has to divide the number of pixels, so that the curve has the number
-    of steps nearest to the one asked for that allows it.
+    The number of values changed at a time must divide the number of pixels, so the curve has the nearest possible
+    number of steps to the requested one.
     """
     channels, pixels = images.shape[1], images[0, 0].numel()
     divisors = [number for number in range(1, pixels + 1) if pixels % number == 0]
@@ -89,7 +89,7 @@ def quantus_deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Ten
 
 
 def grad_cam_road(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float]) -> Any:
-    """ROAD of maps (B, h, w) by grad-cam, in both orders, for the shares of the image that are removed."""
+    """Compute ROAD of maps (B, h, w) by grad-cam, in both orders, for the shares of the image that are removed."""
     metric = ROADCombined(percentiles=[100 * (1 - fraction) for fraction in fractions])
     classes = [ClassifierOutputTarget(label) for label in target.tolist()]
     return metric(images, _pixel_maps(maps, images).numpy(), classes, _Float32Logits(model))

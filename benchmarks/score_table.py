@@ -1,4 +1,4 @@
-"""Metric values per image, method and baseline, in a table that an interrupted benchmark continues."""
+"""Metric values per image, method and baseline, in a table that an interrupted benchmark can continue."""
 
 import csv
 import json
@@ -25,12 +25,12 @@ from gmarpp.training.module import load_classifier
 
 CRITERION = "insertion_deletion_gap"
 FAITHFULNESS = (*FAITHFULNESS_METRICS, CRITERION)
-LOCALISATION = ("pointing_game", "energy_inside")
+LOCALIZATION = ("pointing_game", "energy_inside")
 BATCH = 20
 
 Record = dict[str, Any]
 Explain = Callable[[nn.Module, Tensor, Sequence[str]], tuple[dict[str, Tensor], Tensor]]
-"""Takes network, images (B, 3, H, W) and names of methods; gives maps (B, h, w) by method, and the classes (B,)."""
+"""Takes network, images (B, 3, H, W) and names of methods; returns maps (B, h, w) by method, and the classes (B,)."""
 
 
 def open_images(ckpt_path: str, data: L.LightningDataModule) -> tuple[nn.Module, Any]:
@@ -45,7 +45,7 @@ def open_images(ckpt_path: str, data: L.LightningDataModule) -> tuple[nn.Module,
 def evaluate(
     model: nn.Module, batch: Mapping[str, Any], maps: Mapping[str, Tensor], target: Tensor, baseline: str, steps: int
 ) -> list[Record]:
-    """Score one batch's maps by all metrics, localisation where there are boxes or masks.
+    """Score one batch's maps by all metrics, localization where there are boxes or masks.
 
     Args:
         model: the network.
@@ -75,7 +75,7 @@ def evaluate(
         }
         columns = {
             metric: getattr(functional, metric)(*(inputs[name] for name in metric_inputs(metric)), reduction="none")
-            for metric in FAITHFULNESS + (() if masks is None else LOCALISATION)
+            for metric in FAITHFULNESS + (() if masks is None else LOCALIZATION)
         }
         for position, index in enumerate(batch["index"].tolist()):
             cells = {metric: float(column[position]) for metric, column in columns.items()}
@@ -84,11 +84,11 @@ def evaluate(
 
 
 class ScoreTable:
-    """Records of `evaluate` in `scores.csv`, whole after every batch.
+    """Records of `evaluate` in `scores.csv`, complete after every batch.
 
     Args:
-        folder: where it lies; what an earlier run wrote is read.
-        options: what the values depend on beside images, baselines and methods.
+        folder: its folder; what an earlier run wrote is read.
+        options: everything else that the values depend on, besides images, baselines and methods.
 
     Raises:
         ValueError: if the folder holds values made with other options.
@@ -110,20 +110,20 @@ class ScoreTable:
                     self._records[key] = dict(zip(("index", "baseline", "method"), key, strict=True)) | cells
 
     def missing(self, indices: Sequence[int], baseline: str, methods: Iterable[str]) -> list[str]:
-        """Name the methods that lack a record of one of the images under a baseline."""
+        """Return the methods that lack a record of one of the images under a baseline."""
         return [m for m in methods if any((index, baseline, m) not in self._records for index in indices)]
 
     def add(self, records: Iterable[Record]) -> None:
-        """Take records, and write the file anew."""
+        """Add records, and rewrite the file."""
         self._records |= {(row["index"], row["baseline"], row["method"]): row for row in records}
         write_csv(self.path, self._records.values())
 
     def values(self, indices: Sequence[int], baseline: str, method: str, metric: str) -> npt.NDArray[np.float64]:
-        """Give one metric of some images, in their order, shape (n,); NaN where it is undefined."""
+        """Return one metric of some images, in their order, shape (n,); NaN where it is undefined."""
         return np.array([self._records[index, baseline, method][metric] for index in indices])
 
     def difference(self, indices: Sequence[int], baseline: str, first: str, second: str, metric: str) -> Interval:
-        """Give the mean of a method's values less another's on the same images."""
+        """Return the mean of a method's values minus another's on the same images."""
         return paired_difference(*(self.values(indices, baseline, method, metric) for method in (first, second)))
 
     @property
@@ -177,13 +177,13 @@ def fill(
 
 
 def cell(interval: Interval, metric: str, signed: bool = False) -> str:
-    """Print a mean with its interval: percentages with one decimal, areas and shares with three."""
+    """Format a mean with its interval: percentages with one decimal, areas and shares with three."""
     form = f"{'+' if signed else ''}.{1 if metric.startswith('average') else 3}f"
     return f"{interval.mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def verdict(difference: Interval, metric: str) -> str:
-    """Tell whether the first of two methods is `better`, `worse` or `tied` by the interval of their difference.
+    """Return whether the first of two methods is `better`, `worse` or `tied` by the interval of their difference.
 
     Fewer images than `FEWEST_IMAGES` are `too few`.
     """

@@ -4,11 +4,11 @@
     python benchmarks/speed.py --output results/speed.json [--network vit_large_patch16_224] [--precision bfloat16]
 
 Everything runs on one network, one set of images, one precision and the same threads, by turns in one run; weights and
-images are random, which time does not depend on. Writes JSON, after every part of the run, and beside it a chart
+images are random, since time does not depend on them. Writes JSON, after every part of the run, and beside it a chart
 (.png). `forwards` is a time as a multiple of a forward pass without gradients of the same network, image for image,
 taken right before and after. Jobs above 20 s are timed once.
 
-Where a library takes no timm network, gmarpp runs beside it on a network of the same shape: for torchcam's LeGrad a
+Where a library accepts no timm network, gmarpp runs beside it on a network of the same shape: for torchcam's LeGrad a
 torchvision ViT, for legrad-torch an open_clip tower, which gmarpp gets as a timm network of equal weights and outputs.
 captum's Layer Grad-CAM is left out: it averages over the channels of tokens instead of over the tokens.
 """
@@ -54,7 +54,7 @@ FIVE_OF_ALL = f"gmarpp: {STEPS} steps, {len(gmarpp.METHODS)} methods at once, pe
 FIVE_DROPPED = f"gmarpp: {STEPS} steps, tokens dropped"
 FIVE_LONG = f"gmarpp: {first_procedure.STEPS} steps"
 FIRST_FIVE = f"first procedure: {first_procedure.STEPS} steps"
-# Who does the same as which row of gmarpp's; of the five metrics, only those at as many steps are equal work.
+# The row of gmarpp that each job is compared with; the five metrics are equal work only at equally many steps.
 SAME_TASK = {
     "maps": (
         (FIRST_MAP, "gmarpp: GMAR++ (L1)"),
@@ -78,8 +78,8 @@ class Job:
 
     Attributes:
         group: heading in the chart.
-        name: who does what.
-        call: does it once.
+        name: library and task.
+        call: runs it once.
         share: what its time is divided by: the images for maps, the methods for metrics.
     """
 
@@ -92,7 +92,7 @@ class Job:
 def time_jobs(
     jobs: Sequence[Job], model: nn.Module, images: Tensor, precision: str, repeats: int, skip: Sequence[str]
 ) -> dict[str, Row]:
-    """Time jobs, but for those to skip, by turns with a network's forward pass over the images.
+    """Time jobs, except those to skip, by turns with a network's forward pass over the images.
 
     Returns:
         By name of the job: group, seconds and forward passes per share (medians), and number of runs.
@@ -221,9 +221,10 @@ def metrics(model: nn.Module, images: Tensor, precision: str, repeats: int, skip
 
 
 def theirs_over_ours(report: Mapping[str, Any]) -> dict[str, float]:
-    """Give the time of others as a multiple of gmarpp's: above 1, gmarpp is faster.
+    """Return the time of others as a multiple of gmarpp's: above 1, gmarpp is faster.
 
-    In one precision both count in multiples of the forward passes beside them, which a drifting machine leaves alone.
+    In one precision both count in multiples of the forward passes beside them, which are robust against a drifting
+    machine.
     """
     ratios = {}
     precisions = [(precision, precision) for precision in PRECISIONS if precision in report]

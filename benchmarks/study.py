@@ -6,18 +6,18 @@ Protocol, fixed before any variant was scored on these images:
 
 - The class explained is the predicted one. A first image of every class comes first, then a second one, and so on; the
   first `development` of them choose, the next `confirmation` confirm. No image is in both.
-- Criterion: insertion AUC less deletion AUC, probabilities, 8 curve steps, blurred patches as baseline, mean over the
+- Criterion: insertion AUC minus deletion AUC, probabilities, 8 curve steps, blurred patches as baseline, mean over the
   images. The same under `drop`, where removed tokens leave the sequence, is reported beside it and chooses nothing.
 - The winner is the variant with the highest criterion on the development images among those that cost what every
   method of gmarpp costs: one forward and one backward pass. Smoothing averages four passes; it is reported only.
 - The winner is worth shipping if on the confirmation images its criterion is higher than that of GMAR++ (L1), GMAR++
   (L2) and Chefer under blur and under `drop`, each by a paired 95 % bootstrap interval that excludes zero, and if no
-  interval of the five faithfulness metrics shows it worse than one of the three. Localisation is reported only.
+  interval of the five faithfulness metrics shows it worse than one of the three. Localization is reported only.
 
-Decided when the first 40 development images had been seen:
+Decided after the first 40 development images:
 
 - The variants that combine the row-wise rule with the sum over heads were added, since this sum helped; twelve others
-  that were far behind, or no different, were dropped.
+  that were far worse, or no different, were dropped.
 - Of all variants, scored on the first `screening` of the development images, the five best and the published methods
   go on to the rest of them.
 - The winner's rule is confirmed with the plain logit, too, which fits into the pass that all methods share.
@@ -67,7 +67,7 @@ class Rule(Method):
         alpha: weight of the residual connection beside the relevance.
         heads: weights of the heads: their share of the gradient's `l1`, `l2` or `max` norm, the `mean`, or the `sum`.
         rows: `row` divides each row of E + alpha I by its sum, `layer` divides E by its largest row sum before alpha I
-            is added, `none` leaves E + alpha I as it is.
+            is added, `none` leaves E + alpha I unchanged.
         negative: products of gradient and attention below zero are cut off in each `head`, only where their `sum` over
             the heads is below zero, or they are `kept`.
     """
@@ -138,10 +138,10 @@ class FromLayer(Method):
     """A method that ignores the layers below one.
 
     The engine hands over each layer for all images, part by part, before the next layer below; so the number of images
-    seen tells the layer.
+    seen identifies the layer.
 
     Args:
-        method: what is done in the layers above.
+        method: the method applied in the layers above.
         first: position of the lowest layer used, from 0 at the input.
     """
 
@@ -188,7 +188,7 @@ CANDIDATES: dict[str, Candidate] = {
     "probability": Candidate("score", GMARPlusPlus(), score="probability"),
     "margin": Candidate("score", GMARPlusPlus(), score="margin"),
     "noise 10 %": Candidate("smoothing", GMARPlusPlus(), smoothing="noise 0.1"),
-    "path from mean colour": Candidate("smoothing", GMARPlusPlus(), smoothing="path"),
+    "path from mean color": Candidate("smoothing", GMARPlusPlus(), smoothing="path"),
     "class row, ReLU": Candidate("layer sum", LayerSum(signed=False)),
     "class row, signed, margin": Candidate("layer sum", LayerSum(), score="margin"),
     "all rows, ReLU": Candidate("layer sum", LayerSum("all", signed=False)),
@@ -205,9 +205,9 @@ CANDIDATES: dict[str, Candidate] = {
 
 
 def score_of(kind: str, target: Tensor) -> Tensor | Callable[[Tensor], Tensor]:
-    """Give the target of `gmarpp.explain` for a score of the classes (B,).
+    """Return the target of `gmarpp.explain` for a score of the classes (B,).
 
-    The gradients of probability p, log-probability and margin (logit less log-sum-exp of the others) differ by factors
+    The gradients of probability p, log-probability and margin (logit minus log-sum-exp of the others) differ by factors
     per image only, p (1 - p), 1 - p and 1.
     """
     if kind == "logit":
@@ -224,7 +224,7 @@ def score_of(kind: str, target: Tensor) -> Tensor | Callable[[Tensor], Tensor]:
 
 
 def samples_of(smoothing: str, images: Tensor) -> list[Tensor]:
-    """Give the batches (B, 3, H, W) over which a map is averaged."""
+    """Return the batches (B, 3, H, W) over which a map is averaged."""
     if smoothing == "none":
         return [images]
     if smoothing == "path":
@@ -256,12 +256,12 @@ def explain(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[dic
 
 
 def mean_criterion(table: ScoreTable, indices: Sequence[int], names: Sequence[str]) -> dict[str, float]:
-    """Give the criterion of some candidates on some images."""
+    """Return the criterion of some candidates on some images."""
     return {name: float(table.values(indices, "blur", name, CRITERION).mean()) for name in names}
 
 
 def development_table(table: ScoreTable, indices: Sequence[int], names: Sequence[str]) -> str:
-    """Tabulate candidates: criterion, and difference to GMAR++ (L1)."""
+    """Tabulate candidates: criterion, and difference from GMAR++ (L1)."""
     rows = []
     for name in names:
         row = [CANDIDATES[name].factor, name]
@@ -270,8 +270,10 @@ def development_table(table: ScoreTable, indices: Sequence[int], names: Sequence
             difference = table.difference(indices, baseline, name, RIVALS[0], CRITERION)
             row.append("" if name == RIVALS[0] else cell(difference, CRITERION, signed=True))
         rows.append(row)
-    less = f"less {RIVALS[0]}"
-    return markdown_table(["factor", "variant", *(head for baseline in BASELINES for head in (baseline, less))], rows)
+    difference = f"minus {RIVALS[0]}"
+    return markdown_table(
+        ["factor", "variant", *(head for baseline in BASELINES for head in (baseline, difference))], rows
+    )
 
 
 def confirmation_tables(table: ScoreTable, indices: Sequence[int], confirmed: Sequence[str]) -> str:
@@ -285,16 +287,16 @@ def confirmation_tables(table: ScoreTable, indices: Sequence[int], confirmed: Se
             means.append([metric_label(metric), *(cell(each, metric) for each in intervals)])
         for name in confirmed:
             for metric in table.metrics:
-                less = [table.difference(indices, baseline, name, rival, metric) for rival in RIVALS]
-                row = [f"{cell(each, metric, signed=True)} {verdict(each, metric)}" for each in less]
+                gaps = [table.difference(indices, baseline, name, rival, metric) for rival in RIVALS]
+                row = [f"{cell(each, metric, signed=True)} {verdict(each, metric)}" for each in gaps]
                 differences.append([name, metric_label(metric), *row])
         parts.append(markdown_table([baseline, *confirmed, *RIVALS], means))
-        parts.append(markdown_table([baseline, "", *(f"less {rival}" for rival in RIVALS)], differences))
+        parts.append(markdown_table([baseline, "", *(f"minus {rival}" for rival in RIVALS)], differences))
     return "\n\n".join(parts)
 
 
 def objections(table: ScoreTable, indices: Sequence[int], winner: str) -> list[str]:
-    """List what speaks against shipping the winner; nothing if the rule of the protocol is met."""
+    """List the reasons against shipping the winner; empty if it meets the protocol's rule."""
     found = []
     for baseline in BASELINES:
         for rival in RIVALS:
@@ -306,7 +308,7 @@ def objections(table: ScoreTable, indices: Sequence[int], winner: str) -> list[s
 
 
 def figure_of(table: ScoreTable, indices: Sequence[int]) -> Figure:
-    """Draw each candidate's difference to GMAR++ (L1) on the screening images, under both baselines."""
+    """Draw each candidate's difference from GMAR++ (L1) on the screening images, under both baselines."""
     names = [name for name in CANDIDATES if name != RIVALS[0]]
     figure = Figure(figsize=(8.2, 0.235 * len(names) + 1.1), dpi=200, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -325,7 +327,7 @@ def figure_of(table: ScoreTable, indices: Sequence[int]) -> Figure:
     axes.axvline(0, color="#555555", linewidth=0.9)
     axes.set_yticks(positions, names, fontsize=7.5)
     axes.set_ylim(positions[-1] + 0.8, -0.8)
-    axes.set_xlabel("insertion AUC less deletion AUC, difference to GMAR++ (L1); right is better", fontsize=8.5)
+    axes.set_xlabel("insertion AUC minus deletion AUC, difference from GMAR++ (L1); right is better", fontsize=8.5)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -369,7 +371,7 @@ def study(
     criterion = mean_criterion(table, first, finalists)
     eligible = [name for name in finalists if name not in RIVALS and CANDIDATES[name].smoothing == "none"]
     winner = max(eligible, key=lambda name: criterion[name])
-    # The same rule with the logit needs no score of its own, so it fits into the pass that all methods share.
+    # The same rule with the logit needs no separate score, so it fits into the pass that all methods share.
     rule = CANDIDATES[winner].method
     plain = [name for name, each in CANDIDATES.items() if each.method == rule and each.score == "logit"]
     confirmed = list(dict.fromkeys((winner, *plain)))

@@ -3,10 +3,10 @@
     python benchmarks/training.py --root data [--config configs/vit_small_tiny_imagenet.yaml] [--rounds 5] [--steps 12]
 
 Both train the recipe's network on the same batches of Tiny-ImageNet, on the CPU, with the same loader, precision,
-optimiser, schedule and clipping, from random weights, in turn in one run. The Trainer has what `train.py fit` gives it:
+optimizer, schedule and clipping, from random weights, in turn in one run. The Trainer is that of `train.py fit`, with
 TensorBoard, checkpoints, progress bar. A round's time runs from the end of its warm-up to the end of its last step.
 
-The loader alone has the recipe's augmentation and image size. For the 8-GPU recipe's, which no CPU trains:
+The loader alone has the recipe's augmentation and image size. For the 8-GPU recipe, which no CPU can train:
 
     python benchmarks/training.py --root data --config configs/vit_large_tiny_imagenet.yaml --rounds 0
 """
@@ -55,7 +55,7 @@ def classifier(recipe: dict[str, Any]) -> ViTClassifier:
 
 
 def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
-    """Train as one would without any framework, and give the time at which each step ended."""
+    """Train without any framework, and return the time at which each step ended."""
     module, clip = classifier(recipe), recipe["trainer"]["gradient_clip_val"]
     options, model = module.hparams, module.model.train()
     groups = parameter_groups(model, options["lr"], options["weight_decay"], options["layer_decay"])
@@ -77,7 +77,7 @@ def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[fl
 
 
 def trainer_fit(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
-    """Train as `train.py fit` does, and give the time at which each step ended."""
+    """Train as `train.py fit` does, and return the time at which each step ended."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
@@ -99,12 +99,12 @@ def trainer_fit(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[
 
 
 def loader_speed(data: TinyImageNet, workers: int, batches: int) -> float:
-    """Give the images per second of the training loader when nothing else runs."""
+    """Return the images per second of the training loader when nothing else runs."""
     data.num_workers = workers
     loader: DataLoader[Any] = data.train_dataloader()
     batch = iter(loader)
     next(batch)
-    # what the workers have prepared meanwhile is not counted
+    # Batches that the workers have prepared meanwhile do not count.
     for _ in range(2 * workers):
         next(batch)
     start = time.perf_counter()

@@ -2,8 +2,8 @@
 
     python benchmarks/training_curves.py --logs logs/version_0 [logs/version_1] --output results/training.png
 
-Takes TensorBoard folders of one run; of a run that was interrupted and resumed give all, the later ones last. Writes a
-chart, and prints its figures as JSON.
+Takes TensorBoard folders of one run; for a run that was interrupted and resumed, give all of them, the later ones last.
+Writes a chart, and prints its figures as JSON.
 """
 
 import argparse
@@ -22,7 +22,7 @@ METRICS = ("insertion_auc", "deletion_auc")
 
 
 def read(folders: list[Path]) -> dict[str, dict[int, float]]:
-    """Give values by step of each scalar; where folders overlap, the later one's."""
+    """Return values by step of each scalar; where folders overlap, the later one's."""
     scalars: dict[str, dict[int, float]] = {}
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})

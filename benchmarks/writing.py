@@ -2,11 +2,11 @@
 
     python benchmarks/writing.py --root data [--images 10000] [--few 1000] [--output results/writing]
 
-Runs come in pairs, the writer first in every other pair, so that a drifting machine favours neither. Every run is a
+Runs come in pairs, the writer first in every other pair, so that a drifting machine favors neither. Every run is a
 process of its own, without faithfulness metrics. Times include tables, figures and report. Peak memory (VmHWM) is read
 after the first `--few` images and at the end. Whole batches are explained: a few images more than asked for may count.
-Results are kept until all runs are done: ext4 is slow to create files for minutes after it has deleted many, so that no
-other large folder should have been deleted shortly before. Prints JSON.
+Results are kept until all runs are done: ext4 is slow to create files for minutes after it has deleted many, so do not
+delete another large folder shortly before. Prints JSON.
 """
 
 import argparse
@@ -63,12 +63,12 @@ def _predict(connection: Connection, options: argparse.Namespace, output: Path |
 
 
 def predict(options: argparse.Namespace, output: Path | None) -> dict[str, float]:
-    """Explain images in a fresh process; give images per second, peak resident MiB and MiB on disk."""
+    """Explain images in a fresh process; return images per second, peak resident MiB and MiB on disk."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    # Forked, as its own workers then are, too: those of a spawned process would be spawned, and start slowly.
+    # The process is forked, and so are its workers: those of a spawned process would be spawned, and start slowly.
     process = multiprocessing.get_context("fork").Process(target=_predict, args=(sender, options, output))
     process.start()
-    # The parent's copy has to go, or a child that died would leave `recv` waiting.
+    # With the parent's copy open, a child that died would leave `recv` waiting.
     sender.close()
     explained, elapsed, early, mebibytes = receiver.recv()
     process.join()

@@ -1,4 +1,4 @@
-"""Configuration files: read with limits, and refused with the file and the line of what is wrong."""
+"""Configuration files: read with limits, with errors that name the file and the line."""
 
 import stat
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-# A file that needs more is damaged or made to exhaust the machine: the largest shipped one has 100 values.
+# A file that exceeds these is damaged or malicious: the largest shipped one has 100 values.
 _LARGEST_FILE = 2**20
 _MOST_VALUES = 100_000
 _DEEPEST_NESTING = 50
@@ -17,7 +17,7 @@ _SECTIONS = ("trainer", "model", "explain", "write", "checkpoint", "last_checkpo
 
 
 def limit_yaml() -> None:
-    """Have the parser of command lines refuse YAML whose aliases or nesting would exhaust the machine, anywhere."""
+    """Make the command-line parser refuse YAML whose aliases or nesting would exhaust the machine, anywhere."""
     load = get_loader("yaml")
     if load is not _load_limited:
         _load_limited.load = load  # type: ignore[attr-defined]
@@ -118,8 +118,8 @@ def _require_unique(mapping: yaml.MappingNode) -> None:
 
 def _require_sections(path: str, root: yaml.Node | None) -> None:
     if not isinstance(root, yaml.MappingNode):
-        found = "nothing" if root is None else f"a {root.id}"
-        raise ValueError(f"--config {path}: expected sections such as trainer, model and data, got {found}")
+        given = "nothing" if root is None else f"a {root.id}"
+        raise ValueError(f"--config {path}: expected sections such as trainer, model and data, got {given}")
     for key, value in root.value:
         line = key.start_mark.line + 1
         if key.tag != "tag:yaml.org,2002:str":

@@ -33,7 +33,7 @@ FAITHFULNESS_METRICS = ("average_drop", "average_increase", "average_gain", "ins
 
 @dataclass(frozen=True)
 class ExplainedBatch:
-    """Everything known of a batch of explained images; all tensors on the CPU.
+    """Everything known about a batch of explained images; all tensors are on the CPU.
 
     Attributes:
         index: (B,) long, positions in the data set.
@@ -74,16 +74,16 @@ class Explainer:
 
     Args:
         methods: attribution methods, in the order of all outputs.
-        target: class explained: `predicted`, `label`, or a class name or index for all images.
-        metrics: names in `gmarpp.metrics.METRICS`; localisation metrics need boxes or masks in the data. Empty for maps
-            alone, which is about fifty times faster.
+        target: the class explained: `predicted`, `label`, or a class name or index for all images.
+        metrics: names in `gmarpp.metrics.METRICS`; localization metrics need boxes or masks in the data. Empty for maps
+            only, which is about fifty times faster.
         steps: of the insertion and deletion curves.
         baseline: what replaces a removed patch: `blur`, `mean`, `black`, or `drop`, which takes the token out.
         score: `probability` (softmax), `sigmoid` or `logit`. A network with one output needs one of the latter two.
         mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
         normalize: rescale each curve by the score on the image minus the score on the baseline.
         batch_size: images per forward pass of the perturbed images, which bounds the memory.
-        recompute: run blocks again in the backward pass instead of keeping more of each than its input.
+        recompute: keep only the inputs of blocks, and run each block again in the backward pass.
 
     Raises:
         ValueError: for an unknown method, metric, baseline, score or mask, or options that exclude each other.
@@ -103,7 +103,7 @@ class Explainer:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ValueError("explain.methods is empty: name at least one method")
+            raise ValueError("explain.methods: expected at least one method, got none")
         object.__setattr__(self, "methods", tuple(dict.fromkeys(map(resolve_method, self.methods))))
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
         for option, value, choices in (
@@ -113,13 +113,15 @@ class Explainer:
             ("mask", self.mask, get_args(KeptMask)),
         ):
             if value not in choices:
-                raise ValueError(f"explain.{option}: {value!r} is unknown: choose from {', '.join(choices)}")
+                name = option.removesuffix("s")
+                raise ValueError(f"explain.{option}: unknown {name} {value!r}: choose from {', '.join(choices)}")
         if self.steps < 1 or self.batch_size < 1:
-            raise ValueError("explain.steps and explain.batch_size must be at least 1")
+            given = f"{self.steps} and {self.batch_size}"
+            raise ValueError(f"explain.steps and explain.batch_size: expected at least 1, got {given}")
         needs = {name for metric in self.metrics for name in metric_inputs(metric)}
         if "kept" in needs and self.mask == "soft" and self.baseline == "drop":
             raise ValueError(
-                "explain.mask soft fades patches, and explain.baseline drop can only take them out: use mask topk, or "
+                "explain.mask soft fades patches, but explain.baseline drop can only remove them: use mask topk, or "
                 "baseline blur, mean or black"
             )
         object.__setattr__(self, "_needs", frozenset(needs))
@@ -139,7 +141,7 @@ class Explainer:
         probabilities = self._probabilities(explanation.logits)
         predicted = explanation.logits.argmax(dim=1)
         boxes, masks = batch.get("box"), batch.get("mask")
-        # Maps lie over the pixels that the network sees, which pictures and objects are cut down to.
+        # Maps cover the pixels that the network sees, so pictures and objects are cropped to these.
         height, width = explanation.images.shape[2:]
         if boxes is not None:
             boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
@@ -181,10 +183,10 @@ class Explainer:
         if self.target == "predicted":
             return None
         if self.target == "label":
-            unlabelled = (batch["label"] < 0).nonzero().flatten().tolist()
-            if unlabelled:
+            unlabeled = (batch["label"] < 0).nonzero().flatten().tolist()
+            if unlabeled:
                 raise ValueError(
-                    f"explain.target is label, but {batch['path'][unlabelled[0]]} has none: explain the predicted "
+                    f"explain.target is label, but {batch['path'][unlabeled[0]]} has none: explain the predicted "
                     "class, or name a class"
                 )
             return batch["label"]  # type: ignore[no-any-return]
@@ -231,7 +233,7 @@ class Explainer:
 
 
 def metric_inputs(metric: str) -> tuple[str, ...]:
-    """Give the names of the inputs that a metric takes, such as `full` and `kept`."""
+    """Return the names of the inputs that a metric takes, such as `full` and `kept`."""
     parameters = inspect.signature(METRICS[metric].update).parameters
     return tuple(name for name in parameters if name != "self")
 

@@ -22,7 +22,7 @@ def export(ckpt_path: str, output: str, architecture: str | None = None) -> None
     Args:
         ckpt_path: anything that `gmarpp.load_model` reads.
         output: the file to write; its suffix decides, `.safetensors` or `.onnx`.
-        architecture: timm's name of the network, for files that do not name it themselves.
+        architecture: timm's name of the network, for files that do not record it.
 
     Raises:
         ValueError: the output has another suffix, or the checkpoint cannot be read.
@@ -33,13 +33,13 @@ def export(ckpt_path: str, output: str, architecture: str | None = None) -> None
     writers = {".safetensors": save_weights, ".onnx": save_onnx}
     suffix = Path(output).suffix
     if suffix not in writers:
-        raise ValueError(f"output {output} has no known suffix: end it in {' or '.join(writers)}")
+        raise ValueError(f"--output {output}: expected the suffix {' or '.join(writers)}, got {suffix or 'none'}")
     writers[suffix](load_model(ckpt_path, architecture), output)
     logger.info("%s: %.1f MB", output, Path(output).stat().st_size / 1e6)
 
 
 def save_onnx(model: nn.Module, path: str | Path) -> None:
-    """Writes a network for ONNX runtimes: from `images` (batch, 3, H, W), normalised, to `logits` (batch, classes).
+    """Write a network for ONNX runtimes: from `images` (batch, 3, H, W), normalized, to `logits` (batch, classes).
 
     The batch size is free. The model's metadata is that of the safetensors file: classes and preprocessing as JSON.
     The file appears under its name only when it is complete.
@@ -57,10 +57,10 @@ def save_onnx(model: nn.Module, path: str | Path) -> None:
         raise ModuleNotFoundError(f"ONNX needs {' and '.join(missing)}: pip install 'gmarpp[onnx]'")
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size >= 1 << 31:
-        raise ValueError(f"{size / (1 << 30):.1f} GiB of weights do not fit into an ONNX file, which holds 2 GiB")
+        raise ValueError(f"ONNX files hold up to 2 GiB: expected fewer weights, got {size / (1 << 30):.1f} GiB")
     program = torch.onnx.export(
         model,
-        # of a batch of one the exporter would take it that it is always one
+        # With a batch of one, the exporter would fix the batch size at one.
         (torch.zeros(2, 3, *get_image_size(model)),),
         input_names=["images"],
         output_names=["logits"],
@@ -76,7 +76,7 @@ def save_onnx(model: nn.Module, path: str | Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; a user's mistake ends with one line on stderr and a status other than 0."""
+    """Run the command line; a user's mistake ends with one line on stderr and a status other than 0."""
     run_function(export, args)
 
 

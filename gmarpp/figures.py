@@ -35,7 +35,7 @@ def short_name(name: str, width: int = 17, lines: int = 2) -> str:
 
 
 def _inches(text: str, points: float) -> float:
-    """Width of a text in matplotlib's own font."""
+    """Return the width of a text in inches, in matplotlib's default font."""
     return float(TextPath((0, 0), text.replace("$", r"\$"), size=points).get_extents().width) / 72
 
 
@@ -53,20 +53,20 @@ def comparison_figure(
     Args:
         images: one image (3, H, W) in [0, 1], or uint8 pixels (H, W, 3), per column; shapes may differ.
         maps: for each method, one raw map (h, w) per column.
-        names: name of the explained class of each column; of synonyms the first is shown, wrapped.
+        names: name of the explained class of each column; the first of its synonyms is shown, wrapped.
         probabilities: the network's probability of that class, 0 to 1; None or NaN leaves it out.
         boxes: for each column, the object's box (x0, y0, x1, y1) in pixels of the image, or None.
         colormap: one of `COLORMAPS`.
-        opacity: share of the maps' colours, 0 to 1.
+        opacity: share of the maps' colors, 0 to 1.
 
     Returns:
-        A figure of its own, outside matplotlib's global state; save it with `figure_bytes`.
+        A figure outside matplotlib's global state; save it with `figure_bytes`.
     """
     columns = [image if image.dtype == np.uint8 else pixels(image) for image in map(np.asarray, images)]
     headings = [short_name(name) for name in names]
     labels = ["Image", *map(method_label, maps)]
     cell, gap, left, right = 1.24, 0.05, 0.18 + max(_inches(label, _LABEL_POINTS) for label in labels), 0.5
-    # Rows are equally high, and columns as wide as their images: a wide picture is not shrunk to a strip.
+    # Rows are equally high, and columns as wide as their images, so that a wide picture does not shrink to a strip.
     cells = [cell * min(max(image.shape[1] / image.shape[0], 0.5), 2.2) for image in columns]
     lefts = [left + sum(cells[:column]) + column * gap for column in range(len(cells))]
     row = cell
@@ -75,12 +75,12 @@ def comparison_figure(
     height = top + (len(maps) + 1) * (row + gap) + 0.05
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
     FigureCanvasAgg(figure)
-    # One pair of axes, in inches, for all cells: making one takes longer than drawing what it shows.
+    # All cells share one pair of axes, in inches, because making axes takes longer than drawing their content.
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
     axes.set_axis_off()
 
     def show(picture: Array, line: int, column: int, interpolation: str) -> tuple[float, float, float]:
-        """Draw a picture in the middle of its cell; give its left and upper edge, and inches per pixel."""
+        """Draw a picture in the center of its cell; return its left and upper edge, and inches per pixel."""
         picture_height, picture_width = picture.shape[:2]
         scale = min(cells[column] / picture_width, row / picture_height)
         x = lefts[column] + (cells[column] - picture_width * scale) / 2
@@ -123,8 +123,8 @@ def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
     """Render a figure.
 
     Args:
-        figure: a figure of matplotlib's.
-        extension: ``png``, ``pdf`` or ``svg``.
+        figure: a matplotlib figure.
+        extension: `png`, `pdf` or `svg`.
 
     Raises:
         ValueError: for another format.
@@ -132,9 +132,9 @@ def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
     if extension not in FIGURE_FORMATS:
         raise ValueError(f"unknown figure format {extension!r}: choose from {', '.join(FIGURE_FORMATS)}")
     stream = io.BytesIO()
-    # Without dates and random identifiers, equal figures are equal bytes.
+    # Without dates and random identifiers, equal figures yield equal bytes.
     metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[extension]
-    # Each picture by itself, too: joined ones would take a vector figure's low resolution.
+    # Pictures are not joined either: joined ones would take the low resolution of a vector figure.
     with matplotlib.rc_context({"svg.hashsalt": "gmarpp", "image.composite_image": False}):
         figure.savefig(stream, format=extension, metadata=metadata)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Files: found by what a path means, written complete or not at all, and their digests."""
+"""Files: finding them by path, writing them complete or not at all, and their digests."""
 
 import errno
 import hashlib
@@ -34,7 +34,7 @@ def find_path(path: str | Path) -> Path:
     """
     text = os.fspath(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise ValueError(f"{text} is an address, expected a file: download it, and give the path of what you got")
+        raise ValueError(f"{text} is an address, expected a file: download it, and give the path of the download")
     source = Path(text) if "\0" not in text and os.path.lexists(text) else Path(os.path.expandvars(text)).expanduser()
     try:
         mode = source.stat().st_mode
@@ -87,7 +87,7 @@ def sha256(file: BinaryIO) -> str:
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path with ``~`` and environment variables replaced by what they stand for.
+    """Return a path with `~` and environment variables expanded.
 
     Raises:
         ValueError: if there is no such user or variable.
@@ -102,15 +102,15 @@ def expand_path(path: str | Path) -> Path:
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Have errors of writing name the file that could not be written."""
+    """Name the file in errors of writing it."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"can't write: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
 class _Output(io.FileIO):
-    """An open file whose errors name the path that it is to have."""
+    """An open file whose errors name its final path."""
 
     def __init__(self, handle: int, path: Path) -> None:
         super().__init__(handle, "wb")
@@ -129,7 +129,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems have names on the server at once and refuse to synchronise folders.
+        # Some network file systems store names on the server at once and refuse to synchronize folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -137,31 +137,31 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sync_disk() -> None:
-    """Wait until the disk has all that was written so far, where the system can say so (not on Windows)."""
+    """Wait until the disk has everything written so far, where the system can say so (not on Windows)."""
     if hasattr(os, "sync"):
         os.sync()
 
 
 def _open_temporary(folder: Path) -> tuple[Path, int]:
-    """Create a temporary file that is locked for as long as it is open, so that others can tell it from a leftover."""
+    """Create a temporary file that is locked for as long as it is open, so that it is not taken for a leftover."""
     while True:
         temporary = folder / f".{secrets.token_hex(4)}.tmp"
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         _lock(handle)
-        # Between the two calls another process may have taken it for a leftover.
+        # Before it was locked, another process may have removed it as a leftover.
         if temporary.exists():
             return temporary, handle
         os.close(handle)
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open file unless another process has; on Windows an open file can't be deleted and needs no lock."""
+    """Lock an open file unless another process has; on Windows an open file cannot be deleted and needs no lock."""
     if sys.platform == "win32":
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Some network file systems have no locks: there nobody can tell, and what is found is left alone.
+        # Some network file systems have no locks, so files there count as in use.
         if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise
         return False
@@ -179,7 +179,7 @@ def atomic_file(path: Path, scratch: Path | None = None, durable: bool = True) -
             that are not durable become so together by `sync_disk`.
 
     Raises:
-        OSError: naming the file, when it can't be written; nothing is left behind. Other errors of the block pass.
+        OSError: naming the file, when it cannot be written; nothing is left behind. Errors of the block propagate.
     """
     with _write_errors(path):
         temporary, handle = _open_temporary(scratch or path.parent)
@@ -206,7 +206,7 @@ def write_atomically(path: Path, data: bytes, scratch: Path | None = None, durab
 
 
 def remove_leftovers(folder: Path, pattern: str = "**/.????????.tmp") -> None:
-    """Delete the temporary files that killed processes left in a folder, never those that a process still writes.
+    """Delete the temporary files that killed processes left in a folder, never those that a process is still writing.
 
     Args:
         folder: where to look.
@@ -216,7 +216,7 @@ def remove_leftovers(folder: Path, pattern: str = "**/.????????.tmp") -> None:
         try:
             handle = os.open(leftover, os.O_RDONLY)
         except (FileNotFoundError, PermissionError):
-            # Another process was faster, or it is another user's.
+            # Another process has removed it, or it belongs to another user.
             continue
         try:
             if _lock(handle):

@@ -35,7 +35,7 @@ METRIC_LABELS = {
 
 
 def metric_label(metric: str) -> str:
-    """Name of a metric for people."""
+    """Return the name of a metric for people."""
     return METRIC_LABELS.get(metric, metric.replace("_", " "))
 
 
@@ -57,15 +57,15 @@ _SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
 
 
 def method_label(method: str) -> str:
-    """Name of a method for people; a method of one's own keeps its name."""
+    """Return the name of a method for people; a custom method keeps its name."""
     return METHOD_LABELS.get(method, method)
 
 
 def method_color(method: str) -> str:
-    """Colour of a method, the same in every figure and report, as ``#rrggbb``."""
+    """Return the color of a method, the same in every figure and report, as `#rrggbb`."""
     return _METHOD_COLORS.get(method) or _SPARE_COLORS[zlib.crc32(method.encode()) % len(_SPARE_COLORS)]
 
 
 def method_dashes(method: str) -> str:
-    """Line style of a method (``solid``, ``dashed``, ``dotted``), so that colour is not the only difference."""
+    """Return the line style of a method (`solid`, `dashed` or `dotted`), so that color is not the only difference."""
     return "dotted" if method == "random" else "dashed" if method.endswith("_l2") else "solid"

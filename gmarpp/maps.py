@@ -1,4 +1,4 @@
-"""Operations on raw maps: finite, min-max, ranks."""
+"""Operations on raw maps: checks, scaling to [0, 1], ranks of patches."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def check_finite_maps(maps: Tensor) -> None:
         ValueError: naming the positions of the images in the batch.
     """
     if maps.ndim != 3 or not maps.is_floating_point():
-        raise ValueError(f"maps must be floating point of shape (B, h, w), got {tuple(maps.shape)}, {maps.dtype}")
+        raise ValueError(f"maps: expected floating point of shape (B, h, w), got {tuple(maps.shape)}, {maps.dtype}")
     finite = maps.isfinite().flatten(1).all(1)
     if not finite.all():
         raise ValueError(f"NaN or infinite values in the maps of images {(~finite).nonzero().flatten().tolist()}")
@@ -36,20 +36,20 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
             finite (naming the method and the positions of the images in the batch).
     """
     if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must have shape (B, C, H, W) with B at least 1, got {tuple(images.shape)}")
+        raise ValueError(f"images: expected shape (B, C, H, W) with B at least 1, got {tuple(images.shape)}")
     if not maps:
-        raise ValueError("maps is empty: give one map (B, h, w) per method")
+        raise ValueError("maps: expected maps (B, h, w) of at least one method, got none")
     grid: tuple[int, int] | None = None
     for method, batch in maps.items():
         if batch.ndim != 3 or len(batch) != len(images):
             raise ValueError(
-                f"{method}: maps must have shape ({len(images)}, h, w) for {len(images)} images, got "
-                f"{tuple(batch.shape)}; of several classes per image, score each alone, with maps[:, k]"
+                f"{method}: expected maps of shape ({len(images)}, h, w) for {len(images)} images, got "
+                f"{tuple(batch.shape)}; for several classes per image, score each alone, with maps[:, k]"
             )
         height, width = batch.shape[1:]
         grid = grid or (height, width)
         if (height, width) != grid:
-            raise ValueError(f"{method}: patch grid {(height, width)} differs from {grid} of the other maps")
+            raise ValueError(f"{method}: expected the patch grid {grid} of the other maps, got {(height, width)}")
         if height > images.shape[2] or width > images.shape[3]:
             raise ValueError(
                 f"{method}: patch grid {(height, width)} is finer than images of {tuple(images.shape[2:])}"
@@ -63,7 +63,7 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
 
 
 def rank_patches(maps: Tensor) -> Tensor:
-    """Rank of every patch: 0 for the most relevant, ties by index (so a constant map ranks in reading order).
+    """Return the rank of every patch: 0 for the most relevant, ties by index (a constant map ranks in reading order).
 
     Args:
         maps: (..., h, w), raw.
@@ -82,9 +82,10 @@ def minmax(maps: Tensor) -> Tensor:
     """Scale every map to [0, 1]; a constant map, which points nowhere, becomes 0.
 
     Args:
-        maps: (..., h, w), on their own grid: interpolation leaves constant maps an ulp uneven.
+        maps: (..., h, w), on their own grid: interpolation would leave constant maps slightly uneven.
     """
-    values = maps.double()  # no range of float32 overflows
+    # In double precision, the difference of two float32 values cannot overflow.
+    values = maps.double()
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     return ((values - low) / torch.where(high > low, high - low, 1.0)).to(maps.dtype)
 
@@ -96,7 +97,7 @@ def normalize_map(attribution: Tensor | Array) -> Array:
         attribution: maps, shape (..., h, w), any range.
 
     Returns:
-        float32 array of the same shape. A constant map gives zeros; values that are not finite count as the minimum.
+        float32 array of the same shape. A constant map becomes zeros; values that are not finite count as the minimum.
 
     Example:
         >>> normalize_map(torch.tensor([[1.0, 3.0], [2.0, 5.0]])).tolist()

@@ -32,7 +32,7 @@ class Range:
 
 
 def require_ranges(options: Mapping[str, Any], ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Check options; one that is missing or None is in range, and a list or tuple when all its items are.
+    """Check options; one that is missing or None is in range, a list or tuple if all its items are.
 
     Args:
         options: values by name.

@@ -1,8 +1,8 @@
-"""Model-parameter randomisation: do the maps depend on what the network has learned?
+"""Model-parameter randomization: do the maps depend on what the network has learned?
 
     python -m gmarpp.sanity --ckpt_path checkpoints/X --data TinyImageNet --data.root data --output results/sanity
 
-Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, cascading randomisation.
+Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, cascading randomization.
 """
 
 import csv
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SanityCheck:
-    """Rank correlation of maps with the trained network's, while the network is randomised from the head down.
+    """Rank correlation of maps with the trained network's, while the network is randomized from the head down.
 
     Attributes:
-        stages: what has been randomised so far, from `trained` to `embedding`.
+        stages: what has been randomized so far, from `trained` to `embedding`.
         correlations: by method, shape (stages, images): Spearman's rank correlation, in [-1, 1].
     """
 
@@ -47,11 +47,11 @@ class SanityCheck:
     correlations: dict[str, Tensor]
 
     def unchanged(self, threshold: float = 0.9) -> list[str]:
-        """Name the methods whose mean correlation stays above a threshold with all parameters randomised."""
+        """Return the methods whose mean correlation stays above a threshold with all parameters randomized."""
         return [method for method, values in self.correlations.items() if values[-1].mean() > threshold]
 
     def blind_to_head(self, threshold: float = 0.99) -> list[str]:
-        """Name the methods whose maps do not change when the head, which alone knows the classes, is randomised."""
+        """Return the methods whose maps do not change when the head, which alone knows the classes, is randomized."""
         return [method for method, values in self.correlations.items() if values[1].mean() > threshold]
 
 
@@ -65,13 +65,13 @@ def sanity_check(
     seed: int = 0,
     batch_size: int = 8,
 ) -> SanityCheck:
-    """Randomise a network's parameters from the head down, and compare the maps with the trained network's.
+    """Randomize a network's parameters from the head down, and compare the maps with the trained network's.
 
-    Every parameter is replaced by normal numbers of its own mean and standard deviation: what was learned is gone, the
-    scale of activations stays. The network gets its own parameters back, also after an error.
+    Every parameter is replaced by normal numbers with its own mean and standard deviation, so what was learned is lost,
+    and the scale of activations stays. The network gets its own parameters back, even after an error.
 
     Args:
-        model: a network that `gmarpp.explain` can explain, of which the blocks are known.
+        model: a network that `gmarpp.explain` can explain, whose blocks are known.
         images: shape (B, 3, H, W), preprocessed.
         methods: names in `gmarpp.METHODS`.
         target: class explained at every stage, (B,); the trained network's prediction by default.
@@ -84,7 +84,7 @@ def sanity_check(
     """
     blocks = list((architecture or architecture_of(model)).blocks)
     if not blocks:
-        raise ValueError("the blocks are randomised one by one: pass them in gmarpp.Architecture(..., blocks=...)")
+        raise ValueError("sanity checks need the network's blocks: pass them in gmarpp.Architecture(..., blocks=...)")
 
     def explained(target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         parts = [
@@ -121,7 +121,7 @@ def _restoring(model: nn.Module) -> Iterator[None]:
 
 
 def _cascade(model: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    """Give what is randomised at each stage: what follows the blocks, each block from the top, what precedes them."""
+    """Yield the parameters of each stage: those after the blocks, those of each block from the top, those before."""
     owned = [{id(parameter) for parameter in block.parameters()} for block in blocks]
     in_blocks = set().union(*owned)
     named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in in_blocks]
@@ -134,7 +134,7 @@ def _cascade(model: nn.Module, blocks: list[nn.Module]) -> Iterator[tuple[str, l
 
 
 def cascade_figure(check: SanityCheck) -> Figure:
-    """Draw each method's mean rank correlation against how far the network has been randomised."""
+    """Draw each method's mean rank correlation against how far the network has been randomized."""
     figure = Figure(figsize=(7.6, 3.9), dpi=200, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -143,7 +143,7 @@ def cascade_figure(check: SanityCheck) -> Figure:
         (line,) = axes.plot(np.arange(len(mean)), mean, label=METHOD_LABELS.get(method, method), linewidth=1.6)
         line.set(color=method_color(method), linestyle=method_dashes(method))
     axes.set_xticks(np.arange(len(check.stages)), check.stages, rotation=45, ha="right", fontsize=8)
-    axes.set_xlabel("randomised from the head down to …", fontsize=9)
+    axes.set_xlabel("randomized from the head down to …", fontsize=9)
     axes.set_ylabel("rank correlation with\nthe trained network's map", fontsize=9)
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.grid(color="#e6e6e6", linewidth=0.6)
@@ -161,11 +161,11 @@ def write_sanity_check(
     images: int = 64,
     seed: int = 0,
 ) -> None:
-    """Randomise a trained network step by step and write `sanity.csv` and `sanity.png`.
+    """Randomize a trained network step by step and write `sanity.csv` and `sanity.png`.
 
     Args:
         ckpt_path: checkpoint, as for `explain.py`.
-        data: data module; images are chosen from what it predicts on, spread over the classes.
+        data: data module; images are chosen from those it predicts on, spread over the classes.
         output: folder of the results.
         methods: attribution methods.
         images: number of images, at least 1.

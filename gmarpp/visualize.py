@@ -14,16 +14,15 @@ from torch import Tensor
 from gmarpp.maps import Array, normalize_map
 
 COLORMAPS = ("inferno", "magma", "plasma", "viridis", "cividis", "turbo", "jet")
-"""Colour maps on offer; all but the last two are perceptually uniform."""
-
+"""The available color maps; all but the last two are perceptually uniform."""
 
 OVERLAY_SIDE = 112
-"""Least pixels of the short side of a saved overlay."""
+"""Minimum number of pixels along the short side of a saved overlay."""
 
 
 @lru_cache(maxsize=16)
 def colormap_table(name: str) -> Array:
-    """Give the 256 colours of a colour map, uint8, shape (256, 3).
+    """Return the 256 colors of a color map, uint8, shape (256, 3).
 
     Raises:
         ValueError: if the name is not in `COLORMAPS`.
@@ -41,16 +40,16 @@ def pixels(image: Tensor | Array) -> Array:
 
 @lru_cache(maxsize=32)
 def _interpolation(size: int, length: int) -> Array:
-    """Bicubic interpolation from ``length`` samples to ``size`` as a matrix (size, length)."""
+    """Return bicubic interpolation from `length` samples to `size` as a matrix (size, length)."""
     unit = Image.fromarray(np.eye(length, dtype=np.float32))
     return np.asarray(unit.resize((length, size), Image.Resampling.BICUBIC))
 
 
 def upsample_map(attribution: Tensor | Array, height: int, width: int) -> Array:
     """Scale one map (h, w) to [0, 1] and interpolate it bicubically to (height, width), float32 in [0, 1]."""
-    normalised = normalize_map(attribution)
-    rows, columns = _interpolation(height, normalised.shape[0]), _interpolation(width, normalised.shape[1])
-    return np.asarray((rows @ normalised @ columns.T).clip(0, 1))
+    normalized = normalize_map(attribution)
+    rows, columns = _interpolation(height, normalized.shape[0]), _interpolation(width, normalized.shape[1])
+    return np.asarray((rows @ normalized @ columns.T).clip(0, 1))
 
 
 @lru_cache(maxsize=16)
@@ -59,31 +58,32 @@ def _dimmed_levels(opacity: float) -> list[int]:
 
 
 def backdrop(image: Array, opacity: float, short_side: int = 1) -> Array:
-    """Dim pixels to the share ``1 - opacity`` that a map leaves them, and take their colour away.
+    """Dim pixels to the share `1 - opacity` that a map leaves them, and remove their color.
 
-    From an opacity of 0.5 on the picture is grey: on a colour picture, red peppers would look like relevance.
+    At opacities of 0.5 and above the picture is gray: in color, red peppers would look like relevance.
 
     Args:
         image: uint8 pixels (H, W, 3).
-        opacity: share of the map's colours, 0 to 1.
+        opacity: share of the map's colors, 0 to 1.
         short_side: pixels that the short side must have; smaller images are enlarged by a whole factor.
 
     Returns:
         uint8 pixels, three channels, of the image's size or a multiple of it.
     """
     picture, color = Image.fromarray(image), max(0.0, 1 - 2 * opacity)
-    grey = picture.convert("L")
-    mixed = Image.blend(grey.convert("RGB"), picture, color) if color else grey
+    gray = picture.convert("L")
+    mixed = Image.blend(gray.convert("RGB"), picture, color) if color else gray
     factor = -(-short_side // min(mixed.size))
     if factor > 1:
         mixed = mixed.resize((mixed.width * factor, mixed.height * factor), Image.Resampling.BICUBIC)
-    # Dimmed last: interpolation overshoots at edges, and what exceeds the picture's share would wrap in `add_colors`.
+    # Dimming comes last because interpolation overshoots at edges: values beyond the picture's share would wrap in
+    # `add_colors`.
     dimmed = mixed.point(_dimmed_levels(opacity) * len(mixed.getbands()))
     return np.asarray(dimmed.convert("RGB"))
 
 
 def add_colors(ground: Array, attribution: Tensor | Array, colormap: str, opacity: float) -> Array:
-    """Add the colours of one raw map (h, w), weighted by the opacity, to pixels from `backdrop`; uint8 (H, W, 3)."""
+    """Add the colors of one raw map (h, w), weighted by the opacity, to pixels from `backdrop`; uint8 (H, W, 3)."""
     levels = (upsample_map(attribution, *ground.shape[:2]) * 255 + 0.5).astype(np.uint8)
     colors = (colormap_table(colormap) * opacity + 0.5).astype(np.uint8)
     mapped = Image.fromarray(levels)
@@ -94,31 +94,32 @@ def add_colors(ground: Array, attribution: Tensor | Array, colormap: str, opacit
 def overlay(
     image: Tensor | Array, attribution: Tensor | Array, colormap: str = "inferno", opacity: float = 0.5
 ) -> Array:
-    """Lay one map over its image, whose colour fades as the map's opacity grows to 0.5.
+    """Lay one map over its image, whose color fades as the map's opacity grows to 0.5.
 
     Args:
         image: shape (3, H, W), in [0, 1].
         attribution: raw map, shape (h, w); scaled by its own minimum and maximum, interpolated bicubically.
         colormap: one of `COLORMAPS`.
-        opacity: share of the map's colours, 0 to 1.
+        opacity: share of the map's colors, 0 to 1.
 
     Returns:
         uint8 array (H, W, 3).
 
     Raises:
-        ValueError: for an unknown colour map.
+        ValueError: for an unknown color map.
     """
     return add_colors(backdrop(pixels(image), opacity), attribution, colormap, opacity)
 
 
 def encode_png(image: Array) -> bytes:
-    """Encode uint8 pixels (H, W, 3) as PNG, for overlays, which are smooth and written by the ten thousand.
+    """Encode uint8 pixels (H, W, 3) as PNG, quickly, because overlays are smooth and written in large numbers.
 
-    One row filter for the whole picture and fast deflation take most of what there is to gain.
+    A single row filter and fast deflation achieve most of the possible gain.
     """
     height, width = image.shape[:2]
     rows = np.empty((height, 1 + 3 * width), dtype=np.uint8)
-    rows[:, 0] = 2  # filter "up": differences to the row above
+    # Filter 2, "up", stores differences to the row above.
+    rows[:, 0] = 2
     flat = image.reshape(height, 3 * width)
     rows[0, 1:] = flat[0]
     np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])

@@ -48,14 +48,14 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"can't write: No space left.*table\.csv") as error:
+    with pytest.raises(OSError, match=r"cannot write: No space left.*table\.csv") as error:
         write_atomically(tmp_path / "table.csv", b"abc")
     assert error.value.errno == errno.ENOSPC
     assert names_in(tmp_path) == []
 
 
 def test_a_write_that_fails_in_the_block_names_the_file(tmp_path):
-    with no_file_larger_than(1000), pytest.raises(OSError, match=r"can't write: File too large: .*table\.csv"):
+    with no_file_larger_than(1000), pytest.raises(OSError, match=r"cannot write: File too large: .*table\.csv"):
         write_atomically(tmp_path / "table.csv", bytes(100_000))
     assert names_in(tmp_path) == []
 
@@ -68,16 +68,16 @@ def test_an_error_of_reading_in_the_block_is_not_one_of_writing(tmp_path):
 
 
 def test_a_durable_file_has_its_content_and_then_its_name_on_the_disk(tmp_path, monkeypatch):
-    path, synchronised = tmp_path / "x", []
-    monkeypatch.setattr(os, "fsync", lambda handle: synchronised.append((os.fstat(handle).st_ino, path.exists())))
+    path, synchronized = tmp_path / "x", []
+    monkeypatch.setattr(os, "fsync", lambda handle: synchronized.append((os.fstat(handle).st_ino, path.exists())))
     write_atomically(path, b"abc")
-    assert synchronised == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+    assert synchronized == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
     write_atomically(path, b"abc", durable=False)
-    assert len(synchronised) == 2
+    assert len(synchronized) == 2
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
-def test_a_file_system_may_have_no_folders_to_synchronise(tmp_path, monkeypatch, code):
+def test_a_file_system_may_have_no_folders_to_synchronize(tmp_path, monkeypatch, code):
     def refuse_folders(handle):
         if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(code, "no")
@@ -87,7 +87,7 @@ def test_a_file_system_may_have_no_folders_to_synchronise(tmp_path, monkeypatch,
         write_atomically(tmp_path / "x", b"abc")
         assert names_in(tmp_path) == ["x"]
     else:
-        with pytest.raises(OSError, match=r"can't write: no: .*x"):
+        with pytest.raises(OSError, match=r"cannot write: no: .*x"):
             write_atomically(tmp_path / "x", b"abc")
 
 

@@ -41,7 +41,7 @@ def test_cascade_decorrelates_what_depends_on_the_weights(network):
     assert torch.equal(again.correlations["gmarpp_l1"], check.correlations["gmarpp_l1"])
 
 
-def test_an_architecture_by_hand_is_randomised_and_restored(network):
+def test_an_architecture_by_hand_is_randomized_and_restored(network):
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     layout = gmarpp.architecture_of(network)
@@ -84,7 +84,7 @@ DIGITS = ("--data=Digits", "--data.root=data", "--data.train_images=2", "--data.
         (["--ckpt_path=vit.safetensors", *DIGITS, "--images=0"], "--images: expected at least 1, got 0"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--images=many"], "images"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[gradcamm]"], "unknown method 'gradcamm'"),
-        (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[]"], "no method was asked for"),
+        (["--ckpt_path=vit.safetensors", *DIGITS, "--methods=[]"], "expected at least one method"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--output=taken"], "taken"),
         (["--ckpt_path=vit.safetensors", *DIGITS, "--imagez=3"], "imagez"),
     ],

@@ -26,16 +26,16 @@ from gmarpp.visualize import (
 )
 
 
-def test_normalise_map_scales_every_map_by_itself():
+def test_normalize_map_scales_every_map_by_itself():
     maps = torch.tensor([[[1.0, 3.0], [2.0, 5.0]], [[-1.0, 0.0], [0.0, 0.0]]])
     assert normalize_map(maps).tolist() == [[[0.0, 0.5], [0.25, 1.0]], [[0.0, 1.0], [1.0, 1.0]]]
 
 
-def test_normalise_map_of_a_constant_map_is_zero():
+def test_normalize_map_of_a_constant_map_is_zero():
     assert normalize_map(torch.full((2, 3), 7.0)).tolist() == [[0.0] * 3] * 2
 
 
-def test_normalise_map_takes_what_is_not_finite_as_the_minimum():
+def test_normalize_map_takes_what_is_not_finite_as_the_minimum():
     values = torch.tensor([[torch.nan, 2.0], [torch.inf, 4.0]])
     assert normalize_map(values).tolist() == [[0.0, 0.0], [0.0, 1.0]]
     assert normalize_map(torch.full((2, 2), torch.nan)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
@@ -54,7 +54,7 @@ def test_upsample_map_keeps_rows_and_columns_apart_on_grids_that_are_not_square(
     assert upsampled.max() <= 1
 
 
-def test_overlay_of_full_opacity_is_the_colour_map_and_of_none_the_image():
+def test_overlay_of_full_opacity_is_the_color_map_and_of_none_the_image():
     image = torch.rand(3, 8, 12)
     attribution = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
     assert (
@@ -64,11 +64,11 @@ def test_overlay_of_full_opacity_is_the_colour_map_and_of_none_the_image():
     assert np.abs(overlay(image, attribution, opacity=0).astype(int) - expected).max() <= 1
 
 
-def test_overlay_adds_half_the_colour_to_half_the_grey_picture():
+def test_overlay_adds_half_the_color_to_half_the_gray_picture():
     image = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 4, 4)
     attribution = torch.zeros(2, 2)
-    grey = 0.299 * 255
-    expected = grey / 2 + np.array(matplotlib.colormaps["viridis"](0, bytes=True)[:3]) / 2
+    gray = 0.299 * 255
+    expected = gray / 2 + np.array(matplotlib.colormaps["viridis"](0, bytes=True)[:3]) / 2
     assert np.abs(overlay(image, attribution, "viridis", 0.5) - expected).max() <= 1.5
 
 
@@ -78,7 +78,7 @@ def test_overlay_keeps_the_shape_of_the_image():
     assert picture.dtype == np.uint8
 
 
-def test_overlay_names_the_colour_maps_there_are():
+def test_overlay_names_the_color_maps_there_are():
     with pytest.raises(ValueError, match=r"rainbow.*inferno.*jet"):
         overlay(torch.rand(3, 4, 4), torch.rand(2, 2), colormap="rainbow")
 
@@ -95,7 +95,7 @@ def test_backdrop_enlarges_small_images_by_a_whole_factor(shape, expected):
 
 
 @pytest.mark.parametrize("opacity", [0.0, 0.3, 0.5, 0.8])
-def test_bright_colours_on_bright_edges_do_not_wrap(opacity):
+def test_bright_colors_on_bright_edges_do_not_wrap(opacity):
     board = np.kron(np.indices((4, 4)).sum(0) % 2, np.full((4, 4), 255)).astype(np.uint8)
     ground = backdrop(np.stack([board] * 3, axis=-1), opacity, 64)
     attribution = np.array([[0, 1], [1, 1]])
@@ -214,6 +214,6 @@ def test_figure_bytes_names_the_formats_there_are():
         figure_bytes(comparison_figure([torch.rand(3, 16, 16)], {}, ["cat"], [0.5]), "bmp")
 
 
-def test_colour_maps_have_a_table_each():
+def test_color_maps_have_a_table_each():
     for name in COLORMAPS:
         assert overlay(torch.rand(3, 4, 4), torch.rand(2, 2), name).shape == (4, 4, 3)

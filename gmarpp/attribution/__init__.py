@@ -9,21 +9,22 @@ four through ReLU(G) ⊙ A.
 2. `block.Block` stands in place of the block's `forward`. Tokens (B, 197, 1024) come in, and the block runs as it is;
    recomputed, it runs inside a checkpoint.
 3. Inside, it calls `scaled_dot_product_attention` with q, k, v (B, 16, 197, 64). The `seam` hands the call to
-   `forward.ForwardPass`, which records it and answers with what the fused function gives, O (B, 16, 197, 64), behind a
+   `forward.ForwardPass`, which records it and answers with the fused function's output, O (B, 16, 197, 64), behind a
    node in the graph (`attend`). Nothing else is kept that autograd would not keep.
 4. The tokens leave. The last block's are where `head.readout_of` finds, by the score's gradient, which tokens the head
    reads: r (B, 197), here 1 for the class token. `relevance.Relevance` starts with r for each method.
 5. `own_scores.OwnScores` runs the block's tail once more, for the class token alone: its row of O, (B, 16, 1, 64), is
-   the answer to the attention call, and the head's score of what comes out, (B, 1, 1024), is differentiated to it.
+   the answer to the attention call. The head's score of the tail's output, (B, 1, 1024), is differentiated with
+   respect to this answer.
 6. The backward pass of the score reaches the node with dO (B, 16, 197, 64), after that of block 4. `descent.Descent`
-   makes an `AttentionLayer` of q, k, v, dO: A = softmax(q kᵀ / 8) and G = dO vᵀ, both (B, 16, 197, 197), or none of
-   them, if the layer is a `FusedLayer`.
+   makes an `AttentionLayer` of q, k, v, dO: A = softmax(q kᵀ / 8) and G = dO vᵀ, both (B, 16, 197, 197), or neither,
+   if the layer is a `FusedLayer`.
 7. `products.RowProducts` asks for norms of the heads' G (B, 16), the row sums of ReLU(G) ⊙ A (B, 16, 197), and, all
    methods at once, for the products of rows (B, 16, 3 or 4, 197) with A or ReLU(G) ⊙ A: `r_3 = r_4 M_3`, (B, 197) each.
-8. LeGrad adds what the gradient of step 5 gives with v, (B, 197).
-9. The dense layer's matrices then give the gradients of q, k and v; beside a fused layer the network's own fused
+8. LeGrad adds the key sums of ReLU(g vᵀ), (B, 197), where g is the gradient of step 5.
+9. The dense layer's matrices then yield the gradients of q, k and v; with a fused layer the network's own fused
    backward step does. The layer is freed, and the backward pass goes on to block 2.
-10. Below block 0 the rows' patch tokens (B, 196) are the maps (B, 14, 14), which have to be finite.
+10. Below block 0 the rows' patch tokens (B, 196) are the maps (B, 14, 14), which must be finite.
 
 Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks run without a graph, q, k and v are
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> "Inputs":
-        """Take the arguments of `scaled_dot_product_attention`; grouped queries show by the number of heads."""
+        """Take the arguments of `scaled_dot_product_attention`; grouped queries show in the numbers of heads."""
         if dropout_p > 0:
             raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
         if attn_mask is not None and attn_mask.requires_grad:
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
         return Inputs(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
     def attend(self) -> Tensor:
-        """Return what the original function gives, (B, H, Q, dv)."""
+        """Return the original function's output, (B, H, Q, dv)."""
         grouped = self.query.shape[1] != self.key.shape[1]
         return fused_attention(*self[:3], self.mask, scale=self.scale, enable_gqa=grouped)
 
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class _DenseAttention(torch.autograd.Function):
-    """Fused attention forward; backward, the layer is visited, and its matrices give the inputs' gradients."""
+    """Fused attention forward; backward, a visit to the layer, whose matrices yield the inputs' gradients."""
 
     @staticmethod
     def forward(
@@ -85,7 +85,7 @@ class _DenseAttention(torch.autograd.Function):
 
 
 class _Visited(torch.autograd.Function):
-    """The output of fused attention as it is; backward, the layer is visited before the network's own step."""
+    """The unchanged output of fused attention; backward, a visit to the layer before the network's own step."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ class _Visited(torch.autograd.Function):
 
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
-    """Return what attention gives, (B, H, Q, d); the backward pass will hand the layer to the descent."""
+    """Return the output of attention, (B, H, Q, d); the backward pass will hand the layer to the descent."""
     if not is_fused(inputs.query):
         query, key, value, mask, _ = inputs.ungrouped()
         output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)

@@ -1,4 +1,4 @@
-"""One transformer block while its network is explained: everything that happens to it, from top to bottom."""
+"""One transformer block while its network is explained: everything that happens to it, in order."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Block:
 
     Attributes:
         forward: the block's own.
-        position: from the input upwards.
+        position: from the input upward.
         passing: the forward pass that it is part of.
     """
 
@@ -32,7 +32,7 @@ class Block:
     passing: ForwardPass
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Run the block: gradients, recomputation and the record of its tokens are as the plan says."""
+        """Run the block with gradients, recomputation and a record of its tokens as the plan says."""
         if not is_intercepted():
             return self.forward(*inputs, **options)
         if not inputs:
@@ -49,7 +49,7 @@ class Block:
     def _run(self, tokens: Tensor, others: Sequence[Any], options: dict[str, Any]) -> Any:
         plan, forward = self.passing.plan, self.forward
         if not plan.gradients:
-            # The layers' own scores, too, start their graphs when the block has run.
+            # The graphs of the layers' own scores also start after the block has run.
             with torch.no_grad():
                 return forward(tokens, *others, **options)
         if self.position == 0:
@@ -65,17 +65,17 @@ class Block:
             if first:
                 first = False
                 return forward(tokens, *others, **options)
-            # The backward pass may come back in a thread of its own.
+            # The backward pass may run this in another thread.
             with answered_by(attend_again):
                 return forward(tokens, *others, **options)
 
-        # What is recomputed must hold nothing of the graph, not even by `self`.
+        # The recomputed function must not refer to the graph, not even through `self`.
         return checkpoint(run, tokens, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
 def wrapped(blocks: Sequence[nn.Module], passing: ForwardPass) -> Iterator[None]:
-    """Put a `Block` in place of each block's `forward`, and take it away again, also after an error."""
+    """Replace each block's `forward` by a `Block`, and restore it even after an error."""
     own = [vars(block).get("forward") for block in blocks]
     for position, block in enumerate(blocks):
         block.forward = Block(block.forward, position, passing)

@@ -13,17 +13,17 @@ from gmarpp.network.errors import UnsupportedNetworkError
 class AttentionCall:
     """One call of `scaled_dot_product_attention` in the forward pass.
 
-    Nodes of the graph hold it, so it holds no tensor with a graph of its own.
+    Nodes of the graph refer to it, so it refers to no tensor that has a graph.
 
     Attributes:
-        index: position among the calls, from the input upwards.
-        block: position of the transformer block that made the call; `None` outside of the blocks, or if they are not
-            known.
+        index: position among the calls, from the input upward.
+        block: position of the transformer block that made the call; `None` outside the blocks, or if these are
+            unknown.
         scale: factor of the query-key products.
         queries: number of queries.
         keys: number of keys.
-        is_pool: whether the call is that of an attention-pool head, whose queries are no tokens.
-        follows: whether gradients get from the call to the layer below.
+        is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
+        follows: whether gradients pass from the call to the layer below.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
     """
@@ -43,7 +43,7 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
     """Refuse a network whose attention calls do not follow each other as layers.
 
     Args:
-        calls: all of a forward pass, from the input upwards.
+        calls: all of a forward pass, from the input upward.
         blocks: number of the transformer blocks; 0 if they are not known.
 
     Raises:
@@ -93,12 +93,12 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
     order = [call.block for call in calls if call.block is not None]
     if order != list(range(blocks)):
         raise UnsupportedNetworkError(
-            f"the transformer blocks ran in the order {order}: expected that from the input upwards"
+            f"expected the transformer blocks to run from the input upward, got the order {order}"
         )
     outside = [call for call in calls if call.block is None]
     if outside and not (len(outside) == 1 and outside[0] is calls[-1] and outside[0].is_pool):
         raise UnsupportedNetworkError(
             f"{len(outside)} of {len(calls)} attention calls were made outside the {blocks} known transformer blocks: "
-            "expected at most that of an attention-pool head behind the last block. Explain the part of the network "
+            "expected at most that of an attention-pool head after the last block. Explain the part of the network "
             "that its blocks describe, or list all blocks in gmarpp.Architecture(..., blocks=...)"
         )

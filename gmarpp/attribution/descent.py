@@ -1,7 +1,7 @@
 """The way down: each layer is visited when the backward pass reaches it, serves the methods, and is freed.
 
-A layer comes in two forms. The dense one makes its matrices, and since it has them, does the attention's own backward
-step too. The fused one leaves that step to the network and makes no matrix.
+A layer comes in two forms. The dense one makes its matrices, and since it has them, also does the attention's own
+backward step. The fused one leaves that step to the network and makes no matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from gmarpp.attribution.relevance import Relevance
 
 
 class Descent:
-    """Hands the layers of one pass downwards to the relevance.
+    """Hands the layers of one pass to the relevance, from the top down.
 
-    The nodes of the graph hold it, and it holds nothing of the graph: so both are freed as soon as nobody needs them.
+    Nodes of the graph refer to it, and it refers to nothing of the graph, so both are freed as soon as they are unused.
 
     Attributes:
         relevance: the rows of this pass.
@@ -53,7 +53,7 @@ class Descent:
         outer: Tensor | None,
         gradients: Sequence[Tensor] | None = None,
     ) -> None:
-        """Carry the relevance through a layer, part by part of the batch, of which only one has matrices at a time.
+        """Carry the relevance through a layer, in parts of the batch, of which only one has matrices at a time.
 
         Args:
             call: the layer's call.
@@ -62,7 +62,7 @@ class Descent:
             value: (B, H, N, dv).
             mask: as `scaled_dot_product_attention` takes it.
             outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv), or `None`.
-            gradients: filled with those of query, key and value, if the layer is to find them.
+            gradients: filled with those of query, key and value, if the layer computes them.
         """
         assert self.relevance is not None
         local = None if call.block is None or not self.local else self.local[call.block]
@@ -92,7 +92,7 @@ def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
 
 
 def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
-    """Split a batch so that a part's matrices stay in the cache of a CPU, or small on a GPU; fused layers make none."""
+    """Split a batch so that a part's matrices fit a CPU's cache, or stay small on a GPU; fused layers make none."""
     if is_fused(query):
         return iter([slice(0, len(query))])
     bytes_per_image = query.shape[1] * query.shape[2] * key.shape[2] * 4

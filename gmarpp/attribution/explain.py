@@ -37,17 +37,17 @@ def explain(
 ) -> Explanation:
     """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
 
-    The network runs in eval mode and without activation checkpointing of its own, and is left exactly as it was; no
-    parameter's gradient is computed. Works under autocast, and inside `torch.inference_mode`.
+    The network runs in eval mode without its own activation checkpointing and is left exactly as it was; no parameter's
+    gradient is computed. `explain` works under autocast, and inside `torch.inference_mode`.
 
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
         images: preprocessed for the network, shape (B, 3, H, W).
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, aliases, or `Method` objects with their own options.
         target: `None` for the predicted class; a class (index or name), one per image, or (B, K) with as many backward
-            passes; a `Contrast`; or a function of the network's output that gives one score per image.
+            passes; a `Contrast`; or a function of the network's output that returns one score per image.
         architecture: token layout of a network of an unknown family.
-        recompute: keep only the inputs of blocks, and run each block again in the backward pass, if there is one.
+        recompute: keep only the inputs of blocks, and run each block again in the backward pass, if any.
 
     Raises:
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
@@ -75,7 +75,7 @@ def explain(
 
 @contextmanager
 def _explained_errors() -> Iterator[None]:
-    """Say what to do about errors of autograd that the network's or the target's own code leads to."""
+    """Explain how to remedy autograd's errors that the network's or the target's own code causes."""
     try:
         yield
     except CheckpointError as error:
@@ -113,15 +113,15 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
 
 
 def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
-    """Return the patch grid (h, w), which together with the prefix tokens has to make up all tokens."""
+    """Return the patch grid (h, w), after checking that it and the prefix tokens make up all tokens."""
     height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
     prefix = plan.layout.prefix_tokens
     if prefix + height * width != tokens:
-        # An attention-pool head may leave the prefix tokens out, which is no chain of layers either.
+        # An attention-pool head may omit the prefix tokens, which breaks the chain of layers as well.
         raise UnsupportedNetworkError(
             f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {prefix} prefix "
             f"tokens make {prefix + height * width}: correct grid and prefix_tokens in gmarpp.Architecture, or the "
-            "size of the images. Networks that mask patches (ViTMAE) or have tokens behind the patch tokens (YOLOS) "
+            "size of the images. Networks that mask patches (ViTMAE) or have tokens after the patch tokens (YOLOS) "
             "cannot be explained"
         )
     return height, width
@@ -142,7 +142,7 @@ def _check(model: nn.Module, images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
         given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
-            f"images must be a floating-point tensor of shape (images, channels, height, width), not {given}"
+            f"images: expected a floating-point tensor of shape (images, channels, height, width), got {given}"
         )
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device != images.device:

@@ -15,8 +15,8 @@ class Explanation:
     """Maps of a batch of images.
 
     Attributes:
-        maps: by method name, float32, shape (B, h, w), raw and unnormalised; (B, K, h, w) where the target was (B, K).
-        target: class explained, long, (B,) or (B, K); -1 where a function was explained, and not a class.
+        maps: by method name, float32, shape (B, h, w), raw, not normalized; (B, K, h, w) where the target was (B, K).
+        target: class explained, long, (B,) or (B, K); -1 where a function was explained instead of a class.
         logits: the network's output, (B, C); the scores (B, 1) where the target was a function.
         scores: what was explained, float32, (B,) or (B, K): the logit of each class, the difference of a `Contrast`, or
             the value of a function.
@@ -45,10 +45,10 @@ class Explanation:
         return Image.fromarray(pixels)
 
     def show(self, images: int = 8) -> "Figure":
-        """Draw images across and methods down, with class and probability, or score, above each, for a notebook.
+        """Draw images across and methods down, with class and probability, or score, above each image.
 
         Args:
-            images: draw the first so many; every explained class of an image has a column of its own.
+            images: how many to draw, from the first; every explained class of an image has its own column.
         """
         from gmarpp.figures import comparison_figure
 

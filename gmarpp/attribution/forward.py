@@ -1,4 +1,4 @@
-"""The forward pass: attention calls are answered and recorded, and what the ways down start from is kept."""
+"""The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from gmarpp.network.errors import UnsupportedNetworkError
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block was given and what it returned, from which the layer's own score is found.
+    """What a block was given and what it returned, from which the layer's own score is computed.
 
     Attributes:
         forward: the block's own.
         tokens: (B, N, D), without a graph.
-        others: arguments behind the tokens.
+        others: arguments after the tokens.
         options: arguments by keyword.
         output: the tokens that left the block, (B, N, D); with a graph where gradients pass from block to block.
     """
@@ -61,16 +61,16 @@ class ForwardPass:
     """Answers the attention calls of a forward pass, and keeps what the ways down start from.
 
     Attributes:
-        calls: the attention calls, from the input upwards.
+        calls: the attention calls, from the input upward.
         outputs: of each call, where its output stands in the graph.
         leaves: the queries in which the graph starts.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         dtype: in which the network attends.
-        unseen: attention that went past the interception.
+        unseen: attention that bypassed the interception.
 
     Args:
-        plan: what the call of `explain` is going to do.
+        plan: what the call of `explain` will do.
         descent: the way down that the graph's nodes hand their layers to.
         batch: number of images.
     """
@@ -89,7 +89,7 @@ class ForwardPass:
 
     @property
     def token_counts(self) -> set[int]:
-        """How many tokens an attention of the network may be over."""
+        """How many tokens an attention layer of the network may attend to."""
         tokens = self.calls[-1].keys
         return {tokens, tokens - self.plan.layout.prefix_tokens} - {0, 1}
 
@@ -101,11 +101,11 @@ class ForwardPass:
         return self.outputs[-1]
 
     def enter_block(self, position: int) -> None:
-        """Take note of the block that the next attention calls belong to."""
+        """Note the block that the next attention calls belong to."""
         self._block = position
 
     def leave_block(self, position: int, run: BlockRun) -> Tensor:
-        """Take note of what left a block; returns the tokens that the network goes on with."""
+        """Record what left a block, and return the tokens that the network continues with."""
         self._block = None
         tokens = run.output
         if position == len(self.plan.layout.blocks) - 1:
@@ -133,7 +133,7 @@ class ForwardPass:
         return output
 
     def check_calls(self) -> None:
-        """Raise `UnsupportedNetworkError` unless the calls are one chain of layers, down which gradients get."""
+        """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
         require_one_chain(self.calls, len(self.plan.layout.blocks))
         cut = [call.index for call in self.calls[1:] if not call.follows]
         if self.plan.gradients and cut:
@@ -153,7 +153,7 @@ class ForwardPass:
         return output
 
     def _prefix(self, output: Tensor) -> Tensor:
-        # A copy: a view would keep the whole.
+        # A view would keep the whole output alive.
         return output[:, :, : self.plan.layout.prefix_tokens].detach().clone()
 
     def _record(self, inputs: Inputs) -> AttentionCall:
@@ -166,7 +166,7 @@ class ForwardPass:
             )
         self.dtype = query.dtype
         queries, keys = query.shape[-2], key.shape[-2]
-        # Queries that are not computed from the tokens belong to a pool, which may well have as many of them.
+        # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in inputs[:3])
         call = AttentionCall(

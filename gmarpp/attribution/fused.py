@@ -1,8 +1,8 @@
 """Products with a layer's attention and its gradient, from q, k, v and the output's gradient, without N × N matrices.
 
-Two kernels per layer serve all methods. `statistics` goes over the matrices once, for what heads are weighed and rows
-are normalized with; `carry` goes over them again, and takes the rows of all methods through the layer at once. Tiles of
-A and G are computed where they are used, and never stored (see `gmarpp.attribution.kernels`).
+Two kernels per layer serve all methods. `statistics` goes over the matrices once, for the weights of heads and the
+sums of rows; `carry` goes over them again, and carries the rows of all methods through the layer at once. Tiles of
+A and G are computed where they are used and never stored (see `gmarpp.attribution.kernels`).
 
 An example: rollout and GMAR++ through a layer of ViT-L/16, for 8 images::
 
@@ -35,16 +35,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Statistics:
     """What methods need to know of a layer before their rows pass through it; all float32.
 
-    ``G = outer vᵀ / gradient_scale`` where a query attends to a key, and 0 elsewhere. A query that attends to no key
-    has no attention. Without `outer` there is no gradient: all but the log-sum-exp are NaN.
+    `G = outer vᵀ / gradient_scale` where a query attends to a key, and 0 elsewhere. A query that attends to no key
+    has no attention. Without `outer` there is no gradient, and all but the log-sum-exp are NaN.
 
     Attributes:
-        log_sum_exp: of ``scale · q kᵀ + mask`` over the keys, (B, H, Q); -inf for a query that attends to nothing.
-        gradient_l1: ``Σ|G|``, (B, H).
-        gradient_l2: ``sqrt Σ G²``, (B, H).
-        positive_l1: ``Σ ReLU(G)``, (B, H).
-        positive_l2: ``sqrt Σ ReLU(G)²``, (B, H).
-        product_rows: row sums ``Σ_j ReLU(G)_ij A_ij``, (B, H, Q).
+        log_sum_exp: of `scale · q kᵀ + mask` over the keys, (B, H, Q); -inf for a query that attends to nothing.
+        gradient_l1: `Σ|G|`, (B, H).
+        gradient_l2: `sqrt Σ G²`, (B, H).
+        positive_l1: `Σ ReLU(G)`, (B, H).
+        positive_l2: `sqrt Σ ReLU(G)²`, (B, H).
+        product_rows: row sums `Σ_j ReLU(G)_ij A_ij`, (B, H, Q).
     """
 
     log_sum_exp: Tensor
@@ -93,7 +93,7 @@ def _arguments(
     precision = "tf32" if _tf32_is_allowed() else "ieee"
     tile = _tile(max(block * query.element_size(), value_block * value.element_size()), query.device)
     if precision == "ieee" and torch.float32 in (query.dtype, value.dtype):
-        # IEEE products are no work for the matrix units: larger tiles do not fit into the registers.
+        # Matrix units do not compute IEEE products, and larger tiles would not fit into the registers.
         tile = min(tile, 32)
     return {
         **tensors,
@@ -172,7 +172,7 @@ def _strides(tensor: Tensor | None, name: str, *axes: str) -> dict[str, int]:
 
 
 def _power_of_two(size: int) -> int:
-    """Return the next power of two, at least 16, which is the least that a matrix unit multiplies."""
+    """Return the next power of two, at least 16, the smallest size that a matrix unit multiplies."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -192,13 +192,13 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[None]:
-    """Make a tensor's device the current one, on which Triton launches."""
+    """Make a tensor's device current: Triton launches kernels on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _tf32_is_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
-    # PyTorch 2.9 has a new setting, and an error for who reads the old one after the new one was set.
+    # PyTorch 2.9 has a new setting, and raises an error when the old one is read after the new one was set.
     return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
@@ -217,12 +217,12 @@ def statistics(
 
     Args:
         query: (B, H, Q, d); d is at most 256 here and for values. All tensors may have any strides.
-        key: (B, H / g, N, d), where g queries' heads share one of the keys'.
+        key: (B, H / g, N, d), where g heads of queries share one head of keys.
         value: (B, H / g, N, dv).
         outer: gradient of the call's output, times `gradient_scale`, (B, H, Q, dv); `None` without a gradient.
         mask: as `scaled_dot_product_attention` takes it: `True` where a query attends to a key, or an additive bias.
         scale: factor of the scores.
-        gradient_scale: what `outer` was multiplied with.
+        gradient_scale: what `outer` was multiplied by.
         is_causal: whether query i attends to the keys up to i only.
 
     Raises:
@@ -271,16 +271,16 @@ def carry(
         value: see there.
         outer: see there; not needed for `attention_rows` alone.
         statistics: of the same arguments; not needed for `gradient_rows` alone.
-        attention_rows: (B, H, M, Q), any number M of rows, to be multiplied with ``A``.
-        product_rows: (B, H, M, Q), to be multiplied with ``ReLU(G) ⊙ A``.
-        gradient_rows: (B, H, M, Q), to be multiplied with ``ReLU(G)``.
+        attention_rows: (B, H, M, Q), any number M of rows, to be multiplied by `A`.
+        product_rows: (B, H, M, Q), to be multiplied by `ReLU(G) ⊙ A`.
+        gradient_rows: (B, H, M, Q), to be multiplied by `ReLU(G)`.
         mask: see there.
         scale: see there.
         gradient_scale: see there.
         is_causal: see there.
 
     Returns:
-        ``Σ_h rows_h @ matrix_h`` for each of the three, (B, M, N), float32; `None` for `None`. The sum's order does not
+        `Σ_h rows_h @ matrix_h` for each of the three, (B, M, N), float32; `None` for `None`. The sum's order does not
         change from run to run.
 
     Raises:

@@ -86,5 +86,5 @@ class FusedLayer(AttentionLayer):
 
     @cached_property
     def _shares(self) -> Tensor:
-        """Shares of all norms at once, which is fewer kernels: (4, B, H)."""
+        """Shares of all norms, (4, B, H); one computation for all takes fewer kernels."""
         return share(torch.stack([self.head_norm(which) for which in _NORMS]))

@@ -1,4 +1,4 @@
-"""What the head reads, and whether it is the one that the architecture describes."""
+"""What the head reads, and whether it is the head that the architecture describes."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ _DESCRIBE_HEAD = (
 
 
 def rounding(*results: Tensor) -> float:
-    """Return the relative rounding error of what was computed, which autocast may have made larger than it shows."""
+    """Return the relative rounding error of results, which under autocast may exceed that of their own dtype."""
     device = results[0].device.type
     dtypes = [each.dtype for each in results if each.is_floating_point()]
     if torch.is_autocast_enabled(device):
@@ -49,7 +49,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def _form(output: Any) -> object:
-    # Logits may come alone where the network gives them a name: scores are handed both in the network's form.
+    # A head may return bare logits where the network names them: scores get both in the network's form.
     if isinstance(output, Tensor) or isinstance(getattr(output, "logits", None), Tensor):
         return Tensor
     if isinstance(output, Mapping):
@@ -66,9 +66,9 @@ def agree(head_output: Any, output: Any) -> bool:
 
 
 def distinct_sum(output: Any) -> Tensor:
-    """Return one number that every value of the output influences, each by a factor of its own.
+    """Return one number that every value of the output influences, each by its own factor.
 
-    A plain sum has no gradient where the output is normalised.
+    A plain sum has no gradient where the output is normalized.
     """
     total = torch.zeros(())
     for each in tensors_of(output):
@@ -91,7 +91,7 @@ def _shares(gradient: Tensor) -> Tensor:
 
 
 def head_output(layout: Architecture, tokens: Tensor, output: Any) -> Any:
-    """Return what the head makes of tokens (B, N, D), in the form of the network's output, which scores take apart."""
+    """Return the head's output for tokens (B, N, D), in the form of the network's output, which scores expect."""
     assert layout.head is not None
     with answered_by(None):
         made = layout.head(tokens)
@@ -99,25 +99,26 @@ def head_output(layout: Architecture, tokens: Tensor, output: Any) -> Any:
 
 
 def check_head(output: Any, passed: ForwardPass) -> None:
-    """Raise `UnsupportedNetworkError` unless the architecture's head gives what the network made of the last tokens."""
+    """Raise `UnsupportedNetworkError` unless the architecture's head reproduces the network's output."""
     assert passed.last_tokens is not None
     try:
         with torch.no_grad():
             made = head_output(passed.plan.layout, passed.last_tokens.detach(), output)
-            told = agree(made, output)
+            agrees = agree(made, output)
     except Exception as error:
         raise UnsupportedNetworkError(
             f"the architecture's head fails on the last block's tokens ({error}): {_DESCRIBE_HEAD}"
         ) from error
-    if not told:
+    if not agrees:
         raise UnsupportedNetworkError(
-            "the architecture's head does not give the network's output from the last block's tokens, so LeGrad, which "
-            f"asks it for each layer's own score, would explain something else: {_DESCRIBE_HEAD}, or leave LeGrad out"
+            "the architecture's head does not reproduce the network's output from the last block's tokens, so "
+            f"LeGrad, which uses it for each layer's own score, would explain something else: {_DESCRIBE_HEAD}, or "
+            "leave LeGrad out"
         )
 
 
 def reads_prefix(passed: ForwardPass, output: Any) -> bool:
-    """Return whether the architecture's head reads prefix tokens and no others, and can do without the others."""
+    """Return whether the architecture's head reads prefix tokens only, and also works without the others."""
     assert passed.last_tokens is not None
     layout, prefix = passed.plan.layout, passed.plan.layout.prefix_tokens
     tokens = passed.last_tokens[:1].detach().requires_grad_()
@@ -128,7 +129,7 @@ def reads_prefix(passed: ForwardPass, output: Any) -> bool:
     try:
         return agree(head_output(layout, tokens[:, :prefix], output), made)
     except Exception:
-        # Such as one that lays the patch tokens out in a grid and weighs them by nothing.
+        # For example, the head may arrange the patch tokens in a grid and give them weights of zero.
         return False
 
 
@@ -136,8 +137,8 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
     """Return the row above the top layer: equal shares for the tokens that the head reads.
 
     They are the tokens that the score depends on: the class token, all patches under average pooling, both tokens of a
-    distilled network, the queries of an attention-pool head. Where a score's gradient is zero, as that of a class whose
-    weights are, they are those that any output depends on.
+    distilled network, the queries of an attention-pool head. Where a score's gradient is zero, for example because
+    the weights of its class are, they are the tokens that any output depends on.
 
     Args:
         scores: of each image, (B,), with the network's graph.
@@ -150,7 +151,7 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
         float32, (B, Q); rows sum to 1.
 
     Raises:
-        UnsupportedNetworkError: if the score depends on nothing that the last layer gives.
+        UnsupportedNetworkError: if the score does not depend on the last layer.
         ValueError: for gradients that are not finite, or zero where they are needed.
     """
     start = passed.score_start
@@ -168,11 +169,12 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
     images = without.nonzero().flatten().tolist()
     if needs_gradient:
         raise ValueError(
-            f"the score of images {images} has a gradient of exactly zero, of which no method that uses gradients can "
-            "make a map: explain another class or score, or ask for methods without gradients (rollout, attention)"
+            f"the score of images {images} has a gradient of exactly zero, from which methods that use gradients "
+            "cannot make a map: explain another class or score, or ask for methods without gradients (rollout, "
+            "attention)"
         )
-    # What the head reads for the other classes, it reads.
+    # What the head reads for other classes, it also reads for this one.
     general = _gradient(distinct_sum(output), start)
     if general is None or not _shares(general)[without].any(dim=1).all():
-        raise ValueError(f"no output of the network depends on the tokens of images {images}: there is no readout")
+        raise ValueError(f"no output of the network depends on the tokens of images {images}, so they have no readout")
     return torch.where(without[:, None], _shares(general), readout)

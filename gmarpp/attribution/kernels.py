@@ -3,29 +3,30 @@
 """The fused layer's Triton kernels; `gmarpp.attribution.fused` launches them, and importing this needs Triton.
 
 Both kernels cut the matrices A and G of one head, (Q, N), into tiles of QUERIES × KEYS entries that never leave the
-registers. Each is a product of two blocks of tokens: scores are ``scale · q kᵀ``, the gradient is ``outer vᵀ``.
+registers. Each is a product of two blocks of tokens: scores are `scale · q kᵀ`, the gradient is `outer vᵀ`.
 
 An example: a head of a ViT with 197 tokens and d = 64, in bfloat16 on an H100. `statistics_kernel` runs four programs,
 for queries 0 to 63, 64 to 127, 128 to 191 and 192 to 196. Each keeps its q and outer, (64, 64), and goes over the keys
 in four steps: it loads k and v, (64, 64), and adds up what the tiles hold. `carry_kernel` runs four programs, too, of
-64 keys each: they keep k and v, go over the queries in seven steps of 32, and multiply the tiles with the rows that the
+64 keys each: they keep k and v, go over the queries in seven steps of 32, and multiply the tiles by the rows that the
 caller gives, (16, 32). So up to 16 methods pass through one tile.
 
 Shapes in comments are those of tiles; `q` and `n` are the positions of a tile's queries and keys. Positions beyond the
 end load zeros. Offsets are 64 bits wide, for tensors of more than 2³¹ entries. Exponentials are powers of two, which is
-what the hardware has: scores are in units of log 2, ``e^s = 2^(s · log₂ e)``.
+what the hardware has: scores are in units of log 2, `e^s = 2^(s · log₂ e)`.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ROWS = tl.constexpr(16)  # the fewest rows that a matrix unit multiplies
+# The fewest rows that a matrix unit multiplies.
+ROWS = tl.constexpr(16)
 
 
 @triton.jit
 def _head(image_stride, head_stride, image_head, heads, group, UNIT: tl.constexpr):
-    """Offset of the head of an image, in a tensor (B, H / group, tokens, d) with strides in units of UNIT entries.
+    """Return the offset of an image's head in a tensor (B, H / group, tokens, d) with strides in units of UNIT entries.
 
     The constant factor tells the compiler how pointers are aligned, and so how much it may load at once.
     """
@@ -44,7 +45,7 @@ def _tokens(head, stride, positions, tokens, SIZE: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _bias(mask, query_stride, key_stride, q, n, queries, keys, CAUSAL: tl.constexpr):
-    """What is added to the scores, (QUERIES, KEYS), or (1, KEYS) for all queries: -inf where nothing is attended to."""
+    """Return the addend of the scores, (QUERIES, KEYS), or (1, KEYS) for all queries: -inf where none attends."""
     allowed = n[None, :] < keys
     if CAUSAL:
         allowed = allowed & (n[None, :] <= q[:, None])
@@ -63,24 +64,24 @@ def _bias(mask, query_stride, key_stride, q, n, queries, keys, CAUSAL: tl.conste
 
 @triton.jit
 def _scores(query, key, bias, scale, PRECISION: tl.constexpr):
-    """``log₂ e · (scale · q kᵀ + mask)``, (QUERIES, KEYS), float32."""
+    """Return `log₂ e · (scale · q kᵀ + mask)`, (QUERIES, KEYS), float32."""
     return tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E) + bias
 
 
 @triton.jit
 def _gradient(outer, value, bias, factor, PRECISION: tl.constexpr):
-    """``factor · outer vᵀ``, (QUERIES, KEYS), float32; 0 where nothing is attended to."""
+    """Return `factor · outer vᵀ`, (QUERIES, KEYS), float32; 0 where nothing is attended to."""
     gradient = tl.dot(outer, tl.trans(value), input_precision=PRECISION) * factor
     return tl.where(bias == float("-inf"), 0.0, gradient)
 
 
 @triton.jit
 def _relu(tile):
-    # A plain maximum would turn NaN into 0, and so hide it.
+    # A plain maximum would hide NaN by turning it into 0.
     return tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-# A kernel is compiled again for each value of what it is specialized on, and each pattern of divisibility.
+# Triton recompiles a kernel for each value that it is specialized on, and each pattern of divisibility.
 _STRIDES = [f"{name}_{axis}" for name in ("query", "key", "value", "outer") for axis in ("image", "head", "token")]
 _ROWS = [
     f"{name}_{axis}" for name in ("attention", "product", "gradient") for axis in ("image", "head", "row", "count")
@@ -98,11 +99,11 @@ def statistics_kernel(
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of the scores and row sums of ``ReLU(G) ⊙ A`` for a block of queries, and its part of G's norms.
+    """Compute log-sum-exps of scores and row sums of `ReLU(G) ⊙ A` for a block of queries, and its part of G's norms.
 
     The maximum m of the scores so far moves while the keys pass, as in an online softmax:
-    ``sum ← sum · 2^(m - m') + Σ_j 2^(s_j - m')``, and the product's row sums likewise; their quotient is
-    ``Σ_j ReLU(G)_ij A_ij``, ``m' + log₂ sum`` the log-sum-exp. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
+    `sum ← sum · 2^(m - m') + Σ_j 2^(s_j - m')`, and the product's row sums likewise; their quotient is
+    `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the log-sum-exp. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
     Σ ReLU(G)².
     """
     blocks = tl.cdiv(queries, QUERIES)
@@ -161,7 +162,7 @@ def _log_sums(log_sum_exp, image_head, q, queries):
 
 @triton.jit
 def _times_rows(rows, stride, count, q, queries, relevance, carried):
-    """Add ``relevanceᵀ rowsᵀ``, (KEYS, ROWS), to what is carried: ROWS of a head's rows (count, Q).
+    """Add `relevanceᵀ rowsᵀ`, (KEYS, ROWS), to what is carried: ROWS of a head's rows (count, Q).
 
     The relevance comes transposed, (KEYS, QUERIES).
     """
@@ -174,7 +175,7 @@ def _times_rows(rows, stride, count, q, queries, relevance, carried):
 
 @triton.jit
 def _store_rows(output, first, count, total, image_head, n, keys, tile):
-    """Store what is carried, (KEYS, ROWS), behind the `first` rows of an output (B, H, total, N)."""
+    """Store what is carried, (KEYS, ROWS), after the `first` rows of an output (B, H, total, N)."""
     number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     pointers = output + (image_head.to(tl.int64) * total + first + number)[:, None] * keys + n[None, :]
     tl.store(pointers, tl.trans(tile), mask=(number[:, None] < count) & (n[None, :] < keys))
@@ -191,10 +192,10 @@ def carry_kernel(
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows times ``A``, ``ReLU(G) ⊙ A`` and ``ReLU(G)`` of one head, for a block of keys; output (B, H, rows, N).
+    """Multiply rows by `A`, `ReLU(G) ⊙ A` and `ReLU(G)` of one head, for a block of keys; output (B, H, rows, N).
 
-    ``A_ij = 2^(s_ij - lse_i)`` with the log-sum-exp that `statistics_kernel` gave. All tiles are transposed, (KEYS,
-    QUERIES): so they are the left operand of the products with rows, and stay in registers.
+    `A_ij = 2^(s_ij - lse_i)` with the log-sum-exp from `statistics_kernel`. All tiles are transposed, (KEYS,
+    QUERIES), so that they are the left operand of the products with rows and stay in registers.
     """
     ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
     DIFFERENTIATES: tl.constexpr = product_rows is not None or gradient_rows is not None

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 HeadNorm = Literal["gradient_l1", "gradient_l2", "positive_l1", "positive_l2"]
-"""``‖G_h‖_1``, ``‖G_h‖_2``, ``‖ReLU(G_h)‖_1``, ``‖ReLU(G_h)‖_2``."""
+"""`‖G_h‖_1`, `‖G_h‖_2`, `‖ReLU(G_h)‖_1`, `‖ReLU(G_h)‖_2`."""
 
 
 @dataclass(eq=False)
 class AttentionLayer:
-    """Attention ``A`` of one layer and the gradient ``G = dS/dA`` of the score with respect to it.
+    """Attention `A` of one layer and the gradient `G = dS/dA` of the score with respect to it.
 
-    What methods need of them is offered as products, which the fused layer gives without the matrices. Here they come
-    from the matrices, each made when it is first asked for. All results are float32. A layer exists only while it is
+    Methods use products with them, which the fused layer computes without the matrices. Here they come from the
+    matrices, each made when it is first asked for. All results are float32. A layer exists only while it is
     visited; a method takes what it needs and keeps no reference.
 
     Attributes:
@@ -30,8 +30,8 @@ class AttentionLayer:
         local: gradient of the layer's own score (see `LeGrad`) with respect to the first R rows of the output, times
             `gradient_scale`, (B, H, R, dv); `None` when no requested method needs it, and in an attention-pool head.
         gradient_scale: power of two that keeps small gradients from vanishing in float16.
-        is_top: whether this is the first layer met from the output downwards.
-        is_pool: whether the layer is an attention-pool head, whose queries are no tokens.
+        is_top: whether this is the last layer of the network, which is visited first.
+        is_pool: whether the layer is an attention-pool head, whose queries are not tokens.
         depth: number of self-attention layers of the network, an attention-pool head not counted.
     """
 
@@ -49,7 +49,7 @@ class AttentionLayer:
 
     @cached_property
     def attention(self) -> Tensor:
-        """``A``, (B, H, Q, N); rows sum to 1."""
+        """`A`, (B, H, Q, N); rows sum to 1."""
         scores = torch.matmul(self.query.float() * self.scale, self._each_head(self.key).mT)
         if self.mask is None:
             return scores.softmax(dim=-1)
@@ -60,29 +60,29 @@ class AttentionLayer:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """``G = dS/dA``, (B, H, Q, N)."""
+        """`G = dS/dA`, (B, H, Q, N)."""
         if self.outer is None:
             raise RuntimeError("this pass computes no gradients: the method must set needs_gradient = True")
         return self._gradient(self.outer)
 
     @property
     def local_gradient(self) -> Tensor | None:
-        """Gradient of the layer's own score with respect to the first R rows of ``A``, (B, H, R, N); others' is 0."""
+        """Gradient of the layer's own score with respect to the first R rows of `A`, (B, H, R, N); others' is 0."""
         return None if self.local is None else self._gradient(self.local)
 
     @property
     def product(self) -> Tensor:
-        """``G ⊙ A``, (B, H, Q, N)."""
+        """`G ⊙ A`, (B, H, Q, N)."""
         return self.gradient * self.attention
 
     @cached_property
     def positive_product(self) -> Tensor:
-        """``ReLU(G) ⊙ A``, which is ``ReLU(G ⊙ A)`` as no attention is negative; (B, H, Q, N)."""
+        """`ReLU(G) ⊙ A`, which is `ReLU(G ⊙ A)` as no attention is negative; (B, H, Q, N)."""
         return self.product.relu_()
 
     @cached_property
     def product_rows(self) -> Tensor:
-        """Row sums of ``ReLU(G) ⊙ A``, (B, H, Q)."""
+        """Row sums of `ReLU(G) ⊙ A`, (B, H, Q)."""
         return self.positive_product.sum(dim=-1)
 
     @cached_property
@@ -94,7 +94,7 @@ class AttentionLayer:
     def head_norm(self, which: HeadNorm) -> Tensor:
         """Return a norm of each head's gradient, (B, H)."""
         if which == "gradient_l1":
-            # |x| = 2 ReLU(x) - x, which is half the work of the absolute values.
+            # |x| = 2 ReLU(x) - x, which takes half as long as the absolute values.
             return 2 * self._positive_norms["positive_l1"] - self.gradient.sum(dim=(-2, -1))
         if which == "gradient_l2":
             norm: Tensor = torch.linalg.vector_norm(self.gradient, dim=(-2, -1))
@@ -109,8 +109,8 @@ class AttentionLayer:
         """Return the sum over heads of rows times matrices, for several rows at once.
 
         Args:
-            attention_rows: (B, H, M, Q), to be multiplied with ``A``.
-            product_rows: (B, H, M, Q), to be multiplied with ``ReLU(G) ⊙ A``.
+            attention_rows: (B, H, M, Q), to be multiplied by `A`.
+            product_rows: (B, H, M, Q), to be multiplied by `ReLU(G) ⊙ A`.
 
         Returns:
             for each (B, M, N); `None` for `None`.
@@ -121,14 +121,14 @@ class AttentionLayer:
         )
 
     def local_key_sums(self) -> Tensor | None:
-        """Sum ``ReLU`` of the layer's own score's gradient over heads and queries, (B, N)."""
+        """Sum `ReLU` of the layer's own score's gradient over heads and queries, (B, N)."""
         gradient = self.local_gradient
         return None if gradient is None else gradient.relu_().sum(dim=(1, 2))
 
     def write_gradients(self, found: Sequence[Tensor]) -> None:
-        """Write the gradients of query, key and value, times `gradient_scale`; `gradient` is used up.
+        """Write the gradients of query, key and value, times `gradient_scale`; `gradient` is overwritten.
 
-        The softmax's own backward step is ``A ⊙ (G - rowsum(A ⊙ G))``.
+        The softmax's own backward step is `A ⊙ (G - rowsum(A ⊙ G))`.
         """
         assert self.outer is not None
         attention, product = self.attention, self.gradient.mul_(self.attention)
@@ -142,7 +142,7 @@ class AttentionLayer:
 
     @cached_property
     def _positive_norms(self) -> dict[HeadNorm, Tensor]:
-        # Both at once, so that the matrix need not be kept.
+        # Both are computed at once, so that the matrix need not be kept.
         positive = self.gradient.relu()
         l2 = torch.linalg.vector_norm(positive, dim=(-2, -1))
         return {"positive_l1": positive.sum(dim=(-2, -1)), "positive_l2": l2}

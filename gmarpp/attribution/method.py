@@ -11,14 +11,14 @@ from gmarpp.attribution.layer import AttentionLayer
 class Method(ABC):
     """A rule that turns a network's attention layers into one relevance per token.
 
-    It carries one row per image, shape (B, N), from the readout to the input tokens. A method of one's own may ask a
-    layer for its matrices, `layer.attention` and `layer.gradient`, or, on a GPU the faster way, for products with them.
+    It carries one row per image, shape (B, N), from the readout to the input tokens. A custom method may ask a layer
+    for its matrices, `layer.attention` and `layer.gradient`, or for products with them, which is faster on a GPU.
 
     Attributes:
         name: key of the method's map, used in code, config, tags and file names.
         label: name for people.
-        needs_gradient: whether the score's gradient has to be propagated through all layers.
-        needs_local_gradient: whether each layer's own score has to be differentiated.
+        needs_gradient: whether the score's gradient must be propagated through all layers.
+        needs_local_gradient: whether each layer's own score must be differentiated.
         gradient_rule: how the score is propagated, if it is; methods with the same rule share a backward pass.
     """
 
@@ -34,4 +34,4 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
-        """Carry the row (B, Q) through one layer downwards; returns (B, N)."""
+        """Carry the row (B, Q) down through one layer, and return (B, N)."""

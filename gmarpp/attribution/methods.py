@@ -19,7 +19,7 @@ from gmarpp.attribution.products import RowProduct
 
 @dataclass(frozen=True)
 class Rollout(RowProduct):
-    """Attention rollout: ``M = rownorm(mean_h A + alpha I)``.
+    """Attention rollout: `M = rownorm(mean_h A + alpha I)`.
 
     Args:
         alpha: weight of the residual connection beside the attention, 0 or more.
@@ -39,7 +39,7 @@ class Rollout(RowProduct):
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
-            raise ValueError(f"{self.name}: alpha must be 0 or more, found {self.alpha}")
+            raise ValueError(f"{self.name}: alpha: expected 0 or more, got {self.alpha}")
 
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
@@ -48,7 +48,7 @@ class Rollout(RowProduct):
 
 @dataclass(frozen=True)
 class GMAR(Rollout):
-    """Rollout with heads weighted by the norm of their gradient: ``w_h = ‖G_h‖_p / Σ_h ‖G_h‖_p``.
+    """Rollout with heads weighted by the norm of their gradient: `w_h = ‖G_h‖_p / Σ_h ‖G_h‖_p`.
 
     Args:
         alpha: weight of the residual connection beside the attention.
@@ -77,15 +77,15 @@ class GMAR(Rollout):
 
 @dataclass(frozen=True)
 class GMARPlusPlus(Rollout):
-    """Rollout of positive gradients times attention: ``E = Σ_h w_h ReLU(G_h) ⊙ A_h``, ``M = rownorm(E + alpha I)``.
+    """Rollout of positive gradients times attention: `E = Σ_h w_h ReLU(G_h) ⊙ A_h`, `M = rownorm(E + alpha I)`.
 
-    Heads are weighted by ``w_h = ‖ReLU(G_h)‖_p / Σ_h ‖ReLU(G_h)‖_p``. In a layer without any positive gradient M = I.
+    Heads are weighted by `w_h = ‖ReLU(G_h)‖_p / Σ_h ‖ReLU(G_h)‖_p`. In a layer without any positive gradient M = I.
 
     Args:
         alpha: weight of the residual connection beside the relevance.
         name: key of the map.
         label: name for people.
-        norm: p, 1 or 2; `None` leaves the weights out, ``w_h = 1``, and so adds the heads up.
+        norm: p, 1 or 2; `None` adds the heads up without weights, `w_h = 1`.
     """
 
     name: str = "gmarpp_l1"
@@ -107,7 +107,7 @@ class GMARPlusPlus(Rollout):
 
 @dataclass(frozen=True)
 class Chefer(Rollout):
-    """Relevance propagation by gradients only: ``M = I + mean_h ReLU(G ⊙ A)``, rows not normalised.
+    """Relevance propagation by gradients only: `M = I + mean_h ReLU(G ⊙ A)`, rows not normalized.
 
     Source: Chefer et al., "Generic Attention-Model Explainability for Interpreting Bi-Modal and Encoder-Decoder
     Transformers", ICCV 2021.
@@ -168,9 +168,9 @@ class LastAttention(Method):
 
 @dataclass(frozen=True)
 class RandomMap(Method):
-    """Uniform random relevance, the control that every method has to beat.
+    """Uniform random relevance, the control that every method must beat.
 
-    The numbers depend on the seed and the image's content alone, whatever batch it arrives in.
+    The numbers depend only on the seed and the image's content, not on the batch.
     """
 
     name: str = "random"
@@ -193,7 +193,7 @@ class RandomMap(Method):
 
 def _check_norm(name: str, norm: int | None, choices: tuple[int | None, ...]) -> None:
     if norm not in choices:
-        raise ValueError(f"{name}: norm must be one of {', '.join(map(str, choices))}, found {norm}")
+        raise ValueError(f"{name}: unknown norm {norm!r}: choose from {', '.join(map(str, choices))}")
 
 
 def _by_name(*methods: Method) -> dict[str, Method]:
@@ -223,10 +223,10 @@ VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
 
 
 def resolve_method(name: str) -> str:
-    """Give the canonical name of a method.
+    """Return the canonical name of a method.
 
     Args:
-        name: a name in `METHODS` or `VARIANTS`, or an alias (``gmar++``, ``gmar``).
+        name: a name in `METHODS` or `VARIANTS`, or an alias (`gmar++`, `gmar`).
 
     Raises:
         ValueError: if there is no such method; the message lists the names.
@@ -242,17 +242,17 @@ def resolve_method(name: str) -> str:
 
 
 def select_methods(methods: str | Method | Iterable[str | Method]) -> tuple[Method, ...]:
-    """Give method objects for names and objects, each once, in the order asked for.
+    """Return the methods that names and objects stand for, each once, in the given order.
 
     Raises:
-        ValueError: for an unknown name, for two different methods under one name, or if there is none.
+        ValueError: for an unknown name, two different methods under one name, or no method.
     """
     wanted = [methods] if isinstance(methods, str | Method) else list(methods)
     selected: dict[str, Method] = {}
     for item in wanted:
         method = item if isinstance(item, Method) else _REGISTERED[resolve_method(item)]
         if selected.setdefault(method.name, method) != method:
-            raise ValueError(f"two different methods are named {method.name!r}: give each a name of its own")
+            raise ValueError(f"two different methods are named {method.name!r}: give each its own name")
     if not selected:
-        raise ValueError(f"no method was asked for: choose from {', '.join(_REGISTERED)}")
+        raise ValueError(f"expected at least one method, got none: choose from {', '.join(_REGISTERED)}")
     return tuple(selected.values())

@@ -1,7 +1,7 @@
 """The layers' own scores: how the score would change with a layer's attention if the head read that layer.
 
 The score of layer l is the head applied to the tokens that leave block l. Its gradient ends at the layer's attention
-output O_l, and nothing passes from block to block: only what stands between O_l and the block's output matters, the
+output O_l, and nothing passes from block to block: only what lies between O_l and the block's output matters, the
 block's tail. Where the head reads prefix tokens alone, the tail runs once more for these few, with the recorded rows of
 O_l as the answer to its attention call. Where it reads all tokens, the tail is that of the forward pass, if its graph
 is kept, or else the whole block runs again.
@@ -28,7 +28,7 @@ class OwnScores:
         output: of the network.
 
     Raises:
-        UnsupportedNetworkError: if the architecture's head does not give the network's output.
+        UnsupportedNetworkError: if the architecture's head does not reproduce the network's output.
     """
 
     def __init__(self, passed: ForwardPass, output: Any) -> None:
@@ -52,15 +52,15 @@ class OwnScores:
             tails = [self._prefix_tail(*layer) for layer in self._layers]
             known = [tail for tail in tails if tail is not None]
             if len(known) == len(tails) and bool(torch.stack([alike for _, _, alike in known]).all()):
-                # No tail depends on another: one sum has the gradients of all.
+                # No tail depends on another, so one sum yields the gradients of all.
                 total = torch.stack([self._score(own, score, scale) for _, own, _ in known]).sum()
                 return list(torch.autograd.grad(total, [attended for attended, _, _ in known]))
-            # Tokens mix outside of attention, so the prefix tokens cannot do without the others.
+            # Tokens mix outside attention, so the prefix tokens need the others.
             self._by_prefix = False
         return [self._of_all(*layer, score, scale) for layer in self._layers]
 
     def _prefix_tail(self, run: BlockRun, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Run the tail of the prefix tokens: what it starts from, what comes out, and whether that is the block's."""
+        """Run the tail for the prefix tokens: return its start, its output, and whether that is the block's."""
         assert call.prefix is not None
         attended = call.prefix.detach().requires_grad_()
         tokens = run.tokens[:, : attended.shape[2]]
@@ -68,7 +68,7 @@ class OwnScores:
             with answered_by(lambda *_, **__: attended):
                 own = run.again(tokens)
         except Exception:
-            # Such as a convolution's: the block cannot run without its other tokens.
+            # The block cannot run without its other tokens, for example because of a convolution.
             return None
         expected = run.output.detach()[:, : tokens.shape[1]]
         return None if own.shape != expected.shape else (attended, own, _alike(own.detach(), expected, tokens))
@@ -76,7 +76,7 @@ class OwnScores:
     def _of_all(self, run: BlockRun, call: AttentionCall, score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""
         plan = self._passed.plan
-        # A graph that is recomputed in part would keep what it has recomputed of the rest.
+        # A graph that is recomputed in part would also keep the rest of what it recomputed.
         if plan.gradients and not plan.recompute:
             start, own = self._passed.outputs[call.index], run.output
             assert start is not None

@@ -1,4 +1,4 @@
-"""What a call of `explain` is going to do, decided before the network runs."""
+"""What a call of `explain` will do, decided before the network runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 
 GRADIENT_RULES = ("plain",)
-"""How a score's gradient may be propagated: as it is."""
+"""How a score's gradient may be propagated: `plain` leaves it unchanged."""
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -37,11 +37,11 @@ class Plan:
 
     Attributes:
         names: of the methods, in the order of the maps.
-        groups: the methods, by gradient rule; each group has a backward pass of its own, on the graph of all.
+        groups: the methods, by gradient rule; each group has its own backward pass, on the graph of all.
         layout: the network's tokens, blocks and head.
         gradients: whether gradients pass from block to block. If not, blocks run without a graph.
         local_scores: whether the layers' own scores are wanted.
-        tails_again: whether blocks may run once more for their layers' own scores: nobody's hooks watch them.
+        tails_again: whether blocks may run once more for their layers' own scores, because they have no hooks.
         recompute: whether blocks run again in the backward pass instead of keeping their activations.
     """
 
@@ -63,12 +63,12 @@ class Plan:
             recompute: whether the caller wants recomputation; methods without gradients need none.
 
         Raises:
-            ValueError: for a gradient rule that is not known.
-            UnsupportedNetworkError: if the methods need blocks or a head that the layout does not tell.
+            ValueError: for an unknown gradient rule.
+            UnsupportedNetworkError: if the methods need blocks or a head that the layout lacks.
         """
         local_scores = any(method.needs_local_gradient for method in methods)
         tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
-        # Else the layers' own scores are found on the graph of the forward pass.
+        # Without such a run, the layers' own scores come from the graph of the forward pass.
         gradients = any(method.needs_gradient for method in methods) or (local_scores and not tails_again)
         recompute = recompute and gradients
         if (local_scores and (not layout.blocks or layout.head is None)) or (recompute and not layout.blocks):

@@ -1,11 +1,11 @@
-"""Products over layers in row-vector algebra: what they have in common, and how all of a call take one layer together.
+"""Products over layers in row-vector algebra: what they share, and how all methods pass through a layer at once.
 
-A method of this kind carries a row r from the readout to the input, ``r_{l-1} = r_l M_l`` with
+A method of this kind carries a row r from the readout to the input, `r_{l-1} = r_l M_l` with
 
     M = rownorm(Σ_h w_h R_h + alpha I),   R_h = A_h  or  ReLU(G_h) ⊙ A_h
 
-No matrix M is made. Row i of M is divided by its sum ``t_i = Σ_h w_h s_hi + alpha``, s_h the row sums of R_h, so that
-``r M = Σ_h (w_h r / t) R_h + alpha r / t``: the layer is asked for the product of rows (w_h r / t) with its R_h.
+No matrix M is made. Row i of M is divided by its sum `t_i = Σ_h w_h s_hi + alpha`, s_h the row sums of R_h, so that
+`r M = Σ_h (w_h r / t) R_h + alpha r / t`: the layer is asked for the product of rows (w_h r / t) with its R_h.
 """
 
 from abc import abstractmethod
@@ -25,7 +25,7 @@ class RowProduct(Method):
 
     Attributes:
         alpha: weight of the residual connection beside the relevance, 0 or more.
-        relevance: R, either the ``attention`` A or the positive ``product`` ReLU(G) ⊙ A.
+        relevance: R, either the `attention` A or the positive `product` ReLU(G) ⊙ A.
         normalized: whether rows of M are divided by their sum.
     """
 
@@ -57,13 +57,13 @@ class RowProducts:
         alphas, normalized = [method.alpha for method in methods], [method.normalized for method in methods]
         self._alpha = torch.tensor(alphas, dtype=torch.float32, device=device)[:, None]
         self._normalized = torch.tensor(normalized, device=device)[:, None]
-        # What is added to the row sums: rows that are not normalized are divided by 0 times their sum, plus 1.
+        # Rows of M that are not normalized are divided by 0 times their sum, plus 1.
         self._share_of_sum = self._normalized.float()
         self._added = torch.where(self._normalized, self._alpha, torch.ones_like(self._alpha))
         self._may_be_empty = min(alphas) == 0
 
     def step(self, rows: Tensor, layer: AttentionLayer) -> Tensor:
-        """Carry rows (B, M, Q), one for each method, through a layer; returns (B, M, N)."""
+        """Carry rows (B, M, Q), one for each method, through a layer, and return (B, M, N)."""
         weights = torch.stack([method.head_weights(layer) for method in self._methods], dim=1)  # (B, M, H)
         sums = self._row_sums(weights, layer)  # (B, M, Q)
         if layer.is_pool:
@@ -71,7 +71,7 @@ class RowProducts:
         total = torch.addcmul(self._added, self._share_of_sum, sums)
         residual = self._alpha
         if self._may_be_empty:
-            # A row without relevance and residual is handed on as it is.
+            # A row without relevance and residual passes unchanged.
             empty = total == 0
             total = total.masked_fill(empty, 1)
             residual = torch.where(empty, torch.ones_like(residual), residual)
@@ -79,14 +79,14 @@ class RowProducts:
         return torch.addcmul(self._relevance(rows, weights, layer), residual, rows)
 
     def _through_pool(self, rows: Tensor, weights: Tensor, sums: Tensor, layer: AttentionLayer) -> Tensor:
-        """Carry rows through an attention-pool head: its queries are no tokens, so there is no residual to add."""
+        """Carry rows through an attention-pool head: its queries are not tokens, so there is no residual to add."""
         carried = self._relevance(rows / torch.where(self._normalized & (sums != 0), sums, 1.0), weights, layer)
-        # With no relevance every key counts alike.
+        # Without any relevance every key counts alike.
         lost = self._normalized & (carried.sum(dim=-1, keepdim=True) == 0)
         return carried.masked_fill(lost, 1 / carried.shape[-1])
 
     def _row_sums(self, weights: Tensor, layer: AttentionLayer) -> Tensor:
-        """Return ``Σ_h w_h s_h``, (B, M, Q); rows of attention sum to 1."""
+        """Return `Σ_h w_h s_h`, (B, M, Q); rows of attention sum to 1."""
         on_attention, on_product = self._split(weights)
         sums = []
         if self._on_attention:
@@ -96,7 +96,7 @@ class RowProducts:
         return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
 
     def _relevance(self, rows: Tensor, weights: Tensor, layer: AttentionLayer) -> Tensor:
-        """Return ``Σ_h w_h r R_h``, (B, M, N)."""
+        """Return `Σ_h w_h r R_h`, (B, M, N)."""
         (attention_weights, product_weights), (attention_rows, product_rows) = self._split(weights), self._split(rows)
         carried = layer.carry(
             _by_head(attention_weights, attention_rows) if self._on_attention else None,
@@ -110,5 +110,5 @@ class RowProducts:
 
 
 def _by_head(weights: Tensor, rows: Tensor) -> Tensor:
-    """Multiply rows (B, M, Q) with weights (B, M, H) of the heads: (B, H, M, Q)."""
+    """Multiply rows (B, M, Q) by weights (B, M, H) of the heads: (B, H, M, Q)."""
     return weights.transpose(1, 2)[..., None] * rows[:, None]

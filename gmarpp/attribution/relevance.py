@@ -11,10 +11,10 @@ from gmarpp.attribution.products import RowProduct, RowProducts
 
 
 class Relevance:
-    """The rows of some methods in one pass downwards; it holds nothing else.
+    """The rows of some methods in one pass from the top down; it holds nothing else.
 
     Args:
-        methods: whose rows they are.
+        methods: the methods that the rows belong to.
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
         images: (B, 3, H, W).
         tokens: number N of tokens.

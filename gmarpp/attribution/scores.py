@@ -18,7 +18,7 @@ class Scores:
         logits: (B, C), or the scores (B, 1) where the target is a function.
         indices: class explained, long, (B,) or (B, K); -1 where the target is a function.
         functions: one for each of the K classes.
-        values: what they give, float32, of the shape of `indices`.
+        values: what they return, float32, in the shape of `indices`.
     """
 
     logits: Tensor
@@ -50,7 +50,8 @@ def _of_classes(target: "ClassTarget | Contrast", logits: Tensor, model: nn.Modu
     if isinstance(target, Contrast):
         indices, other = (resolve_target(each, logits, model) for each in (target.target, target.other))
         if indices.dim() != 1 or other.dim() != 1:
-            raise ValueError("a contrast takes one class per image on either side")
+            shapes = f"{tuple(indices.shape)} and {tuple(other.shape)}"
+            raise ValueError(f"contrast: expected one class per image on either side, got shapes {shapes}")
         plus, minus = class_score(indices), class_score(other)
         return indices, (lambda output: plus(output) - minus(output),)
     indices = resolve_target(target, logits, model)
@@ -62,7 +63,7 @@ def _own_scores(output: Any, target: Score, batch: int) -> Tensor:
     scores = target(output)
     if not isinstance(scores, Tensor) or scores.shape != (batch,):
         raise ValueError(
-            f"the target function must give one score per image, shape ({batch},), and gave "
+            f"target function: expected one score per image, shape ({batch},), got "
             f"{tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}"
         )
     return scores

@@ -1,6 +1,6 @@
 """The seam: `torch.nn.functional.scaled_dot_product_attention`, replaced while a network is explained.
 
-Every network that attends through this function is followed without code for its family, and keeps its fused kernels.
+A network that attends through this function can be followed without code for its family, and keeps its fused kernels.
 """
 
 import threading
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Handler = Callable[..., Tensor]
-"""Takes what `scaled_dot_product_attention` takes and answers in its place."""
+"""Takes the arguments of `scaled_dot_product_attention` and answers in its place."""
 
 fused_attention = F.scaled_dot_product_attention
-# The function and the fast path of `nn.MultiheadAttention` belong to the process: calls of `explain` take turns.
+# All threads share the function and the fast path of `nn.MultiheadAttention`, so calls of `explain` take turns.
 _one_at_a_time = threading.RLock()
 
 
@@ -50,9 +50,9 @@ def answered_by(handler: Handler | None) -> Iterator[None]:
 
 @contextmanager
 def intercepted(model: nn.Module) -> Iterator[None]:
-    """Replace the function, and restore it also after an error; other threads' calls go to the original one.
+    """Replace the function, and restore it even after an error; other threads still call the original.
 
-    The fast path of `nn.MultiheadAttention` and compiled code, which would go past it, are off meanwhile.
+    The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
     """
     with _one_at_a_time, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         fast_path, original = torch.backends.mha.get_fastpath_enabled(), F.scaled_dot_product_attention
@@ -69,10 +69,10 @@ def intercepted(model: nn.Module) -> Iterator[None]:
 
 
 def _relay(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Hand `nn.MultiheadAttention` tokens that are contiguous once it has transposed them.
+    """Give `nn.MultiheadAttention` tokens that are contiguous after it has transposed them.
 
-    Else its projection, with weights that are frozen, becomes a product per image, each with a copy of the weights:
-    several times the time of the whole network, in the backward pass above all.
+    Otherwise its projection, whose weights are frozen, becomes a product per image, each with a copy of the weights,
+    which takes several times as long as the whole network, mostly in the backward pass.
     """
     query = args[0] if args else None
     if query is None or query.dim() != 3 or any(each is not query for each in args[1:3]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gmarpp.network.output import class_index, logits_of
 
 Score = Callable[[Any], Tensor]
-"""Takes the network's output and gives one score per image, shape (B,)."""
+"""Takes the network's output and returns one score per image, shape (B,)."""
 
 
 NO_CLASS = -1
@@ -23,7 +23,7 @@ class Contrast:
 
     Args:
         target: the class explained, as a target of `gmarpp.explain` for one class per image.
-        other: the class it is set against, likewise.
+        other: the class it is compared with, likewise.
     """
 
     target: "ClassTarget"
@@ -37,7 +37,7 @@ Target: TypeAlias = "ClassTarget | Contrast | Score"
 
 
 def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Tensor:
-    """Give class indices for every image.
+    """Return class indices for every image.
 
     Args:
         target: `None` for the predicted class; an index or a name for all images; or indices or names per image, of
@@ -56,20 +56,19 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
         return logits.argmax(dim=1)
     indices = torch.as_tensor(class_indices(target, model), device=logits.device)
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
-        raise ValueError(f"targets must be class indices of an integer type, not {indices.dtype}")
+        raise ValueError(f"targets: expected class indices of an integer type, got {indices.dtype}")
     if indices.dim() == 0:
         indices = indices.expand(batch)
     if indices.dim() not in (1, 2) or len(indices) != batch or indices.numel() == 0:
         raise ValueError(
-            f"targets have shape {tuple(indices.shape)} for {batch} images: expected one class, ({batch},), or "
-            f"({batch}, K) for K classes per image"
+            f"targets: expected shape ({batch},), or ({batch}, K) for K classes per image, got {tuple(indices.shape)}"
         )
     if indices.min() < 0 or indices.max() >= classes:
         raise ValueError(
-            f"targets range from {indices.min().item()} to {indices.max().item()}, but the network has {classes} "
-            f"classes, 0 to {classes - 1}"
+            f"targets: expected 0 to {classes - 1} for {classes} classes, got {indices.min().item()} to "
+            f"{indices.max().item()}"
         )
-    # A copy, for autograd cannot save indices that were made in inference mode.
+    # Copied because autograd cannot save indices that were made in inference mode.
     return indices.long().clone()
 
 

@@ -31,7 +31,7 @@ class UnseenAttention(TorchFunctionMode):
     """Notes, while a network runs, what looks like attention computed in another way.
 
     That is a softmax over tokens, and `nn.MultiheadAttention` that returns its weights. Random numbers, by which
-    networks shuffle or mask their patches, are refused at once: they leave no telling which token is which patch.
+    networks shuffle or mask their patches, are refused at once: no token could be traced to its patch.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class UnseenAttention(TorchFunctionMode):
         options = kwargs or {}
         if function in _RANDOM:
             raise UnsupportedNetworkError(
-                f"the network draws random numbers (torch.{function.__name__}) in eval mode, as those do that "
-                "shuffle or mask patches (ViTMAE): no token could be traced to its patch. Explain the network that was "
-                "made of it for classification"
+                f"the network draws random numbers (torch.{function.__name__}) in eval mode, as networks that "
+                "shuffle or mask patches do (ViTMAE): no token could be traced to its patch. Explain the network made "
+                "from it for classification"
             )
         result = function(*args, **options)
         if function is F.multi_head_attention_forward and options.get("need_weights", True):
@@ -57,10 +57,6 @@ class UnseenAttention(TorchFunctionMode):
             if isinstance(dim, int) and result.dim() > 2:
                 self._met.append((result.shape[dim], result))
         return result
-
-    def clear(self) -> None:
-        """Let go of what was met."""
-        self._met.clear()
 
     def require_none(self, scores: Tensor, token_counts: Iterable[int]) -> None:
         """Refuse a network whose scores depend on attention that was not seen.
@@ -88,7 +84,7 @@ class UnseenAttention(TorchFunctionMode):
 
 
 def _is_unused(scores: Tensor, result: Tensor) -> bool:
-    """Tell whether no path of the graph leads from the scores to a result."""
+    """Return whether no path of the graph leads from the scores to a result."""
     waiting = [scores.grad_fn]
     seen: set[object] = set()
     while waiting:

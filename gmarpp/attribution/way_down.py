@@ -41,7 +41,7 @@ class WayDown:
         return found
 
     def _rows(self, methods: Sequence[Method], score: Score, keep: bool) -> Rows:
-        """Go down for methods that share a backward pass; float16 finds the scale of its gradients by itself."""
+        """Go down for methods that share a backward pass; float16 scales its gradients automatically."""
         is_half = self._passed.dtype == torch.float16
         total = score(self._output)
         self._passed.unseen.require_none(total, self._passed.token_counts)
@@ -85,7 +85,7 @@ class WayDown:
 
 
 def _largest_scale(total: Tensor, start: Any) -> float:
-    """Return the power of two by which float16 gradients get as large as leaves room for growth on the way down.
+    """Return the largest power of two for float16 gradients that leaves room for growth on the way down.
 
     Args:
         total: scores, (B,).
@@ -96,7 +96,7 @@ def _largest_scale(total: Tensor, start: Any) -> float:
         gradient = torch.autograd.grad(total.float().sum() * scale, start, retain_graph=True, allow_unused=True)[0]
         peak = 0.0 if gradient is None else float(gradient.abs().amax())
         if math.isfinite(peak):
-            # 2⁹ is as far from float16's largest number as layers below may still make gradients grow.
+            # Peaks of 2⁹ leave room for the layers below to make gradients grow 2⁷-fold.
             following = min(highest, scale * 2.0 ** min(16, 9 - math.ceil(math.log2(peak)) if peak else 16))
         else:
             following = highest = scale / 4

@@ -22,30 +22,30 @@ from gmarpp.data.walk import require_regular_file
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
-# Lies in an extracted folder: the fingerprint of the archive that it came from.
+# An extracted folder holds the fingerprint of its archive in this file.
 _RECORD = ".archive"
 _DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, RuntimeError),
     *(ValueError, LookupError, OverflowError),
 )
-# Names that cannot be files, or are file and folder at once; without a number, what a decompressor says.
+# Errors of names that cannot be files, or are file and folder at once; decompressors raise some without a number.
 _ERRORS_OF_NAMES = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
-# Tiny-ImageNet has 120,000 files of 0.24 GiB: what unfolds to much more than that is not meant to be used.
+# Tiny-ImageNet has 120,000 files of 0.24 GiB in total; archives that unfold to far more are refused.
 MAX_FILES, MAX_BYTES = 1 << 20, 32 << 30
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Downloads a file, unless it is there already, and verifies its md5 in both cases.
+    """Download a file unless it exists already, and verify its md5 in both cases.
 
     Raises:
         OSError: the download failed; nothing is left of it.
-        ValueError: the md5 is another. A file just downloaded is removed, one that was there before is left alone.
+        ValueError: the md5 differs. A file just downloaded is removed, one that existed before is left alone.
     """
     if target.exists():
         digest = _md5(target)
         if digest != md5:
             raise ValueError(
-                f"{target} is damaged or another file: its md5 is {digest}, not {md5}. "
+                f"{target} is damaged or another file: expected md5 {md5}, got {digest}. "
                 "Delete it to download it again, or give its path to use it as it is"
             )
         return
@@ -58,55 +58,54 @@ def download(url: str, target: Path, md5: str) -> None:
             raise OSError(f"downloading {url} to {target.parent} failed: {error}") from error
         digest = _md5(part)
         if digest != md5:
-            raise ValueError(f"{url} arrived damaged and was removed: its md5 is {digest}, not {md5}. Try again")
+            raise ValueError(f"{url} arrived damaged and was removed: expected md5 {md5}, got {digest}. Try again")
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
 def fingerprint(archive: Path) -> str:
-    """Return a digest of what a zip file says that it holds: names, sizes and checksums of its files.
+    """Return a digest of a zip file's table of contents: names, sizes and checksums of its files.
 
     Raises:
-        ValueError: the archive is damaged, or no zip file.
+        ValueError: the archive is damaged or not a zip file.
     """
     members = sorted((member.filename, member.file_size, member.CRC) for member in _members(archive))
     return hashlib.sha256(repr(members).encode()).hexdigest()
 
 
 def require_same_archive(archive: Path, folder: Path) -> None:
-    """Check that an extracted folder came from an archive as it is now, where the archive is still there.
+    """Check that an extracted folder came from an archive in its current state, if the archive still exists.
 
-    A folder that does not say where it came from is used with a warning.
+    A folder without a record of its archive is used with a warning.
 
     Raises:
-        ValueError: the archive holds something else than what was extracted.
+        ValueError: the archive no longer holds what was extracted.
     """
     record = folder / _RECORD
     if not archive.is_file():
         logger.info("%s was extracted before, and %s is gone", folder, archive)
     elif not record.is_file():
-        logger.warning(
-            "%s does not say whether it comes from %s, and is used as it is: delete it to extract that", folder, archive
-        )
+        logger.warning("%s has no record of its archive and is used as it is: delete it to extract %s", folder, archive)
     elif record.read_text(encoding="utf-8", errors="replace").strip() != fingerprint(archive):
         raise ValueError(
-            f"{folder} was extracted from another archive than {archive} is now: delete the folder to extract it again"
+            f"{folder} was extracted from another archive than the current {archive}: delete the folder to extract "
+            "it again"
         )
 
 
 def extract(archive: Path, target: Path, find: Callable[[Path], Path]) -> None:
-    """Extracts a zip file's data folder, so that `target` appears complete or not at all.
+    """Extract a zip file's data folder so that `target` appears complete or not at all.
 
     Args:
         archive: the zip file; never changed.
         target: the folder to make. One made by another process in the meantime, from the same archive, is accepted.
-        find: finds the data folder among what was extracted; raises FileNotFoundError.
+        find: finds the data folder among the extracted files, or raises FileNotFoundError.
 
     Raises:
         FileNotFoundError: there is no such archive, or no data folder in it.
-        OSError: no room for it, or no right to write.
-        ValueError: the archive is damaged or too large, or a path in it leads outside.
+        OSError: the disk has no room for it, or the folder is not writable.
+        ValueError: the archive is damaged or too large, or a path in it leads outside it.
     """
     if not archive.exists():
         raise FileNotFoundError(f"{archive} does not exist")
@@ -136,7 +135,7 @@ def _extract_all(archive: Path, folder: Path) -> None:
     for member in members:
         path = PurePosixPath(member.filename)
         if path.is_absolute() or PureWindowsPath(member.filename).drive or ".." in path.parts:
-            raise ValueError(f"{archive} is not safe to extract: {member.filename!r} leads outside of its folder")
+            raise ValueError(f"{archive} is not safe to extract: {member.filename!r} leads outside its folder")
     twice = [name for name, times in Counter(member.filename for member in members).items() if times > 1]
     if twice:
         raise ValueError(f"{archive} holds {twice[0]!r} twice: expected every file once")

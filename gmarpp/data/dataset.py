@@ -19,7 +19,7 @@ Sample: TypeAlias = dict[str, Any]
 
 
 class Record(NamedTuple):
-    """A decoded sample: image, uint8 (3, H, W); path as people know it; box, float (4,); mask, bool (H, W)."""
+    """A decoded sample: image, uint8 (3, H, W); path as shown to people; box, float (4,); mask, bool (H, W)."""
 
     image: Tensor
     path: str
@@ -31,7 +31,7 @@ class Source(Protocol):
     """Where samples are read from, row by row."""
 
     def read(self, row: int) -> Record:
-        """Reads and decodes one row."""
+        """Read and decode one row."""
         ...
 
 
@@ -61,16 +61,16 @@ class Files:
         self.masks = None if masks is None else _packed(masks)
 
     def path(self, row: int) -> str:
-        """Path of a row relative to the root."""
+        """Return the path of a row relative to the root."""
         return os.fsdecode(self.paths[row])
 
     def read(self, row: int) -> Record:
-        """Reads one image with its box and mask.
+        """Read one image with its box and mask.
 
         Raises:
             FileNotFoundError: the image or mask does not exist.
             ValueError: the image or mask is damaged, the mask has another aspect ratio than the image, or the box lies
-                outside of the image.
+                outside the image.
         """
         path = self.path(row)
         image = read_image(self.root / path)
@@ -92,7 +92,7 @@ class ImageDataset(Dataset[Sample]):
     """Samples of a source as dictionaries, ready for torch's default collate function.
 
     A key is an index, or an index and an epoch. All random numbers of the transform follow from seed, epoch and
-    index: neither the number of processes nor an interruption changes what a sample looks like.
+    index, so neither the number of processes nor an interruption changes a sample.
 
     Args:
         source: where the samples come from.
@@ -130,10 +130,10 @@ class ImageDataset(Dataset[Sample]):
 
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Seeds torch's global CPU generator with the low 32 bits of `seed`, and restores it afterwards."""
+    """Seed torch's global CPU generator with the low 32 bits of `seed`, and restore it afterward."""
     generator = torch.default_generator
     state = generator.get_state()
-    # the generator's own method: torch.manual_seed would also queue a seed for every accelerator, at each sample
+    # Unlike this method, torch.manual_seed would also queue a seed for every accelerator, at each sample.
     generator.manual_seed(seed & 0xFFFFFFFF)
     try:
         yield
@@ -148,11 +148,10 @@ def _packed(paths: list[str]) -> NDArray[np.bytes_]:
 def _fitted_mask(path: str, image: Tensor, name: str) -> Tensor:
     mask = read_mask(path)
     (mask_height, mask_width), (height, width) = mask.shape, image.shape[-2:]
-    # half a pixel of rounding in a mask stored at another scale
+    # This allows for half a pixel of rounding in a mask stored at another scale.
     if abs(mask_height * width - mask_width * height) > max(mask_height, mask_width, height, width):
         raise ValueError(
-            f"mask {path} is {mask_width}x{mask_height} but image {name} is {width}x{height}: "
-            "a mask needs the aspect ratio of its image"
+            f"mask {path}: expected the aspect ratio of image {name}, {width}x{height}, got {mask_width}x{mask_height}"
         )
     if mask.shape == image.shape[-2:]:
         return mask

@@ -1,4 +1,4 @@
-"""A small data set made offline: real handwritten digits on real photographs, in the layout of Tiny-ImageNet.
+"""A small data set generated offline: real handwritten digits on real photographs, in the layout of Tiny-ImageNet.
 
 Digits: the 1797 handwritten 8×8 digits of scikit-learn (Alpaydin & Kaynak 1998, UCI). Photographs: scikit-learn's two
 samples, china.jpg and flower.jpg (CC BY).
@@ -23,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 EDGE = 64
-CONTRAST = 110.0  # least difference in luma, of 255, between a digit and what it covers
+# Minimum difference in luma, of 255, between a digit and the pixels that it covers.
+CONTRAST = 110.0
 RANGES = {"train_images": Range(1, 100_000), "val_images": Range(1, 100_000), "digits_seed": SEEDS}
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class Digits(TinyImageNet):
-    """Ten classes of handwritten digits at random places, sizes and colours on crops of photographs, with boxes.
+    """Ten classes of handwritten digits at random places, sizes and colors on crops of photographs, with boxes.
 
     Written under `root` once, in a few seconds, and reused. No handwritten sample is in both training and validation.
 
@@ -55,7 +56,7 @@ class Digits(TinyImageNet):
     ) -> None:
         options_here = {"train_images": train_images, "val_images": val_images, "digits_seed": digits_seed}
         require_ranges(options_here, RANGES, "data: ")
-        # the name holds all that the pictures depend on, so that other options never find them
+        # The name holds everything that the pictures depend on, so that other options use other folders.
         folder = expand_path(root) / f"digits-{train_images}-{val_images}-seed{digits_seed}"
         super().__init__(
             str(folder),
@@ -71,7 +72,7 @@ class Digits(TinyImageNet):
         self.digits_seed = digits_seed
 
     def prepare_data(self) -> None:
-        """Writes the pictures, unless they are there.
+        """Write the pictures unless they exist.
 
         Raises:
             ModuleNotFoundError: scikit-learn is not installed.
@@ -81,7 +82,7 @@ class Digits(TinyImageNet):
 
 
 def write_digits(folder: Path, train_images: int = 300, val_images: int = 50, seed: int = 0) -> None:
-    """Writes the data set to a new folder, which appears complete or not at all.
+    """Write the data set to a new folder, which appears complete or not at all.
 
     `samples.txt` records which handwritten sample (index in scikit-learn's data) each image shows.
 
@@ -106,7 +107,7 @@ def write_digits(folder: Path, train_images: int = 300, val_images: int = 50, se
         try:
             target.replace(folder)
         except OSError:
-            # another process was faster, with the same pictures
+            # Another process has written the same pictures first.
             if not folder.is_dir():
                 raise
 
@@ -151,12 +152,12 @@ def _write(folder: Path, train_images: int, val_images: int, generator: np.rando
 def draw_digit(
     strokes: NDArray[np.float64], photograph: Image.Image, generator: np.random.Generator
 ) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Draws a digit on a random crop of a photograph.
+    """Draw a digit on a random crop of a photograph.
 
     Args:
         strokes: (8, 8) in [0, 1], 1 where there is ink.
         photograph: RGB.
-        generator: of place, size, colour and crop.
+        generator: of place, size, color and crop.
 
     Returns:
         RGB image of 64×64, and the inclusive pixel corners x0, y0, x1, y1 of the digit.
@@ -165,7 +166,7 @@ def draw_digit(
     x, y = (int(generator.integers(edge - side + 1)) for edge in photograph.size)
     background = photograph.resize((EDGE, EDGE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
 
-    # the samples fill their grid: a cell of margin lets the strokes end round
+    # The samples fill their grid; a margin of one cell lets strokes end smoothly.
     size = int(generator.integers(30, 54))
     small = Image.fromarray((np.pad(strokes, 1) * 255).astype(np.uint8))
     smooth = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64) / 255
@@ -175,16 +176,16 @@ def draw_digit(
 
     pixels = np.asarray(background, dtype=np.float64)
     covered = float((pixels @ LUMA)[ink > 0.5].mean())
-    colours = generator.integers(256, size=(256, 3))
-    contrast = np.abs(colours @ LUMA - covered)
-    colour = colours[np.argmax(contrast if contrast.max() < CONTRAST else contrast >= CONTRAST)]
+    colors = generator.integers(256, size=(256, 3))
+    contrast = np.abs(colors @ LUMA - covered)
+    color = colors[np.argmax(contrast if contrast.max() < CONTRAST else contrast >= CONTRAST)]
 
-    # a soft rim of the opposite tone keeps the outline legible on busy ground
+    # A soft rim of the opposite tone keeps the outline legible on a busy background.
     rim_image = Image.fromarray((ink * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
     rim = 0.5 * np.asarray(rim_image.filter(ImageFilter.GaussianBlur(1)), dtype=np.float64)[..., None] / 255
-    tone = 0.0 if colour @ LUMA > covered else 255.0
+    tone = 0.0 if color @ LUMA > covered else 255.0
     pixels = pixels * (1 - rim) + tone * rim
-    pixels = pixels * (1 - ink[..., None]) + colour * ink[..., None]
+    pixels = pixels * (1 - ink[..., None]) + color * ink[..., None]
 
     rows, columns = np.flatnonzero((ink > 0.5).any(axis=1)), np.flatnonzero((ink > 0.5).any(axis=0))
     return (

@@ -26,7 +26,7 @@ class HubDataset(ImageDataModule):
     """Images and labels read through `datasets`. The preset is Tiny-ImageNet on the Hub, which has no boxes.
 
     Classes are the names of the label column in their own order, or the sorted values of a text column's training and
-    validation split. A row holds its image, or names a file below the data's own folder: others are not read.
+    validation split. A row holds its image, or names a file below the data's own folder; other files are not read.
 
     Args:
         path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`. Here, in
@@ -41,11 +41,11 @@ class HubDataset(ImageDataModule):
         val_split: what `fit` and `validate` evaluate on.
         test_split: what `test` evaluates on; `val_split` if None.
         predict_split: what `predict` explains; `val_split` if None.
-        classes: the class ids expected, in order: checked against the label column's names, needed where it has only
-            numbers, or streamed text.
-        streaming: read while training instead of downloading first. Then epochs have no known length (give the
-            trainer max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run begins with
-            the order of the first epoch again. On several ranks an epoch ends with limit_train_batches alone.
+        classes: the expected class ids, in order: checked against the label column's names, and needed if the column
+            has only numbers, or streamed text.
+        streaming: read while training instead of downloading first. Then epochs have no known length (set the
+            trainer's max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run starts again
+            with the order of the first epoch. On several ranks only limit_train_batches ends an epoch.
         shuffle_buffer: images held for shuffling a stream, per process, at least 1.
         **options: of `ImageDataModule`.
     """
@@ -71,7 +71,7 @@ class HubDataset(ImageDataModule):
         super().__init__(**options)
         require_ranges({"shuffle_buffer": shuffle_buffer}, {"shuffle_buffer": Range(1)}, "data: ")
         if streaming and self.images_per_class is not None:
-            raise ValueError("images_per_class needs the whole data at hand: set streaming to false")
+            raise ValueError("images_per_class cannot be used with streamed data: set streaming to false")
         self.path = _expanded(path)
         self.data_files = {split: _expanded(file) for split, file in (data_files or {}).items()}
         self.load_options = {
@@ -100,10 +100,10 @@ class HubDataset(ImageDataModule):
         return {**super().options, **self.load_options, **splits, "classes": self.expected_classes}
 
     def prepare_data(self) -> None:
-        """Downloads into the cache, unless streaming.
+        """Download into the cache, unless streaming.
 
         Raises:
-            OSError: the dataset is not there, a folder of it cannot be read, or the Hub cannot be reached.
+            OSError: the dataset does not exist, a folder of it cannot be read, or the Hub cannot be reached.
             ValueError: it has no such split, or `datasets` would leave out a linked folder or take results for data.
         """
         self._check_folder()
@@ -120,7 +120,7 @@ class HubDataset(ImageDataModule):
             files_below(Path(self.path), None, strict=True)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Names of the label column, as ids, and as people read them."""
+        """Return the names of the label column, as ids and for people."""
         data = self._load("val")
         feature = data.features[self.label_column]
         if isinstance(feature, datasets.ClassLabel):
@@ -136,12 +136,14 @@ class HubDataset(ImageDataModule):
             differences = (k for k, (a, b) in enumerate(zip(classes, self.expected_classes, strict=False)) if a != b)
             place = next(differences, min(len(classes), len(self.expected_classes)))
             raise ValueError(
-                f"{self.path} has other classes than expected, or in another order: {len(classes)} and "
-                f"{len(self.expected_classes)} of them, number {place} is {classes[place : place + 1]} and should be "
-                f"{self.expected_classes[place : place + 1]}"
+                f"classes of {self.path}: expected {len(self.expected_classes)}, number {place} being "
+                f"{self.expected_classes[place : place + 1]}, got {len(classes)}, number {place} being "
+                f"{classes[place : place + 1]}"
             )
         if classes != sorted(classes):
-            logger.warning("classes of %s are not sorted: folders of the same images number them otherwise", self.path)
+            logger.warning(
+                "classes of %s are not sorted: folders of the same images would number them differently", self.path
+            )
         return classes, readable_names(classes)
 
     def read_split(self, split: Split) -> tuple[HubRows, Labels]:
@@ -151,12 +153,14 @@ class HubDataset(ImageDataModule):
         values = data.select_columns([self.label_column])[:][self.label_column]
         numbers = [class_number(names, value, f"{self.splits[split]}/{row}") for row, value in enumerate(values)]
         if numbers and max(map(abs, numbers)) > np.iinfo(np.int64).max:
-            raise ValueError(f"split {self.splits[split]!r} has the label {max(numbers, key=abs)}, which is no class")
+            raise ValueError(
+                f"split {self.splits[split]!r}: expected class numbers, got the label {max(numbers, key=abs)}"
+            )
         labels = np.array(numbers, dtype=np.int64)
         return HubRows(data, self.image_column, self.splits[split], self._images(data)), labels
 
     def open_split(self, split: Split) -> Dataset[Any]:
-        """A map-style dataset, or an iterable one when streaming."""
+        """Return a map-style dataset, or an iterable one when streaming."""
         if not self.streaming:
             return super().open_split(split)
         stream = self._load(split)
@@ -188,7 +192,7 @@ class HubDataset(ImageDataModule):
                 "--trainer.max_steps, or --trainer.limit_train_batches to a number of batches"
             )
         options = self._process_options()
-        # a stream counts its epochs within the loader's processes
+        # A stream counts its epochs in the loader's processes, so these must persist.
         options["persistent_workers"] = options["num_workers"] > 0
         return DataLoader(self.datasets["train"], batch_size=self.batch_size, drop_last=True, **options)
 
@@ -196,12 +200,12 @@ class HubDataset(ImageDataModule):
         if not self.streaming:
             return super()._evaluation_loader(name)
         options = self._process_options()
-        # `datasets` would share the files among several processes, and no row would know its number
+        # With several processes, `datasets` would divide the files among them, and rows would lose their numbers.
         options["num_workers"] = min(1, options["num_workers"])
         return DataLoader(self.datasets[name], batch_size=self.batch_size, **options)
 
     def _load(self, split: Split) -> Any:
-        """The dataset of a split, images left encoded."""
+        """Load the dataset of a split, with images left encoded."""
         options = {name: value for name, value in self.load_options.items() if value is not None}
         try:
             for file in map(Path, self.data_files.values()):
@@ -210,7 +214,9 @@ class HubDataset(ImageDataModule):
             data = datasets.load_dataset(self.path, split=self.splits[split], streaming=self.streaming, **options)
             for column in (self.image_column, self.label_column):
                 if column not in (data.features or ()):
-                    raise ValueError(f"{self.path!r} has no column {column!r}; it has {', '.join(data.features or ())}")
+                    raise ValueError(
+                        f"{self.path!r}: unknown column {column!r}: choose from {', '.join(data.features or ())}"
+                    )
             return data.cast_column(self.image_column, datasets.Image(decode=False))
         except OSError as error:
             raise OSError(f"dataset {self._origin} cannot be loaded: {error}") from error
@@ -224,7 +230,7 @@ class HubDataset(ImageDataModule):
         return f"{self.path!r} ({', '.join(self.data_files.values())})" if self.data_files else repr(self.path)
 
     def _images(self, data: Any) -> RowImages:
-        """What reads images from the data's own places alone."""
+        """Return a reader of images that accepts only the data's own locations."""
         listed = data.info.builder_name == "imagefolder"
         local = Path(self.path).is_dir()
         roots = [self.path] if local else []
@@ -247,12 +253,12 @@ def _is_text(feature: Any) -> bool:
 
 
 def _expanded(path: str) -> str:
-    """A path with its folder spelt out; other names are left as they are, which `datasets` tells from folders."""
+    """Expand a path with `~` or variables; leave other names, which `datasets` distinguishes from folders."""
     return str(expand_path(path)) if path.startswith("~") or "$" in path else path
 
 
 def _folder_of(file: str) -> str:
-    """Folder, or beginning of the addresses, of data files."""
+    """Return the folder, or the beginning of the addresses, of data files."""
     if "://" in file:
         return file.rpartition("/")[0] + "/"
     folder = Path(file).absolute().parent

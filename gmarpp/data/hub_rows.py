@@ -14,7 +14,7 @@ from gmarpp.data.module import DROPPED, Labels
 from gmarpp.data.row_images import RowImages
 from gmarpp.data.transforms import Transform
 
-# What `datasets` and its readers raise on damaged files, besides OSError and its own errors.
+# `datasets` and its readers raise these on damaged files, besides OSError and their own errors.
 DAMAGED = (
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError),
     pa.ArrowException,
@@ -25,17 +25,17 @@ def class_number(names: Mapping[str, int] | None, value: Any, row: str) -> int:
     """Return the number of a row's class, by its name where there are names; -1 where the label is missing.
 
     Raises:
-        ValueError: the label is no number, or none of the names.
+        ValueError: the label is neither a number nor one of the names.
     """
     if value is None:
         return -1
     if names is None:
         if isinstance(value, int):
             return value
-        raise ValueError(f"row {row} has the label {value!r}, expected a whole number")
+        raise ValueError(f"row {row}: expected a whole number as label, got {value!r}")
     if value not in names:
         raise ValueError(
-            f"row {row} has the label {value!r}, none of the {len(names)} classes: set classes to all of them"
+            f"row {row}: expected one of {len(names)} classes as label, got {value!r}: set classes to all of them"
         )
     return names[value]
 
@@ -50,7 +50,7 @@ class HubRows:
         self.images = images
 
     def read(self, row: int) -> Record:
-        """Reads and decodes one row."""
+        """Read and decode one row."""
         return self.images.read(self.data[row][self.image_column], f"{self.split}/{row}")
 
 
@@ -58,8 +58,8 @@ class HubStream(IterableDataset[Sample]):
     """Samples of a streamed dataset.
 
     For evaluation each rank takes its own rows of the same stream, so that "index" is the row's number. For training
-    the stream's files are shared among ranks and processes, and "index" only tells samples of a pass apart. Of several
-    ranks none must be the first to run out of images: there the training stream repeats, shuffled anew, without end.
+    the stream's files are shared among ranks and processes, and "index" only distinguishes the samples of a pass. On
+    several ranks the training stream repeats endlessly, reshuffled, because no rank may run out of images first.
 
     Args:
         stream: the streamed dataset.
@@ -73,8 +73,8 @@ class HubStream(IterableDataset[Sample]):
         world_size: number of ranks.
         epoch: the epoch of the first pass when training, None for evaluation.
         shuffle_buffer: images held for shuffling when training.
-        images: what reads the images of rows.
-        origin: what messages call the data set.
+        images: reads the images of rows.
+        origin: name of the data set in messages.
         names: class numbers by label, where labels are text.
     """
 
@@ -109,7 +109,7 @@ class HubStream(IterableDataset[Sample]):
         self.names = names
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yields this process's samples of an epoch."""
+        """Yield this process's samples of an epoch."""
         if self.epoch is None:
             rows = ((k, row) for k, row in enumerate(self.stream) if k % self.world_size == self.rank)
             yield from self._samples(rows, 0)
@@ -119,7 +119,7 @@ class HubStream(IterableDataset[Sample]):
         share, shares = self.rank * shares + share, self.world_size * shares
         epoch, self.epoch = self.epoch, self.epoch + 1
         for turn in count():
-            # A seed for each pass: set_epoch is a race between the loader's processes, which share what it adds to.
+            # Each pass has its own seed: the loader's processes share the state of set_epoch, which would be a race.
             seed = hash((self.seed, epoch, turn)) & 0xFFFFFFFF
             stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
             if self.world_size > 1:
@@ -128,7 +128,7 @@ class HubStream(IterableDataset[Sample]):
             for sample in self._samples(((k * shares + share, row) for k, row in enumerate(stream)), seed):
                 found = True
                 yield sample
-            # without a file of its own a process would search for images forever
+            # A process without any file would search for images forever.
             if self.world_size == 1 or not found:
                 return
 
@@ -139,7 +139,9 @@ class HubStream(IterableDataset[Sample]):
             except StopIteration:
                 return
             except (OSError, *DAMAGED, datasets.exceptions.DatasetsError) as error:
-                raise ValueError(f"split {self.split!r} of {self.origin} cannot be read on: {error}") from error
+                raise ValueError(
+                    f"split {self.split!r} of {self.origin} cannot be read any further: {error}"
+                ) from error
             name = f"{self.split}/{index}"
             label = self._label(class_number(self.names, row[self.label_column], name), name)
             if label != DROPPED:
@@ -152,9 +154,9 @@ class HubStream(IterableDataset[Sample]):
         classes = len(self.numbers) - 1
         if not -1 <= number < classes:
             raise ValueError(
-                f"row {row} has the label {number}, expected 0 to {classes - 1} for {classes} classes, or -1 if it is "
-                "unknown: correct the labels, or set classes to all there are"
+                f"row {row}: expected a label of 0 to {classes - 1} for {classes} classes, or -1 if it is unknown, got "
+                f"{number}: correct the labels, or set classes to all of them"
             )
         if number == -1 and self.epoch is not None:
-            raise ValueError(f"row {row} has no label: expected one of every training image")
+            raise ValueError(f"row {row}: expected a label for every training image, got none")
         return int(self.numbers[number])

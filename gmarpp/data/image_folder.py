@@ -20,7 +20,7 @@ class ImageFolder(ImageDataModule):
     Without labels, for `predict`: every image below `root`, or `root` itself if it is one. With labels: the name of
     the folder that directly holds an image is its class, in `root/train` and `root/val` (`root/test` where it exists)
     or, for all but `fit`, in `root` itself. Links are followed; hidden files are left out, and so, with a warning, are
-    folders that hold results of this project. What cannot be read is an error.
+    folders that hold results of this project. Unreadable files and folders are errors.
 
     Args:
         root: the folder, or one image. Here and in `masks`, `~` and environment variables are expanded.
@@ -37,7 +37,7 @@ class ImageFolder(ImageDataModule):
         self.masks = None if masks is None else expand_path(masks)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Sorted names of the class folders; none without labels."""
+        """Return the sorted names of the class folders; none without labels."""
         if not self.labelled:
             return (), ()
         folder = self._split_folder("train") if (self.root / "train").is_dir() else self._split_folder("val")
@@ -45,7 +45,7 @@ class ImageFolder(ImageDataModule):
         bare = next((path for path in paths if not Path(path).parent.name), None)
         if bare is not None:
             raise ValueError(
-                f"{folder / bare} lies in no folder that names its class: move it into one, or out of here"
+                f"{folder / bare}: expected images in folders named by class, got one outside: move or remove it"
             )
         classes = sorted({Path(path).parent.name for path in paths})
         return classes, readable_names(classes)
@@ -64,7 +64,9 @@ class ImageFolder(ImageDataModule):
             parents = [Path(path).parent.name for path in paths]
             unknown = next((parent for parent in parents if parent not in classes), None)
             if unknown is not None:
-                raise ValueError(f"class {unknown!r} in {folder} is not in {self.root / 'train'}")
+                raise ValueError(
+                    f"unknown class {unknown!r} in {folder}: expected the classes of {self.root / 'train'}"
+                )
             labels = np.array([classes[parent] for parent in parents])
         root = self._base
         return Files(root, [str((folder / path).relative_to(root)) for path in paths], masks=masks), labels
@@ -91,12 +93,12 @@ class ImageFolder(ImageDataModule):
             return [self.root.name]
         paths = files_below(folder, SUFFIXES, besides=self.masks)
         if not paths:
-            raise ValueError(f"no image in {folder.absolute()} or its subfolders (suffixes {' '.join(SUFFIXES)})")
+            raise ValueError(f"{folder.absolute()}: expected images (suffixes {' '.join(SUFFIXES)}), got none")
         return paths
 
 
 def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
-    """Path of each image's mask."""
+    """Return the path of each image's mask."""
     if not masks.is_dir():
         raise FileNotFoundError(f"mask folder {masks.absolute()} does not exist")
     by_path, by_stem = defaultdict(list), defaultdict(list)
@@ -109,7 +111,7 @@ def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
         if len(candidates) != 1:
             found = f"{len(candidates)}: {', '.join(candidates[:3])}" if candidates else "none"
             raise ValueError(
-                f"image {folder / image} needs one mask in {masks}, found {found}. "
+                f"image {folder / image}: expected one mask in {masks}, got {found}. "
                 f"Name it {Path(image).with_suffix('.png')}"
             )
         chosen.append(str(masks / candidates[0]))

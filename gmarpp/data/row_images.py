@@ -14,12 +14,12 @@ from gmarpp.data.decode import read_image
 
 
 class RowImages:
-    """Reads images of rows. A row that names a file is believed only where the file lies below the data set itself.
+    """Reads images of rows. A file that a row names is read only if it lies below the data set itself.
 
     Args:
         roots: the data set's own folders, and beginnings of its addresses (`hf://datasets/owner/name@`).
-        listed: whether rows were made by listing the folders, whose links are followed then; the paths that somebody
-            wrote into a data file must lie below a root with all links resolved.
+        listed: whether rows were made by listing the folders, whose links are then followed; paths written in a data
+            file must lie below a root with all links resolved.
     """
 
     def __init__(self, roots: Sequence[str], listed: bool) -> None:
@@ -37,7 +37,7 @@ class RowImages:
         if content is not None:
             return Record(read_image(io.BytesIO(content), path or name), path or name)
         if not path:
-            raise ValueError(f"row {name} has no image: expected its bytes, or the path of a file")
+            raise ValueError(f"row {name}: expected an image, as bytes or the path of a file, got none")
         return Record(self._read_remote(path, name) if "://" in path else self._read_file(path, name), path)
 
     def _read_file(self, path: str, name: str) -> Tensor:
@@ -60,17 +60,17 @@ class RowImages:
         return read_image(io.BytesIO(content), path)
 
     def _own_files(self, path: str) -> list[str]:
-        """What a path means below each root that it does not lead out of."""
+        """Return the files that a path means, one for each root that it stays below."""
         resolve = os.path.abspath if self.listed else os.path.realpath
         pairs = ((resolve(root), resolve(Path(root) / path)) for root in self.roots if "://" not in root)
         try:
             return [file for root, file in pairs if Path(file).is_relative_to(root)]
         except ValueError:
-            # No file system has such a name.
+            # No file system allows such a name.
             return []
 
     def _foreign(self, path: str, name: str) -> ValueError:
         return ValueError(
-            f"row {name} names {path!r}, which is outside of the data: store the images in the data files, or "
+            f"row {name} names {path!r}, which is outside the data: store the images in the data files, or "
             "below a folder that is given as path"
         )

@@ -32,17 +32,17 @@ class TinyImageNet(ImageDataModule):
     """Tiny-ImageNet: 200 ImageNet classes, 64×64 pixels, 100,000 training and 10,000 validation images with boxes.
 
     The official test split has no labels, so `validate` and `test` report on the official validation split, and `fit`
-    selects on a part of the training split: as many images of every class, the same ones in every run.
+    selects on a part of the training split: equally many images of every class, the same ones in every run.
 
     Args:
         root: the folder `tiny-imagenet-200`, a folder that holds it, or a zip file of it. A zip or folder with a part
-            of the images will do. Here and in `extract_to`, `~` and environment variables are expanded.
-        download: download the official archive into `root` (248 MB) and verify it, when the data is not there.
+            of the images is enough. Here and in `extract_to`, `~` and environment variables are expanded.
+        download: download the official archive into `root` (248 MB) and verify it, if the data does not exist.
         extract_to: folder to extract a zip file into; the zip file's own by default.
         selection_fraction: part of the training images, per class, that `fit` validates on, in [0, 1). 0 trains on all
-            of them and validates on the official validation split, which is then both selected on and reported.
+            of them and validates on the official validation split, which then serves selection and report.
         selection_seed: which images these are, 0 to 2**32 - 1.
-        split: what `predict` explains: "val", "train", "selection", or the unlabelled "test".
+        split: what `predict` explains: "val", "train", "selection", or the unlabeled "test".
         **options: of `ImageDataModule`.
     """
 
@@ -72,13 +72,13 @@ class TinyImageNet(ImageDataModule):
         self.split = split
 
     def prepare_data(self) -> None:
-        """Downloads and extracts what is needed.
+        """Download and extract the data if needed.
 
         Raises:
-            FileNotFoundError: there is no data, and `download` is off.
+            FileNotFoundError: the data does not exist, and `download` is off.
             OSError: the download failed, or the data cannot be written.
-            ValueError: the archive is damaged, a path in it leads outside, or the folder that it would be extracted to
-                comes from another archive.
+            ValueError: the archive is damaged, a path in it leads outside it, or the folder to extract it to comes
+                from another archive.
         """
         if self._is_archive:
             if self.folder.is_dir():
@@ -97,10 +97,10 @@ class TinyImageNet(ImageDataModule):
 
     @property
     def folder(self) -> Path:
-        """The folder with `train`, `val` and `wnids.txt`.
+        """Folder with `train`, `val` and `wnids.txt`.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such folder.
         """
         if self._is_archive:
             return (self.extract_to or self.root.parent) / FOLDER
@@ -111,13 +111,13 @@ class TinyImageNet(ImageDataModule):
         return self.root.suffix.lower() == ".zip" and not self.root.is_dir()
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Sorted WordNet ids, and the first synonym of each."""
+        """Return the sorted WordNet ids, and the first synonym of each."""
         classes = _classes(self.folder)
         words = dict(line.split("\t", 1) for _, line in _lines(self.folder / "words.txt") if "\t" in line)
         return classes, [words.get(wnid, wnid).split(",")[0] for wnid in classes]
 
     def read_split(self, split: Split) -> tuple[Files, Labels]:
-        """See `ImageDataModule`; boxes come with all splits but "test"."""
+        """See `ImageDataModule`; all splits but "test" have boxes."""
         classes = _classes(self.folder)
         name: str = {"predict": self.split, "test": "val"}.get(split, split)
         if name == "selection" and not self.selection_fraction:
@@ -139,7 +139,7 @@ class TinyImageNet(ImageDataModule):
             rows = np.flatnonzero(labels == label)
             count = min(len(rows) - 1, max(1, round(self.selection_fraction * len(rows))))
             if self.selection_fraction:
-                # each class has its own generator: the choice does not depend on the other classes
+                # Each class has its own generator, so that the choice does not depend on the other classes.
                 generator = np.random.default_rng([self.selection_seed, crc32(wnid.encode())])
                 selected[generator.permutation(rows)[:count]] = True
         return selected
@@ -170,7 +170,7 @@ def _locate(root: Path) -> Path:
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Number and text of each line that is not blank."""
+    """Return number and text of each line that is not blank."""
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing")
     try:
@@ -193,7 +193,7 @@ def _classes(folder: Path) -> list[str]:
             raise ValueError(f"{file}, line {number}: expected the name of a folder, each once, got {wnid!r}")
         classes.add(wnid)
     if not classes:
-        raise ValueError(f"{file} names no class")
+        raise ValueError(f"{file}: expected the names of classes, got none")
     return sorted(classes)
 
 
@@ -232,7 +232,7 @@ def _read_test(folder: Path) -> _Table:
 def _read_boxes(
     file: Path, images: str, folder: Path, classes: Collection[str] | None = None
 ) -> list[tuple[str, str, list[int]]]:
-    """Rows of an annotation file: path, class id (of the given ones, or else a corner), corners."""
+    """Return rows of an annotation file: path, class id if classes are given (else a corner), corners."""
     fields = 1 if classes is None else 2
     present = set(files_in(folder / images, SUFFIXES))
     rows = []
@@ -243,7 +243,9 @@ def _read_boxes(
             columns = "file, class, x0, y0, x1, y1" if fields == 2 else "file, x0, y0, x1, y1"
             raise ValueError(f"{file}, line {number}: expected {columns} between tabs, got {line[:200]!r}")
         if classes is not None and parts[0] not in classes:
-            raise ValueError(f"{file}, line {number}: class {parts[0]!r} is not in {folder / 'wnids.txt'}")
+            raise ValueError(
+                f"{file}, line {number}: unknown class {parts[0]!r}: expected one of {folder / 'wnids.txt'}"
+            )
         if name not in present:
             raise FileNotFoundError(f"{folder / images / name} is missing, or listed twice: {file}, line {number}")
         present.remove(name)

@@ -15,7 +15,7 @@ from gmarpp.network.preprocessing import Preprocessing, _channels
 Policy: TypeAlias = Literal["none", "randaugment", "trivialaugment"]
 
 
-# torchvision's RandAugment has so many bins, and a magnitude is one of them.
+# RandAugment of torchvision has 31 magnitudes, from 0 to 30.
 MAX_MAGNITUDE = 30
 
 
@@ -30,7 +30,7 @@ class Augmentation:
         operations: operations that RandAugment applies to an image.
         magnitude: strength of RandAugment, from 0 to 30.
         erasing: probability of random erasing (Zhong et al. 2020): a rectangle of 2 to 33 % of the area is filled
-            with normally distributed values after normalisation, timm's "pixel" mode.
+            with normally distributed values after normalization, timm's "pixel" mode.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -42,16 +42,18 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augmentation: scale must be two rising numbers in (0, 1], got {self.scale}")
+            raise ValueError(f"augmentation: scale: expected two rising numbers in (0, 1], got {self.scale}")
         for name in ("horizontal_flip", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augmentation: {name} is a probability, in [0, 1], got {getattr(self, name)}")
+                raise ValueError(f"augmentation: {name}: expected a probability in [0, 1], got {getattr(self, name)}")
         if self.policy not in get_args(Policy):
             raise ValueError(f"augmentation: unknown policy {self.policy!r}: choose from {', '.join(get_args(Policy))}")
         if self.operations < 1:
-            raise ValueError(f"augmentation: operations must be at least 1, got {self.operations}")
+            raise ValueError(f"augmentation: operations: expected at least 1, got {self.operations}")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE:
-            raise ValueError(f"augmentation: magnitude must be in [0, {MAX_MAGNITUDE}], got {self.magnitude}")
+            raise ValueError(
+                f"augmentation: magnitude: expected a number in [0, {MAX_MAGNITUDE}], got {self.magnitude}"
+            )
 
 
 class Transform(Protocol):
@@ -62,7 +64,7 @@ class Transform(Protocol):
     """
 
     def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Transforms one sample."""
+        """Transform one sample."""
         ...
 
 
@@ -72,10 +74,10 @@ class EvaluationTransform:
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self.interpolation = InterpolationMode(preprocessing.interpolation)
-        self.normalise = Normalize(preprocessing)
+        self.normalize = Normalize(preprocessing)
 
     def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Transform`. A box that lies outside the crop comes back with an area of zero."""
+        """See `Transform`; a box outside the crop gets an area of zero."""
         height, width = image.shape[-2:]
         inputs = {"image": image}
         if box is not None:
@@ -90,13 +92,13 @@ class EvaluationTransform:
             ).as_subclass(Tensor)
             for name, value in inputs.items()
         }
-        outputs["image"] = self.normalise(outputs["image"])
+        outputs["image"] = self.normalize(outputs["image"])
         if box is not None:
             outputs["box"] = outputs["box"][0]
         return outputs
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Size of an image of this height and width before the central crop, rounded as timm does."""
+        """Return the size of an image of this height and width before the central crop, rounded as timm does."""
         goal_height, goal_width = (math.floor(edge / self.preprocessing.crop_pct) for edge in self.preprocessing.size)
         if self.preprocessing.crop_mode == "squash":
             return goal_height, goal_width
@@ -109,7 +111,7 @@ class EvaluationTransform:
 
 
 class TrainingTransform:
-    """Augments and normalises an image. Boxes and masks are dropped: the augmentation policies cannot move them."""
+    """Augments and normalizes an image. Boxes and masks are dropped: the augmentation policies cannot move them."""
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
         self.crop = v2.RandomResizedCrop(
@@ -120,16 +122,16 @@ class TrainingTransform:
         )
         self.flip = v2.RandomHorizontalFlip(augmentation.horizontal_flip)
         self.policy = _policy(augmentation, fill=[round(255 * value) for value in preprocessing.mean])
-        self.normalise = Normalize(preprocessing)
+        self.normalize = Normalize(preprocessing)
         self.erase = v2.RandomErasing(augmentation.erasing, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random")
 
     def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Transform`. Draws from torch's global random generator."""
+        """See `Transform`; random numbers come from torch's global generator."""
         image = self.flip(self.crop(image))
         if self.policy is not None:
-            # the policies' operations are two to three times faster in Pillow than on tensors
+            # The policies' operations are two to three times faster in Pillow than on tensors.
             image = F.pil_to_tensor(self.policy(F.to_pil_image(image)))
-        return {"image": self.erase(self.normalise(image))}
+        return {"image": self.erase(self.normalize(image))}
 
 
 class Normalize:
@@ -140,7 +142,7 @@ class Normalize:
         self.offset, self.factor = 255 * mean, 1 / (255 * std)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Normalises (..., 3, H, W)."""
+        """Normalize (..., 3, H, W)."""
         return image.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.offset).mul_(self.factor)
 
 

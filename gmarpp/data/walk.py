@@ -14,12 +14,12 @@ SUFFIXES = (
     *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".sgi", ".tga", ".tif", ".tiff", ".webp"),
 )
-# Files that only a folder of results holds together: of a predict run, and of the sanity check.
+# Only a folder of results holds these files together: of a predict run, or of the sanity check.
 _RESULTS = {
     "predict run": ({"run.json", "maps"}, {"run.json", "parts"}, {"run.json", "overlays"}),
     "sanity check": ({"sanity.csv", "sanity.png"},),
 }
-# Links among folders multiply the ways to each of them: beyond this many, somebody has linked in circles.
+# Links among folders multiply the ways to each of them; more ways than this come from circular links.
 MAX_WAYS = 64
 _KINDS = {
     stat.S_IFIFO: "named pipe",
@@ -31,11 +31,11 @@ _KINDS = {
 
 
 def require_regular_file(path: Path) -> None:
-    """Make sure that a path leads to a regular file, because opening a pipe or a device may wait forever.
+    """Check that a path leads to a regular file, because opening a pipe or a device may wait forever.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: there is something else, which the message names.
+        FileNotFoundError: the path does not exist.
+        ValueError: it is something else, which the message names.
     """
     kind = stat.S_IFMT(path.stat().st_mode)
     if kind != stat.S_IFREG:
@@ -53,14 +53,14 @@ def files_below(
 ) -> list[str]:
     """Return the relative paths, sorted, of the files below a folder that have one of some suffixes.
 
-    Links are followed. What is hidden is left out; so are folders of this project's own results, and links back to a
-    folder on the way to them, which show what is listed anyway: both with a warning.
+    Links are followed. Hidden entries are left out; so are, with a warning, folders of this project's own results, and
+    links back to a folder on the way to them, whose files are listed anyway.
 
     Args:
         folder: where to begin.
         suffixes: in lower case, or None for files of any name.
         besides: a folder to leave out.
-        strict: linked folders and results are errors, as they are for a reader that does not treat them like this.
+        strict: linked folders and results are errors, for readers that would treat them differently.
 
     Raises:
         OSError: a folder cannot be read, or a link leads nowhere.
@@ -101,13 +101,13 @@ def _visible_entries(folder: str) -> list["os.DirEntry[str]"]:
     except OSError as error:
         raise type(error)(
             error.errno,
-            f"folder cannot be read ({error.strerror}): change its permissions or take it away",
+            f"folder cannot be read ({error.strerror}): change its permissions or move it",
             folder,
         ) from error
 
 
 def _kind(entry: "os.DirEntry[str]") -> int:
-    """Type bits of what an entry is or leads to; only links cost a call of the system."""
+    """Return the type bits of what an entry is or leads to; only links cost a system call."""
     try:
         if not entry.is_symlink():
             if entry.is_file(follow_symlinks=False):

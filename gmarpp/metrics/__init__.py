@@ -1,11 +1,11 @@
-"""Faithfulness and localisation metrics: accumulators over scores and maps, which never hold the network.
+"""Faithfulness and localization metrics: accumulators over scores and maps, which never hold the network.
 
-All of them go together in one `MetricCollection`, fed once per batch by keyword::
+All of them fit into one `MetricCollection`, updated once per batch by keyword::
 
     collection.update(full=..., kept=..., fractions=..., insertion=..., deletion=..., most_relevant_first=...,
                       least_relevant_first=..., maps=..., masks=...)
 
-each metric takes what it needs. Each is a mean over images; an image for which a value is undefined does not count.
+Each metric takes what it needs, and is a mean over images; an image for which a value is undefined does not count.
 Functional twins, with values per image, are in `gmarpp.metrics.functional`.
 """
 

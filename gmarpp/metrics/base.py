@@ -26,7 +26,7 @@ class MeanOverImages(Metric):
     def __init__(self, *options: object, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # A MetricCollection merges metrics whose states have the same names and are equal after the first batch, which
-        # two sums may well be by chance.
+        # two sums may be by chance.
         name = "_".join(map(str, (type(self).__name__, *options)))
         self._sum, self._count = f"{name}_sum", f"{name}_count"
         self.add_state(self._sum, default=torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
@@ -37,7 +37,7 @@ class MeanOverImages(Metric):
         setattr(self, self._count, getattr(self, self._count) + (~values.isnan()).sum())
 
     def compute(self) -> Tensor:
-        """Mean over the images seen."""
+        """Return the mean over the images seen."""
         mean: Tensor = getattr(self, self._sum) / getattr(self, self._count)
         return mean
 

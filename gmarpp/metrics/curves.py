@@ -61,7 +61,7 @@ class DeletionAUC(_MeanScore):
 
 
 class InsertionDeletionGap(_MeanScore):
-    """Insertion AUC less deletion AUC; see `gmarpp.metrics.functional.insertion_deletion_gap`. Higher is better.
+    """Insertion AUC minus deletion AUC; see `gmarpp.metrics.functional.insertion_deletion_gap`. Higher is better.
 
     As input to `forward` and `update`: `fractions` (S + 1,), `insertion` and `deletion`, scores (B, S + 1).
     As output of `forward` and `compute`: a scalar.
@@ -87,8 +87,8 @@ class ROAD(_MeanScore):
     """Score after removing and imputing patches; see `gmarpp.metrics.functional.road`.
 
     As input to `forward` and `update`: `most_relevant_first` and `least_relevant_first`, scores (B, F), as
-    `gmarpp.perturbation.road_scores` gives them.
-    As output of `forward` and `compute`: a scalar. Higher is better, but for the order `most_relevant_first`.
+    `gmarpp.perturbation.road_scores` returns them.
+    As output of `forward` and `compute`: a scalar. Higher is better, except in the order `most_relevant_first`.
 
     Args:
         order: `most_relevant_first`, `least_relevant_first`, or `combined`, half the difference of the two.

@@ -86,7 +86,7 @@ class IoU(MeanOverImages):
 
 
 class PixelAccuracy(MeanOverImages):
-    """Share of pixels told right, object or not; see `gmarpp.metrics.functional.pixel_accuracy`.
+    """Share of pixels classified correctly as object or not; see `gmarpp.metrics.functional.pixel_accuracy`.
 
     As input to `forward` and `update`: `maps` (B, h, w), raw, and `masks` (B, H, W), true on the object.
     As output of `forward` and `compute`: a scalar, the mean over images, higher is better.

@@ -10,8 +10,8 @@ class Sparseness(MeanOverImages):
     """Gini index of the patches' absolute relevance; see `gmarpp.metrics.functional.sparseness`.
 
     As input to `forward` and `update`: `maps` (B, h, w), raw.
-    As output of `forward` and `compute`: a scalar; higher is sparser and so easier to read, not more faithful: neither
-    better nor worse.
+    As output of `forward` and `compute`: a scalar; higher is sparser, which makes a map easier to read but not more
+    faithful, so neither direction is better.
 
     Args:
         kwargs: of `torchmetrics.Metric`.

@@ -1,4 +1,4 @@
-"""What has to be known of a network beyond its attention calls: patch grid, prefix tokens, blocks and head by family.
+"""Facts about a network beyond its attention calls: patch grid, prefix tokens, blocks and head by family.
 
 Most methods need the grid and the number of prefix tokens only; LeGrad and recomputation need the blocks, LeGrad the
 head too. A network of a family that is not listed here is described by hand with `Architecture`.
@@ -19,9 +19,9 @@ class Architecture:
     """The token layout of a Vision Transformer.
 
     Attributes:
-        grid: gives the patch grid (h, w) of an image of a given height and width in pixels.
+        grid: returns the patch grid (h, w) of an image of a given height and width in pixels.
         prefix_tokens: number of tokens before the patch tokens (class, distillation and register tokens).
-        blocks: the transformer blocks, from the input upwards; each calls attention once.
+        blocks: the transformer blocks, from the input upward; each calls attention once.
         head: what the network computes from the tokens that leave the last block, shape (B, N, D), up to its output.
     """
 

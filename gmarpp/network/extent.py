@@ -15,7 +15,7 @@ def grid_extent(layout: Architecture, height: int, width: int) -> tuple[int, int
     smaller than the image, or it pads the image, and the extent is larger.
 
     Args:
-        layout: its `grid` is asked for images of other sizes too; one that ignores the size spans the image.
+        layout: its `grid` is asked for images of other sizes too; one that ignores the size spans the whole image.
         height: of the image in pixels.
         width: of the image in pixels.
     """
@@ -28,7 +28,8 @@ def grid_extent(layout: Architecture, height: int, width: int) -> tuple[int, int
 def _span(cells_along: Callable[[int], int], side: int) -> int:
     """Return the pixels that the patches along one side span.
 
-    As many sides in a row give the same number of patches as a patch has pixels, be the rest left out or padded.
+    The number of consecutive sides with the same number of patches is the number of pixels per patch, whether the rest
+    is left out or padded.
     """
     cells = cells_along(side)
     first = last = side

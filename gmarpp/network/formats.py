@@ -25,7 +25,7 @@ from gmarpp.network.weights import (
 )
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
-# Where training scripts keep the network among other things.
+# Training scripts keep the network under one of these, among other things.
 STATE_KEYS = ("state_dict", "model")
 
 
@@ -54,14 +54,14 @@ def _read(path: str | Path) -> Weights:
         if source.name.endswith(TORCH_SUFFIXES):
             return _read_torch(source)
     raise ValueError(
-        f"{path} is of an unknown kind; known are {', '.join(suffixes)}, and the folders of timm networks and of "
+        f"{path} is of an unknown kind: expected {', '.join(suffixes)}, or the folder of a timm network or of a "
         "ViTForImageClassification from the Hugging Face Hub"
     )
 
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Have errors in a description name the file."""
+    """Name the file in errors of its description."""
     try:
         yield
     except ValueError as error:
@@ -117,7 +117,7 @@ def weights_of_checkpoint(content: dict[str, Any], digest: str, path: str | Path
 def _read_safetensors(path: Path) -> Weights:
     state, metadata, digest = load_safetensors(path)
     if DIGEST in metadata and metadata[DIGEST] != content_digest(state, metadata):
-        raise damaged(path, f"its content has changed; after a change on purpose remove {DIGEST} from its metadata")
+        raise damaged(path, f"its content has changed; after an intended change, remove {DIGEST} from its metadata")
 
     def parsed(key: str, absent: Any = None) -> Any:
         return parse_json(metadata[key], key) if key in metadata else absent

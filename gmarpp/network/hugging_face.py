@@ -32,7 +32,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-# What a checkpoint of ViTForImageClassification may hold that classification does not use.
+# Parts of a ViTForImageClassification checkpoint that classification does not use.
 UNUSED = ("vit.pooler.", "pooler.")
 
 
@@ -41,7 +41,7 @@ def read_folder(folder: Path) -> Weights:
 
     Raises:
         FileNotFoundError: the configuration or the weights are missing.
-        ValueError: a file is damaged, or the network is another one.
+        ValueError: a file is damaged, or the network is of another kind.
     """
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model folder: it has no {CONFIG}")
@@ -105,7 +105,7 @@ def _read_vit(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> 
         return expect_integer(name, config.get(name), 1, 1 << 20)
 
     def choice(name: str, known: Mapping[Any, Any], value: Any) -> Any:
-        # True would be found as 1
+        # As a key, True equals 1.
         if type(value) not in map(type, known) or value not in known:
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, known))}")
         return known[value]
@@ -140,10 +140,10 @@ def _read_vit(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> 
 
 
 def _rename(source: Mapping[str, Tensor], depth: int, folder: Path) -> dict[str, Tensor]:
-    """Give weights timm's names.
+    """Rename weights to timm's names.
 
     Raises:
-        ValueError: one is missing, does not fit the others, or has no place.
+        ValueError: a weight is missing, does not fit the others, or is unknown.
     """
     names = {
         "cls_token": "vit.embeddings.cls_token",

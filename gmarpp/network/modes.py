@@ -1,4 +1,4 @@
-"""A network in eval mode with frozen parameters and plain blocks for a while, and then exactly as it was."""
+"""A network temporarily in eval mode, with frozen parameters and without activation checkpointing."""
 
 import functools
 import sys
@@ -27,9 +27,9 @@ _CHECKPOINT_OPTIONS = (
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, freeze every parameter, and switch off activation checkpointing.
 
-    Each one's state is restored, also after an error. Checkpointed blocks would run a second time in the backward pass,
+    All states are restored, even after an error. Checkpointed blocks would run a second time in the backward pass,
     without the hooks of the first. Parameters and buffers that were made in inference mode, which autograd cannot save,
-    are replaced by copies for the time.
+    are temporarily replaced by copies.
     """
     training = [module for module in model.modules() if module.training]
     checkpointing: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
@@ -50,7 +50,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
-    """Replace what was made in inference mode by copies made outside, if the caller is outside."""
+    """Replace tensors made in inference mode by copies made outside it, if the caller is outside."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules() if not torch.is_inference_mode_enabled() else ():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -72,9 +72,9 @@ def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_checkpoints(model: nn.Module) -> Iterator[None]:
-    """Let this thread's calls of `torch.utils.checkpoint.checkpoint` by the network run what they are given.
+    """Make the network's calls of `torch.utils.checkpoint.checkpoint` in this thread run the given function directly.
 
-    The function is replaced wherever the network may have it from: its own module, the modules that define the
+    The function is replaced everywhere the network may have it from: its own module, the modules that define the
     network's classes, and the attributes of the network's modules (`apply_activation_checkpointing`).
     """
     owner = threading.get_ident()

@@ -1,4 +1,4 @@
-"""The output of a network: its logits, and what its classes are called."""
+"""The output of a network: its logits, and the names of its classes."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 def logits_of(output: Any) -> Tensor:
-    """Give the logits, shape (B, C), of a network's output: a tensor, or an object with the attribute `logits`.
+    """Return the logits, shape (B, C), of a network's output: a tensor, or an object with the attribute `logits`.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if the output holds none.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(
-            f"the network's output ({type(output).__name__}) holds no logits of shape (images, classes); "
-            "gmarpp.explain takes a function of the output as target instead"
+            f"the network's output ({type(output).__name__}) holds no logits of shape (images, classes): pass "
+            "gmarpp.explain a function of the output as target"
         )
     return logits
 
@@ -26,19 +26,19 @@ def check_finite(logits: Tensor, what: str = "logits") -> None:
     unusable = (~logits.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if unusable:
         raise ValueError(
-            f"the {what} of images {unusable} are not finite: check the input's normalisation and the weights, or use "
+            f"the {what} of images {unusable} are not finite: check the input's normalization and the weights, or use "
             "a wider precision (bfloat16 or float32)"
         )
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Give the class names that a network carries: its attribute `class_names`, or Hugging Face's `id2label`."""
+    """Return the class names that a network carries: its attribute `class_names`, or Hugging Face's `id2label`."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     return tuple(labels[index] for index in sorted(labels)) if labels else tuple(getattr(model, "class_names", ()))
 
 
 def class_index(name: str, model: nn.Module) -> int:
-    """Find a class by its name or identifier.
+    """Return the index of a class, by its name or identifier.
 
     Names come from the network: the attributes `class_names` and `classes` (set by `gmarpp.load_model`), or a Hugging
     Face configuration's `label2id`. Digits that name no class are an index.
@@ -59,6 +59,6 @@ def class_index(name: str, model: nn.Module) -> int:
     if name.isdecimal():
         return int(name)
     if not known:
-        raise ValueError(f"class {name!r} cannot be found: the network carries no class names; pass the class's index")
+        raise ValueError(f"unknown class {name!r}: the network carries no class names; pass the class's index")
     close = ", ".join([each for each in known if name.lower() in each.lower()][:5] or get_close_matches(name, known))
     raise ValueError(f"unknown class {name!r}: " + (f"did you mean {close}?" if close else "no class is named like it"))

@@ -1,4 +1,4 @@
-"""Contents of files that nobody vouches for: no code runs, and sizes and checksums are checked before use."""
+"""Contents of untrusted files: no code runs, and sizes and checksums are checked before use."""
 
 import errno
 import hashlib
@@ -23,15 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Descriptions of networks, with the names of 21,000 classes, take less than 2 MB.
 MAX_JSON_BYTES = 16 << 20
-
-
 MAX_VALUES = 1_000_000
-
-
 MAX_NESTING = 32
-
-
-# Weights may be stored under two names, but a file that unfolds to many times its size is no checkpoint.
+# Weights may be stored under two names, but no checkpoint unfolds to many times its size.
 MAX_UNFOLDING = 4
 
 
@@ -39,14 +33,14 @@ def parse_json(text: str | bytes, source: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: naming `source`; the text is no JSON, too large, nested too deeply, or has a key twice.
+        ValueError: naming `source`; the text is not JSON, too large, nested too deeply, or has a key twice.
     """
     if len(text) > MAX_JSON_BYTES:
         raise ValueError(f"{source}: expected at most {MAX_JSON_BYTES >> 20} MB of JSON, got {len(text) >> 20} MB")
     try:
         return json.loads(text, object_pairs_hook=_with_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is no valid JSON ({first_line(error)}): copy or download it again") from error
+        raise ValueError(f"{source} is not valid JSON ({first_line(error)}): copy or download it again") from error
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged; one in the Hub's cache also where its content is not what its name says.
+        ValueError: the file is damaged; one in the Hub's cache also if its content does not match its name.
     """
     with open_file(path) as file:
         header = int.from_bytes(file.read(8), "little")
@@ -103,7 +97,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds something else than tensors and plain values.
+        ValueError: the file is damaged, or holds anything but tensors and plain values.
     """
     with open_file(path) as file:
         digest, size = sha256(file), os.fstat(file.fileno()).st_size
@@ -134,7 +128,8 @@ def _unpickle(file: BinaryIO, path: str | Path) -> Any:
                 "save its state dict alone, or as safetensors"
             ) from error
         raise damaged(path, error) from error
-    except Exception as error:  # of whatever kind: the file alone decides what goes wrong here
+    # The file alone decides which kind of error is raised here.
+    except Exception as error:
         raise _unreadable(path, error) from error
 
 
@@ -152,13 +147,13 @@ def _check_records(file: BinaryIO, size: int, path: str | Path) -> None:
 def _wrong_record(archive: zipfile.ZipFile, size: int) -> str | None:
     records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        return "its records are compressed, and torch.save compresses none"
+        return "its records are compressed, which torch.save never does"
     if sum(record.file_size for record in records) > size:
         return "its records are larger than the file"
     if len({record.filename for record in records}) < len(records):
         return "a record appears twice"
     if not any(record.CRC for record in records):
-        # torch.serialization.set_crc32_options(False) leaves all of them out.
+        # Files saved under torch.serialization.set_crc32_options(False) have none.
         logger.warning("%s has no checksums: damage may go unnoticed", archive.filename)
         return None
     wrong = archive.testzip()
@@ -182,7 +177,7 @@ def _check_values(content: dict[str, Any], size: int, path: str | Path) -> None:
         if id(value) in known:
             return known[id(value)]
         if depth > MAX_NESTING:
-            raise ValueError(f"{path} nests its values more than {MAX_NESTING} deep: no checkpoint does")
+            raise ValueError(f"{path} nests its values more than {MAX_NESTING} deep, which no checkpoint does")
         total = 1
         if isinstance(value, Tensor):
             _check_tensor(value, path)
@@ -192,7 +187,7 @@ def _check_values(content: dict[str, Any], size: int, path: str | Path) -> None:
         elif isinstance(value, (list, tuple, set, frozenset)):
             total += sum(count(each, depth + 1) for each in value)
         if total > MAX_VALUES or room < 0:
-            raise ValueError(f"{path} unfolds to far more than it holds: no checkpoint does")
+            raise ValueError(f"{path} unfolds to far more than it holds, which no checkpoint does")
         known[id(value)] = total
         return total
 
@@ -203,8 +198,8 @@ def _check_tensor(value: Tensor, path: str | Path) -> None:
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized:
         raise ValueError(
-            f"{path} holds a {value.dtype} tensor that is sparse, quantized, without values or of a class of its own; "
+            f"{path} holds a {value.dtype} tensor that is sparse, quantized, without values or of a custom class; "
             "expected dense tensors: save the network's state dict from a plain copy"
         )
     if value.nbytes > value.untyped_storage().nbytes():
-        raise ValueError(f"{path} unfolds to far more than it holds: no checkpoint does")
+        raise ValueError(f"{path} unfolds to far more than it holds, which no checkpoint does")

@@ -1,4 +1,4 @@
-"""Networks to files, with metadata that lets `load_model` build them again."""
+"""Writing of networks to files, with metadata that lets `load_model` rebuild them."""
 
 import json
 from collections.abc import Mapping
@@ -20,13 +20,16 @@ def save_weights(
     """Write a network as a plain timm safetensors file whose metadata lets `load_model` rebuild it.
 
     The file appears under its name only when it is complete. Its metadata holds a digest of all its content, which is
-    compared whenever the file is read.
+    checked whenever the file is read.
 
     Args:
         model: a network from `load_model` or a `ViTClassifier`'s `.model`.
         path: the file to write, `.safetensors`.
-        dtype: dtype to store floating-point weights in; each one's own when `None`.
+        dtype: dtype to store floating-point weights in; unchanged when `None`.
         notes: further metadata, such as `recipe` or `origin`.
+
+    Raises:
+        ValueError: notes hold anything but strings.
     """
     metadata = {**(notes or {}), **describe_model(model)}
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:

@@ -1,4 +1,4 @@
-"""How weights and a network belong together: by name, shape and type."""
+"""The match between weights and a network: by name, shape and type."""
 
 import sys
 import threading
@@ -42,7 +42,8 @@ def to_layout_of(model: nn.Module, weights: Weights, resample: bool = False) -> 
         return dict(weights.state)
     try:
         state: dict[str, Tensor] = dict(convert(dict(weights.state), model))
-    except Exception as error:  # of whatever kind: the weights alone decide what goes wrong here
+    # The weights alone decide which kind of error is raised here.
+    except Exception as error:
         raise ValueError(
             f"{weights.origin} does not fit {_architecture(model)} ({first_line(error)}): name the architecture that "
             "it was saved from"
@@ -73,9 +74,9 @@ def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], origin: s
     ]
     both = sorted(current.keys() & state.keys())
     shapes = [key for key in both if current[key].shape != state[key].shape]
-    problems += [f"{key} is {tuple(state[key].shape)}, expected {tuple(current[key].shape)}" for key in shapes[:1]]
+    problems += [f"{key}: expected {tuple(current[key].shape)}, got {tuple(state[key].shape)}" for key in shapes[:1]]
     types = [key for key in both if (current[key].dtype in FLOATS) != (state[key].dtype in FLOATS)]
-    problems += [f"{key} is {state[key].dtype}, expected {current[key].dtype}" for key in types[:1]]
+    problems += [f"{key}: expected {current[key].dtype}, got {state[key].dtype}" for key in types[:1]]
     if problems:
         raise ValueError(
             f"{origin} does not fit {_architecture(model)}: {'; '.join(problems)}; "

@@ -17,7 +17,7 @@ BASELINES: tuple[str, ...] = get_args(Baseline)
 def gaussian_blur(images: Tensor) -> Tensor:
     """Blur with a Gaussian that grows with the image: 21 px wide with sigma 7 where the shorter side is 224 px.
 
-    Borders are reflected. Blurring commutes with a per-channel normalisation, so normalised images need no detour.
+    Borders are reflected. Blurring commutes with per-channel normalization, so normalized images need no special care.
 
     Args:
         images: (B, C, H, W), at least 2 px a side.
@@ -36,26 +36,29 @@ def gaussian_blur(images: Tensor) -> Tensor:
 
 
 def _black(model: nn.Module, images: Tensor) -> Tensor:
-    normalisation = normalization_of(model, images)
-    if normalisation is None:
+    normalization = normalization_of(model, images)
+    if normalization is None:
         raise ValueError(
-            f"baseline 'black' needs the normalisation of the network's {images.shape[1]} input channels: set "
+            f"baseline 'black' needs the normalization of the network's {images.shape[1]} input channels: set "
             "model.pretrained_cfg = {'mean': (…), 'std': (…)}, or use baseline 'blur', 'mean' or 'drop'"
         )
-    mean, std = normalisation
+    mean, std = normalization
     return -mean / std
 
 
 def baseline_images(model: nn.Module, images: Tensor, baseline: str) -> Tensor:
-    """Pictures without information, one per image.
+    """Return what replaces removed patches, one picture per image.
 
     Args:
-        model: read for its normalisation (`pretrained_cfg`) by `black` only.
-        images: (B, C, H, W), normalised.
-        baseline: `blur`, `mean` (the mean colour of each image) or `black`.
+        model: its normalization (`pretrained_cfg`) is read for `black` only.
+        images: (B, C, H, W), normalized.
+        baseline: `blur`, `mean` (the mean color of each image) or `black`.
 
     Returns:
-        (B, C, H, W), or (B, C, 1, 1) where one colour fills the picture.
+        (B, C, H, W), or (B, C, 1, 1) where one color fills the picture.
+
+    Raises:
+        ValueError: `black` without `pretrained_cfg`.
     """
     if baseline == "blur":
         return gaussian_blur(images)
@@ -68,15 +71,15 @@ class TokenDrop:
     """A timm Vision Transformer that sees only some patches: the others' tokens leave the sequence.
 
     There is no replacement and so no missingness bias (Jain et al. 2022), and shorter sequences cost less. Tokens
-    keep the position embedding of where they come from. Where all patches are dropped, prefix tokens (class, register)
-    remain; a network that pools patch tokens alone then pools nothing, which is defined as the zero vector before
-    the head's own norm: what the head answers without evidence.
+    keep the position embedding of their patch. Where all patches are dropped, prefix tokens (class, register) remain;
+    a network that pools patch tokens only then has nothing to pool, and its head gets the zero vector before its own
+    norm instead: its output without evidence.
 
     Args:
         model: timm `VisionTransformer` (learned or no position embedding; class, distillation, register tokens or
             pooling of any kind).
         images: (B, C, H, W), embedded once, at most `batch_size` at a time.
-        grid: patch grid of the maps, which has to be the network's own.
+        grid: patch grid of the maps, which must be the network's own.
 
     Raises:
         UnsupportedNetworkError: another kind of network.
@@ -94,7 +97,7 @@ class TokenDrop:
             )
         own_grid = architecture_of(model).grid(images.shape[2], images.shape[3])
         if grid != own_grid:
-            raise ValueError(f"baseline 'drop' needs maps on the network's patch grid {own_grid}, got {grid}")
+            raise ValueError(f"baseline 'drop': expected maps on the network's patch grid {own_grid}, got {grid}")
         self.model: Any = model
         self.tokens = torch.cat([self._embed(chunk) for chunk in torch.split(images, batch_size)])
         reads_prefix = self.model.global_pool == "token" or self.model.pool_include_prefix
@@ -105,7 +108,7 @@ class TokenDrop:
         return tokens
 
     def __call__(self, image: Tensor, keep: Tensor) -> Tensor:
-        """Logits of images of which only some patches are kept, the same number in every row.
+        """Return logits of images of which only some patches are kept, the same number in every row.
 
         Args:
             image: (n,) long, positions of the images.

@@ -78,26 +78,26 @@ def score_perturbations(
 ) -> PerturbationScores:
     """Score images of which patches are removed in the order of their maps, for several methods at once.
 
-    Patches are ranked once per map (ties by index). All jobs - images × methods × curves × steps - run in batches
+    Patches are ranked once per map (ties by index). All jobs (images × methods × curves × steps) run in batches
     without gradients, under the ambient autocast, with the network in eval mode. The image, the baseline and every set
     of kept patches that several methods or curves share are scored once.
 
     Args:
         model: any network from images to logits (or to an object with `.logits`); to anything where the target is a
             function.
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W), normalized.
         maps: raw maps (B, h, w) per method, all on one grid. It is laid over the pixels that the network's patches
             cover; on a network of an unknown family, and for maps on another grid, it is upsampled to the image by
-            nearest neighbour. Every pixel belongs to exactly one patch.
-        target: what is scored, as `gmarpp.explain` takes it, of one class per image: `None` for the class predicted on
+            nearest neighbor. Every pixel belongs to exactly one patch.
+        target: what is scored, as in `gmarpp.explain`, of one class per image: `None` for the class predicted on
             the image, an index or name, or one of either per image; a `Contrast`, whose two classes' scores are
-            subtracted; or a function of the network's output, which is scored by its own value. Of several classes per
-            image (B, K) each is scored alone, `target[:, k]` with `maps[:, k]`.
-        steps: S, curve steps; more steps than patches means one patch per step (`fractions` tells the truth).
-        baseline: what replaces a removed patch: `blur`, `mean` (the image's mean colour), `black` (needs
+            subtracted; or a function of the network's output, which is scored by its own value. For several classes per
+            image (B, K), score each alone, `target[:, k]` with `maps[:, k]`.
+        steps: S, curve steps; more steps than patches means one patch per step (see `fractions`).
+        baseline: what replaces a removed patch: `blur`, `mean` (the image's mean color), `black` (needs
             `model.pretrained_cfg`) or `drop` (the token leaves the sequence; timm Vision Transformers).
         score: softmax `probability` of the target, the `sigmoid` of its logit, for networks with one output or outputs
-            that do not exclude each other, or its `logit`. Means nothing where the target is a function.
+            that do not exclude each other, or its `logit`. Ignored where the target is a function.
         mask: kept region: `topk` keeps the top 25 % of the patches, rounded up; `soft` fades the image into the
             baseline with weight 1 - E, E the min-max map on its grid (constant: 0), which over `black` is the E * x of
             Grad-CAM++ (Chattopadhyay et al. 2018).
@@ -114,9 +114,9 @@ def score_perturbations(
     """
     grid = check_maps(maps, images)
     if baseline not in BASELINES:
-        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {baseline!r}")
+        raise ValueError(f"unknown baseline {baseline!r}: choose from {', '.join(BASELINES)}")
     if mask not in get_args(KeptMask):
-        raise ValueError(f"mask must be one of {', '.join(get_args(KeptMask))}, got {mask!r}")
+        raise ValueError(f"unknown mask {mask!r}: choose from {', '.join(get_args(KeptMask))}")
     if kept and mask == "soft" and baseline == "drop":
         raise ValueError("mask 'soft' cannot drop half a token: use mask 'topk', or baseline 'blur', 'mean' or 'black'")
 
@@ -171,13 +171,13 @@ def perturbation_curves(
     normalize: bool = False,
     batch_size: int = 128,
 ) -> Curves:
-    """Insertion and deletion curves of one map per image (Petsiuk et al. 2018, by whole patches).
+    """Compute insertion and deletion curves of one map per image (Petsiuk et al. 2018, by whole patches).
 
     Args:
         model: any network from images to logits.
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W), normalized.
         maps: (B, h, w), raw.
-        target: what is scored, as `gmarpp.explain` takes it, see `score_perturbations`.
+        target: what is scored, as in `gmarpp.explain`; see `score_perturbations`.
         steps: S; capped at the number of patches.
         baseline: `blur`, `mean`, `black` or `drop`.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from gmarpp.perturbation.objective import Objective
 
 Render = Callable[[Tensor, Tensor], Any]
-"""Network on perturbed images: positions of the images (n,) and what to keep (n, h * w) to the network's output."""
+"""Runs the network on perturbed images: from their positions (n,) and what to keep (n, h * w) to its output."""
 
 _WORD = 62
 
 
 def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tensor) -> Render:
-    """Network on images whose patches fade into the baseline: keep 1 shows the image, keep 0 the baseline.
+    """Return the network on images whose patches fade into the baseline: keep 1 shows the image, keep 0 the baseline.
 
     Args:
         model: network.
@@ -57,7 +57,7 @@ def score_weighted(render: Render, weights: Tensor, objective: Objective, batch_
 
 
 def _finite(scores: Tensor) -> Tensor:
-    """Return scores (M, B, I) unless some are not finite, which metrics would take for undefined and leave out."""
+    """Return scores (M, B, I) unless some are not finite, which metrics would take as undefined and leave out."""
     unusable = (~scores.isfinite()).any(2).any(0).nonzero().flatten().tolist()
     if unusable:
         raise ValueError(
@@ -68,10 +68,10 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 def _distinct(ranks: Tensor, intervals: Tensor) -> tuple[Tensor, Tensor]:
-    """Jobs which differ, and for each of the (M, B, I) jobs the position among them of the one it equals.
+    """Return the jobs that differ, and for each of the (M, B, I) jobs the position among them of the one it equals.
 
-    Two jobs are the same when they keep the same patches of the same image, whatever the methods and curves they come
-    from: kept sets are compared exactly, as bits packed into words.
+    Two jobs are the same when they keep the same patches of the same image, whatever methods and curves they belong
+    to: kept sets are compared exactly, as bits packed into words.
     """
     methods, batch, patches = ranks.shape
     powers = 2 ** torch.arange(_WORD, device=ranks.device)

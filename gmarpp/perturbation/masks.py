@@ -8,9 +8,12 @@ from gmarpp.network.extent import grid_extent
 
 
 def step_counts(patches: int, steps: int) -> list[int]:
-    """Number of changed patches at every curve point: from 0 to `patches`, as evenly spaced as whole patches allow.
+    """Return the number of changed patches at every curve point, from 0 to `patches`, as evenly spaced as possible.
 
-    With more steps than patches there is one step per patch, so the curve is shorter than asked for.
+    With more steps than patches there is one step per patch, so the curve is shorter than requested.
+
+    Raises:
+        ValueError: fewer than one step.
 
     Example:
         >>> step_counts(10, 4)
@@ -19,7 +22,7 @@ def step_counts(patches: int, steps: int) -> list[int]:
         [0, 1, 2, 3]
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise ValueError(f"steps: expected at least 1, got {steps}")
     steps = min(steps, patches)
     return [round(step * patches / steps) for step in range(steps + 1)]
 
@@ -42,7 +45,7 @@ def patch_extent(model: nn.Module, size: tuple[int, int], grid: tuple[int, int])
 def pixel_to_patch(
     grid: tuple[int, int], size: tuple[int, int], device: torch.device, extent: tuple[int, int] | None = None
 ) -> Tensor:
-    """Index of the patch every pixel belongs to: nearest-neighbour upsampling of the patch grid.
+    """Return the index of the patch of every pixel: nearest-neighbor upsampling of the patch grid.
 
     Pixel row y belongs to patch row floor(y * h / extent), so where the grid does not divide the extent some patches
     are one pixel larger than others and every pixel still belongs to exactly one. Pixels beyond the extent, which the

@@ -23,7 +23,7 @@ def class_scores(logits: Tensor, score: str) -> Tensor:
         score: `probability` (softmax over the classes), `sigmoid` (of each logit) or `logit`.
 
     Raises:
-        ValueError: for a softmax over a single column, which is 1 whatever the network says.
+        ValueError: for a softmax over a single column, which is always 1.
     """
     if score == "probability":
         if logits.shape[1] == 1:
@@ -37,7 +37,7 @@ def class_scores(logits: Tensor, score: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassObjective:
-    """The score of each image's class, less that of another class where there is one; float32.
+    """The score of each image's class, minus that of another class if there is one; float32.
 
     Args:
         score: unit, one of `SCORES`.
@@ -52,7 +52,7 @@ class ClassObjective:
 
     @cached_property
     def highest(self) -> int:
-        """The largest class index."""
+        """Largest class index."""
         return max(int(classes.max()) for classes in (self.target, self.other) if classes is not None)
 
     def __call__(self, output: Any, image: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class ClassObjective:
         logits = logits_of(output)
         if logits.shape[1] <= self.highest:
             raise ValueError(
-                f"target class {self.highest} needs logits of shape (B, more than {self.highest}), the network "
-                f"returned {tuple(logits.shape)}"
+                f"target class {self.highest}: expected logits of more than {self.highest} classes, got shape "
+                f"{tuple(logits.shape)}"
             )
         values = self._of(self.target, logits, image)
         return values if self.other is None else values - self._of(self.other, logits, image)
@@ -74,7 +74,7 @@ class ClassObjective:
 class FunctionObjective:
     """A function of the network's output, which may know which image is in which row.
 
-    It is therefore always given all images in their order, perturbed alike.
+    It therefore always gets all images in their order, perturbed alike.
     """
 
     function: Callable[[Any], Tensor]
@@ -85,7 +85,7 @@ class FunctionObjective:
         values = self.function(output)
         if not isinstance(values, Tensor) or values.shape != image.shape:
             given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"the target function must return one score per image, shape ({len(image)},), got {given}")
+            raise ValueError(f"target function: expected one score per image, shape ({len(image)},), got {given}")
         return values.float()
 
 
@@ -93,7 +93,7 @@ Objective: TypeAlias = ClassObjective | FunctionObjective
 
 
 def objective_of(model: nn.Module, images: Tensor, target: Target, score: str, batch_size: int) -> Objective:
-    """Return what is scored, from a target as `gmarpp.explain` takes it.
+    """Return what is scored for a target of `gmarpp.explain`.
 
     The network runs only where the target is the predicted class.
 
@@ -105,13 +105,13 @@ def objective_of(model: nn.Module, images: Tensor, target: Target, score: str, b
         batch_size: most images per forward pass.
 
     Raises:
-        ValueError: for another score, a batch size of 0, an unknown name, several classes per image, or no class index
-            (0 or more).
+        ValueError: for an unknown score or class name, a batch size of 0, several classes per image, or a negative
+            class index.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if score not in SCORES:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        raise ValueError(f"unknown score {score!r}: choose from {', '.join(SCORES)}")
     if callable(target):
         if score == "sigmoid":
             raise ValueError(
@@ -137,17 +137,17 @@ def _one_class_per_image(given: Any, images: Tensor) -> Tensor:
         indices = indices.expand(len(images))
     if indices.dim() == 2:
         raise ValueError(
-            f"target must hold one class index per image, shape ({len(images)},), got {tuple(indices.shape)}: of "
+            f"target: expected one class index per image, shape ({len(images)},), got {tuple(indices.shape)}: for "
             "several classes per image, score each alone, with target[:, k] and maps[:, k]"
         )
     if indices.shape != images.shape[:1] or indices.is_floating_point() or indices.dtype == torch.bool:
         raise ValueError(
-            f"target must hold one class index per image, shape ({len(images)},), got {tuple(indices.shape)}, "
+            f"target: expected one class index per image, shape ({len(images)},), got {tuple(indices.shape)}, "
             f"{indices.dtype}"
         )
     if int(indices.min()) < 0:
         raise ValueError(
-            f"target has negative class indices: expected 0 or more, got {int(indices.min())}, which stands for an "
+            f"target: expected class indices of 0 or more, got {int(indices.min())}, which stands for an "
             "unknown label, or for a target of gmarpp.explain that was a function: pass the function itself"
         )
     return indices.long()

@@ -1,4 +1,4 @@
-"""ROAD: remove and debias."""
+"""ROAD: remove and debias (Rong et al. 2022)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,13 +49,13 @@ def road_scores(
 
     Args:
         model: any network from images to logits.
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W), normalized.
         maps: raw maps (B, h, w) per method, all on one grid.
-        target: what is scored, as `gmarpp.explain` takes it, see `score_perturbations`.
+        target: what is scored, as in `gmarpp.explain`; see `score_perturbations`.
         fractions: shares of the patches to remove, strictly between 0 and 1; rounded to whole patches, at least one
             removed and one left.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
-        noise: standard deviation of the noise on imputed pixels, in units of the normalised image.
+        noise: standard deviation of the noise on imputed pixels, in units of the normalized image.
         seed: of the noise, one field for all images, so that no score depends on the batch it was computed in.
         batch_size: most images per forward pass.
 
@@ -65,9 +65,9 @@ def road_scores(
     grid = check_maps(maps, images)
     patches = grid[0] * grid[1]
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
-        raise ValueError(f"fractions must lie strictly between 0 and 1, got {tuple(fractions)}")
+        raise ValueError(f"fractions: expected numbers strictly between 0 and 1, got {tuple(fractions)}")
     if patches < 2:
-        raise ValueError("imputation needs maps of at least two patches: one has to stay")
+        raise ValueError(f"maps: expected at least 2 patches, of which imputation needs one, got {patches}")
     counts = [min(max(round(fraction * patches), 1), patches - 1) for fraction in fractions]
     size = (images.shape[2], images.shape[3])
     to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))

@@ -48,7 +48,7 @@ def attention_and_gradients(model, images, score):
     return [a.detach() for a in attentions], list(gradients)
 
 
-def row_normalised(matrix):
+def row_normalized(matrix):
     return matrix / matrix.sum(dim=-1, keepdim=True)
 
 
@@ -57,23 +57,23 @@ def layer_matrix(name, attention, gradient, alpha=1.0):
     heads, tokens, _ = attention.shape
     identity = torch.eye(tokens)
     if name == "rollout":
-        return row_normalised(attention.mean(0) + alpha * identity)
+        return row_normalized(attention.mean(0) + alpha * identity)
     if name.startswith("gmar_"):
         p = int(name[-1])
         norms = torch.stack([gradient[h].abs().pow(p).sum().pow(1 / p) for h in range(heads)])
         weights = norms / norms.sum()
-        return row_normalised(sum(weights[h] * attention[h] for h in range(heads)) + alpha * identity)
+        return row_normalized(sum(weights[h] * attention[h] for h in range(heads)) + alpha * identity)
     if name.startswith("gmarpp_"):
         positive = gradient.clamp(min=0)
         if positive.sum() == 0:
             return identity
         if name == "gmarpp_sum":
-            return row_normalised((positive * attention).sum(0) + alpha * identity)
+            return row_normalized((positive * attention).sum(0) + alpha * identity)
         p = int(name[-1])
         norms = torch.stack([positive[h].pow(p).sum().pow(1 / p) for h in range(heads)])
         weights = norms / norms.sum()
         relevance = sum(weights[h] * positive[h] * attention[h] for h in range(heads))
-        return row_normalised(relevance + alpha * identity)
+        return row_normalized(relevance + alpha * identity)
     if name == "chefer":
         return identity + (gradient * attention).clamp(min=0).mean(0)
     raise KeyError(name)

@@ -20,7 +20,7 @@ def vit(name="vit_tiny_patch16_224", seed=0, **options):
     torch.manual_seed(seed)
     defaults = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
     model = timm.create_model(name, **(defaults | options)).eval()
-    # Networks as initialised have nearly uniform attention, which would hide mistakes.
+    # Networks as initialized have nearly uniform attention, which would hide mistakes.
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(6)
@@ -149,10 +149,10 @@ def test_without_residual_a_row_without_relevance_is_handed_on():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Rollout(alpha=-1.0), "rollout: alpha must be 0 or more"),
-        (lambda: GMAR(alpha=float("nan")), "gmar_l1: alpha must be 0 or more"),
-        (lambda: GMAR(norm=3), "gmar_l1: norm must be one of 1, 2, found 3"),
-        (lambda: GMARPlusPlus(norm=0), "gmarpp_l1: norm must be one of 1, 2, None, found 0"),
+        (lambda: Rollout(alpha=-1.0), "rollout: alpha: expected 0 or more"),
+        (lambda: GMAR(alpha=float("nan")), "gmar_l1: alpha: expected 0 or more"),
+        (lambda: GMAR(norm=3), "gmar_l1: unknown norm 3: choose from 1, 2"),
+        (lambda: GMARPlusPlus(norm=0), "gmarpp_l1: unknown norm 0: choose from 1, 2, None"),
     ],
 )
 def test_bad_options_of_methods_are_named(make, message):
@@ -181,7 +181,7 @@ def test_the_network_is_left_as_it_was_found(fails):
     trainable = [parameter.requires_grad for parameter in model.parameters()]
     fused = F.scaled_dot_product_attention
     if fails:
-        with pytest.raises(ValueError, match="targets range"):
+        with pytest.raises(ValueError, match="targets: expected 0 to"):
             gmarpp.explain(model, batch, gmarpp.METHODS, target=99, recompute=True)
     else:
         gmarpp.explain(model, batch, gmarpp.METHODS, recompute=True)
@@ -340,9 +340,9 @@ def test_autocast_and_half_weights_agree_with_float32(dtype):
 
 def test_bad_targets_and_images_are_named():
     model, batch = vit(), images()
-    with pytest.raises(ValueError, match=r"targets range from 0 to 7, but the network has 7 classes, 0 to 6"):
+    with pytest.raises(ValueError, match=r"targets: expected 0 to 6 for 7 classes, got 0 to 7"):
         gmarpp.explain(model, batch, target=torch.tensor([0, 7, 1]))
-    with pytest.raises(ValueError, match=r"shape \(2,\) for 3 images"):
+    with pytest.raises(ValueError, match=r"targets: expected shape \(3,\).*, got \(2,\)"):
         gmarpp.explain(model, batch, target=[0, 1])
     with pytest.raises(ValueError, match="integer type"):
         gmarpp.explain(model, batch, target=torch.zeros(3))

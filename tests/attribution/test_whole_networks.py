@@ -108,7 +108,7 @@ def test_a_known_family_that_forwards_otherwise_is_run_as_it_is(change):
     found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
     torch.testing.assert_close(found.logits, model(batch).detach())
     assert_maps_are_the_naive_ones(model, batch, found.maps, logit_of(TARGET), read)
-    with pytest.raises(gmarpp.UnsupportedNetworkError, match="does not give the network's output"):
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="does not reproduce the network's output"):
         gmarpp.explain(model, batch, "legrad", TARGET)
 
 
@@ -319,13 +319,13 @@ def test_networks_of_another_kind_are_named():
             hugging_face("YolosForObjectDetection", image_size=[32, 32], num_detection_tokens=4),
             lambda output: output.logits[:, 0, 0],
             layout,
-            r"tokens behind the patch tokens \(YOLOS\)",
+            r"tokens after the patch tokens \(YOLOS\)",
         ),
         (
             hugging_face("ViTMAEModel", image_size=32, mask_ratio=0.0),
             lambda output: output.last_hidden_state[:, 0, 0],
             layout,
-            r"shuffle or mask patches \(ViTMAE\)",
+            r"shuffle or mask patches do \(ViTMAE\)",
         ),
     )
     for model, target, described, message in cases:

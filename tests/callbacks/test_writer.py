@@ -445,7 +445,7 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, caplog,
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, hard))
 
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
-    with pytest.raises(OSError, match=r"can't write: File too large.*run/(images|overlays)"):
+    with pytest.raises(OSError, match=r"cannot write: File too large.*run/(images|overlays)"):
         predict(tmp_path / "run", module=Disturbed(6, fill))
     assert "continue it with resume" in caplog.text
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -464,7 +464,7 @@ def test_a_folder_that_can_not_be_made_is_named(tmp_path, caplog):
 def test_no_part_vouches_for_a_picture_that_could_not_be_written(tmp_path, monkeypatch, reference, flush_seconds):
     obstacle = tmp_path / "run" / "images" / "000004-same.jpg"
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", flush_seconds)
-    with pytest.raises(OSError, match=r"can't write: Is a directory.*run/images/000004-same\.jpg"):
+    with pytest.raises(OSError, match=r"cannot write: Is a directory.*run/images/000004-same\.jpg"):
         predict(tmp_path / "run", module=Disturbed(2, obstacle.mkdir))
     assert finished_indices(tmp_path / "run") <= {0, 1, 2, 3}
     obstacle.rmdir()
@@ -493,7 +493,7 @@ def test_a_disk_that_is_full_at_the_end_stops_the_run_and_it_resumes(tmp_path, m
             return original(*arguments)
 
     monkeypatch.setattr(writer, step, on_a_full_disk)
-    with pytest.raises(OSError, match=rf"can't write: File too large: .*run/{file}"):
+    with pytest.raises(OSError, match=rf"cannot write: File too large: .*run/{file}"):
         predict(tmp_path / "run")
     monkeypatch.undo()
     assert predict(tmp_path / "run", resume=True).seen == []

@@ -196,7 +196,7 @@ def test_full_disk_leaves_the_last_state(checkpoint, capsys):
     resume = [*FIT, "--trainer.logger=false", "--trainer.max_epochs=3", f"--ckpt_path={checkpoint}"]
     with no_file_larger_than(100_000):
         message = failure(train_main, resume, capsys)
-    assert "can't write: File too large" in message
+    assert "cannot write: File too large" in message
     assert ".ckpt" in message
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob(".*"))
@@ -246,7 +246,7 @@ def test_a_wrong_option_leaves_no_folder_and_the_corrected_command_runs(checkpoi
     monkeypatch.setenv("HERE", str(folder))
     for option, message in (
         ("--explain.target=clas1", "unknown class 'clas1': did you mean class1"),
-        ("--explain.target=7", "targets range from 7 to 7, but the network has 3 classes"),
+        ("--explain.target=7", "targets: expected 0 to 2 for 3 classes, got 7 to 7"),
         ("--explain.metrics=[iou]", "explain.metrics: iou compare maps with an object"),
         ("--output=$UNKNOWN_NAME/out", "$UNKNOWN_NAME, which is not set"),
     ):

@@ -62,7 +62,9 @@ def test_masks_of_another_size_are_fitted(tmp_path):
         return ImageDataset(files, np.array([-1]), EvaluationTransform(PLAIN))[0]["mask"]
 
     assert mask("mask.png").tolist() == [[True] * 16] * 8 + [[False] * 16] * 8
-    with pytest.raises(ValueError, match=r"upright\.png is 10x20 but image image\.png is 40x20"):
+    with pytest.raises(
+        ValueError, match=r"upright\.png: expected the aspect ratio of image image\.png, 40x20, got 10x20"
+    ):
         mask("upright.png")
 
 

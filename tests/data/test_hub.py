@@ -117,7 +117,7 @@ def test_text_outside_the_classes_is_named_unless_all_are_given(tmp_path):
     files = parquet(
         tmp_path / "hub", {"train": text, "valid": text, "test": [(text[0][0], "wasp")]}, datasets.Value("string")
     )
-    with pytest.raises(ValueError, match=r"row test/0 has the label 'wasp', none of the 3 classes: set classes"):
+    with pytest.raises(ValueError, match=r"row test/0: expected one of 3 classes as label, got 'wasp': set classes"):
         opened(files, "test", test_split="test")
     data = opened(files, "test", test_split="test", classes=["wasp", "zebra", "bee", "ant"])
     assert data.classes == ("wasp", "zebra", "bee", "ant")
@@ -139,7 +139,7 @@ def test_labels_outside_the_classes_are_named(tmp_path, value, row, streaming):
     """Labels from 1 to 3 for three names, for example: the last one must not be taken for unknown."""
     rows = [(picture(k), label) for k, label in enumerate([1, 2, value])]
     files = parquet(tmp_path / "hub", {"valid": rows}, datasets.Value("int64"))
-    with pytest.raises(ValueError, match=rf"row.*{row}.* has the label {value}"):
+    with pytest.raises(ValueError, match=rf"row.*{row}.*label.* {value}"):
         list(opened(files, "validate", classes=["x", "y", "z"], streaming=streaming).val_dataloader())
 
 
@@ -148,7 +148,7 @@ def test_missing_labels_are_unknown_and_fractions_refused(tmp_path):
     data = opened(files, "validate", classes=["x", "y", "z"])
     assert [sample["label"] for sample in data.datasets["val"]] == [-1, 2]
     files = parquet(tmp_path / "other", {"valid": [(picture(0), 0.5)]}, datasets.Value("float64"))
-    with pytest.raises(ValueError, match=r"row valid/0 has the label 0\.5, expected a whole number"):
+    with pytest.raises(ValueError, match=r"row valid/0: expected a whole number as label, got 0\.5"):
         opened(files, "validate", classes=["x", "y", "z"])
 
 
@@ -164,7 +164,7 @@ def test_rows_do_not_choose_files_outside_of_the_data(tmp_path, streaming):
         # The library's own writer would store the file's content.
         pyarrow.parquet.write_table(datasets.Dataset.from_dict(table, features=features).data.table, file)
         data = opened({"valid": file}, "validate", streaming=streaming)
-        with pytest.raises(ValueError, match=r"row valid/0 names .*, which is outside of the data"):
+        with pytest.raises(ValueError, match=r"row valid/0 names .*, which is outside the data"):
             next(iter(data.datasets["val"]))
 
 
@@ -180,9 +180,11 @@ def test_linked_folders_that_the_library_leaves_out_are_refused(tmp_path):
 def test_expected_classes_are_checked(tmp_path):
     files = parquet(tmp_path / "hub", {"valid": ten()})
     opened(files, "validate", classes=SORTED)
-    with pytest.raises(ValueError, match=r"another order: 3 and 3 of them, number 1 is \['n02124075'\] and should be"):
+    with pytest.raises(
+        ValueError, match=r"expected 3, number 1 being \['n07920052'\], got 3, number 1 being \['n02124075'\]"
+    ):
         opened(files, "validate", classes=[SORTED[0], SORTED[2], SORTED[1]])
-    with pytest.raises(ValueError, match=r"3 and 2 of them, number 2 is"):
+    with pytest.raises(ValueError, match=r"expected 2, number 2 being \[\], got 3, number 2 being"):
         opened(files, "validate", classes=SORTED[:2])
 
 
@@ -192,7 +194,7 @@ def test_unsorted_classes_are_reported(tmp_path, caplog):
     assert "not sorted" in caplog.text
 
 
-def test_grey_and_unlabelled(tmp_path):
+def test_gray_and_unlabeled(tmp_path):
     files = parquet(tmp_path / "hub", {"valid": [(Image.new("L", (20, 16), 51), -1)]})
     sample = opened(files, "predict").datasets["predict"][0]
     assert sample["label"] == -1
@@ -214,7 +216,7 @@ def test_what_is_wrong_is_named(tmp_path):
     files = parquet(tmp_path / "hub", {"train": ten()})
     with pytest.raises(ValueError, match=r"split 'valid' of 'parquet' \(.*\) cannot be loaded: .*\['train'\]"):
         opened(files)
-    with pytest.raises(ValueError, match="'parquet' has no column 'picture'; it has image, label"):
+    with pytest.raises(ValueError, match="'parquet': unknown column 'picture': choose from image, label"):
         opened(files, val_split="train", image_column="picture")
     with pytest.raises(OSError, match=r"dataset '.*absent' cannot be loaded"):
         HubDataset(str(tmp_path / "absent"), preprocessing=PLAIN).prepare_data()
@@ -272,7 +274,7 @@ def test_streamed_classes_can_be_chosen_but_not_counted(tmp_path):
     files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
     data = streamed(files, "predict", only_classes=[SORTED[1]])
     assert [(sample["label"], sample["index"]) for sample in data.datasets["predict"]] == [(0, 1), (0, 4), (0, 7)]
-    with pytest.raises(ValueError, match="images_per_class needs"):
+    with pytest.raises(ValueError, match="images_per_class cannot be used with streamed"):
         streamed(files, "fit", images_per_class=1)
 
 
@@ -281,7 +283,7 @@ def test_streamed_text_labels(tmp_path):
     files = parquet(tmp_path / "hub", {"train": text, "valid": text[:3]}, datasets.Value("string"))
     data = streamed(files, "validate", classes=["zebra", "ant", "bee"])
     assert [sample["label"] for sample in data.datasets["val"]] == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"has the label 'zebra', none of the 2 classes"):
+    with pytest.raises(ValueError, match=r"expected one of 2 classes as label, got 'zebra'"):
         list(streamed(files, "validate", classes=["ant", "bee"]).datasets["val"])
     with pytest.raises(ValueError, match="does not name its classes: set classes"):
         streamed(files, "validate")
@@ -361,9 +363,9 @@ def test_files_that_rows_name_below_a_folder_of_data(tmp_path):
     assert torch.allclose(dataset[0]["image"], expected)
     assert torch.allclose(dataset[1]["image"], expected)
     for row in (2, 3, 4):
-        with pytest.raises(ValueError, match=rf"row train/{row} names .*, which is outside of the data"):
+        with pytest.raises(ValueError, match=rf"row train/{row} names .*, which is outside the data"):
             dataset[row]
-    with pytest.raises(ValueError, match="row train/5 has no image"):
+    with pytest.raises(ValueError, match="row train/5: expected an image"):
         dataset[5]
 
 
@@ -398,7 +400,7 @@ def test_results_and_pipes_below_a_local_folder_are_refused(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_training_images_need_labels(tmp_path, streaming):
     files = parquet(tmp_path / "hub", {"train": [*ten(), (picture(3), -1)], "valid": ten()})
-    with pytest.raises(ValueError, match=r"row .* has no label"):
+    with pytest.raises(ValueError, match=r"row .*(has no label|expected a label)"):
         list(opened(files, "fit", streaming=streaming, batch_size=1).train_dataloader())
 
 

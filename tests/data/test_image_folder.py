@@ -54,7 +54,7 @@ def test_single_image(tmp_path):
 
 def test_nothing_to_explain_is_named(tmp_path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match=r"no image in .*photos or its subfolders"):
+    with pytest.raises(ValueError, match=r"photos: expected images .*, got none"):
         opened(tmp_path / "photos")
     with pytest.raises(FileNotFoundError, match=r"image folder .*absent does not exist"):
         opened(tmp_path / "absent")
@@ -64,7 +64,7 @@ def test_labels_are_needed_to_train(tmp_path):
     write(tmp_path, "a.png")
     with pytest.raises(ValueError, match=r"train needs labels: set labelled to true"):
         opened(tmp_path, "fit")
-    with pytest.raises(ValueError, match=r"a\.png lies in no folder that names its class"):
+    with pytest.raises(ValueError, match=r"a\.png: expected images in folders named by class"):
         opened(tmp_path, "predict", labelled=True)
     (tmp_path / "a.png").rename(tmp_path / ".a.png")
     write(tmp_path, "cat/a.png")
@@ -100,7 +100,7 @@ def test_class_folders_without_splits(tmp_path):
 
 def test_class_missing_from_training(tmp_path):
     write(tmp_path, "train/cat/1.png", "val/cat/2.png", "val/dog/3.png")
-    with pytest.raises(ValueError, match=r"class 'dog' in .*val is not in .*train"):
+    with pytest.raises(ValueError, match=r"unknown class 'dog' in .*val: expected the classes of .*train"):
         opened(tmp_path, "fit", labelled=True)
 
 
@@ -129,11 +129,13 @@ def test_masks_that_do_not_match_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"mask folder .*masks does not exist"):
         opened(tmp_path / "photos", masks=str(masks))
     write_mask(masks / "dog.png", 1)
-    with pytest.raises(ValueError, match=r"image .*cat\.jpg needs one mask in .*masks, found none\. Name it cat\.png"):
+    with pytest.raises(
+        ValueError, match=r"image .*cat\.jpg: expected one mask in .*masks, got none\. Name it cat\.png"
+    ):
         opened(tmp_path / "photos", masks=str(masks))
     write_mask(masks / "x" / "cat.png", 1)
     write_mask(masks / "y" / "cat.png", 1)
-    with pytest.raises(ValueError, match=r"found 2: x/cat\.png, y/cat\.png"):
+    with pytest.raises(ValueError, match=r"got 2: x/cat\.png, y/cat\.png"):
         opened(tmp_path / "photos", masks=str(masks))
 
 

@@ -101,7 +101,7 @@ def test_preprocessing_out_of_range(wrong):
         Preprocessing(**{"size": (8, 8), **IMAGENET, **wrong})
 
 
-def test_denormalise_inverts_the_evaluation():
+def test_denormalize_inverts_the_evaluation():
     preprocessing = Preprocessing((64, 64), **IMAGENET)
     image = pil_to_tensor(picture(3))
     batch = EvaluationTransform(preprocessing)(image)["image"][None]
@@ -172,14 +172,14 @@ def test_augmentation_out_of_range():
         Augmentation(scale=(0.5, 1.5))
 
 
-def test_policies_fill_with_the_mean_colour():
+def test_policies_fill_with_the_mean_color():
     preprocessing = Preprocessing((64, 64), (1.0, 0.0, 0.0), (1, 1, 1))
     augmentation = Augmentation(scale=(1, 1), horizontal_flip=0, policy="randaugment", operations=8, magnitude=25)
     transform = TrainingTransform(preprocessing, augmentation)
     filled = 0
     for seed in range(10):
         torch.manual_seed(seed)
-        # normalised by mean (1, 0, 0), the mean colour is zero and the grey of the image is not
+        # normalized by mean (1, 0, 0), the mean color is zero and the gray of the image is not
         image = transform(torch.full((3, 64, 64), 128, dtype=torch.uint8))["image"]
         filled += int((image.abs() < 0.05).all(dim=0).any())
     assert filled >= 3

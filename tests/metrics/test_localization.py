@@ -125,16 +125,16 @@ def test_maps_that_are_not_finite():
 
 
 def test_shapes():
-    with pytest.raises(ValueError, match=r"masks must have shape \(1, H, W\)"):
+    with pytest.raises(ValueError, match=r"masks: expected shape \(1, H, W\)"):
         iou(MAP, torch.ones(2, 2, 2))
-    with pytest.raises(ValueError, match="maps must be floating point"):
+    with pytest.raises(ValueError, match="maps: expected floating point"):
         iou(MAP[None], torch.ones(1, 2, 2))
-    with pytest.raises(ValueError, match="maps must be floating point"):
+    with pytest.raises(ValueError, match="maps: expected floating point"):
         iou(MAP.long(), torch.ones(1, 2, 2))
 
 
 class TestBoxes:
-    def test_pixels_whose_centre_is_inside(self):
+    def test_pixels_whose_center_is_inside(self):
         mask = boxes_to_masks(torch.tensor([[1.0, 0.0, 3.0, 2.0], [0.6, 1.4, 2.5, 3.0]]), (3, 4))
         assert mask[0].int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
         assert mask[1].int().tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]]
@@ -156,7 +156,7 @@ class TestBoxes:
         assert metric.compute().isnan()
 
     def test_shape(self):
-        with pytest.raises(ValueError, match=r"boxes must have shape \(B, 4\)"):
+        with pytest.raises(ValueError, match=r"boxes: expected shape \(B, 4\)"):
             boxes_to_masks(torch.rand(4), (2, 2))
 
 

@@ -41,7 +41,7 @@ def test_undefined_curves_do_not_count():
     [(FRACTIONS, torch.rand(4)), (FRACTIONS, torch.rand(1, 3)), (FRACTIONS[:1], torch.rand(1, 1))],
 )
 def test_curve_shapes(fractions, scores):
-    with pytest.raises(ValueError, match=r"fractions must have shape \(S \+ 1,\)"):
+    with pytest.raises(ValueError, match=r"expected fractions of shape \(S \+ 1,\)"):
         deletion_auc(fractions, scores)
 
 
@@ -58,7 +58,7 @@ def test_road_by_hand():
 
 
 def test_road_input():
-    with pytest.raises(ValueError, match="must both have shape"):
+    with pytest.raises(ValueError, match="expected most_relevant_first and least_relevant_first of one shape"):
         road(torch.rand(2, 3), torch.rand(2, 4))
-    with pytest.raises(ValueError, match="order must be one of"):
+    with pytest.raises(ValueError, match="unknown order"):
         road(torch.rand(2, 3), torch.rand(2, 3), "worst_first")

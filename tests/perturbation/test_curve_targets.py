@@ -45,7 +45,7 @@ def maps():
 
 @torch.no_grad()
 def deletion_outputs(model, images, maps, steps=4):
-    """The network's outputs (S + 1, B, C) on images of which a growing share is replaced by their mean colour."""
+    """The network's outputs (S + 1, B, C) on images of which a growing share is replaced by their mean color."""
     outputs = []
     for step in range(steps + 1):
         keep = (rank_patches(maps) >= 16 * step // steps).view(-1, 1, 4, 4)
@@ -141,7 +141,7 @@ def test_scores_are_what_was_explained(model, images):
 def test_several_classes_per_image_are_scored_one_by_one(model, images):
     explained = gmarpp.explain(model, images, "gmarpp_l1", [[0, 3], [4, 1], [2, 2]])
     maps = explained.maps["gmarpp_l1"]
-    with pytest.raises(ValueError, match=r"\(3, 2\): of several classes.* target\[:, k\] and maps\[:, k\]"):
+    with pytest.raises(ValueError, match=r"\(3, 2\): for several classes.* target\[:, k\] and maps\[:, k\]"):
         perturbation_curves(model, images, maps[:, 0], explained.target)
     with pytest.raises(ValueError, match=r"several classes per image, score each alone, with maps\[:, k\]"):
         perturbation_curves(model, images, maps, explained.target)
@@ -157,7 +157,7 @@ def test_several_classes_per_image_are_scored_one_by_one(model, images):
         (lambda output: output, {}, r"one score per image, shape \(3,\), got \(3, 5\)"),
         (lambda output: 1.0, {}, r"one score per image, shape \(3,\), got float"),
         (lambda output: output[:, 0], {"score": "sigmoid"}, "scored by its own value"),
-        (None, {"batch_size": 0}, "batch_size must be at least 1"),
+        (None, {"batch_size": 0}, "batch_size: expected at least 1"),
     ],
 )
 def test_targets_that_cannot_be_scored(model, images, maps, target, options, message):

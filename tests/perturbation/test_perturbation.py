@@ -96,26 +96,26 @@ class TestBaselines:
         expected = torchvision_blur(images, [kernel, kernel], [sigma, sigma])
         torch.testing.assert_close(gaussian_blur(images), expected, atol=1e-5, rtol=1e-5)
 
-    def test_blur_commutes_with_normalisation_and_ignores_autocast(self):
+    def test_blur_commutes_with_normalization_and_ignores_autocast(self):
         images, mean, std = torch.rand(1, 3, 20, 20), torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
-        normalised = torchvision.transforms.v2.functional.normalize(images, mean.tolist(), std.tolist())
+        normalized = torchvision.transforms.v2.functional.normalize(images, mean.tolist(), std.tolist())
         expected = (gaussian_blur(images) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(gaussian_blur(normalised), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(gaussian_blur(normalized), expected, atol=1e-5, rtol=1e-5)
 
     def test_blur_keeps_half_precision(self):
         assert gaussian_blur(torch.rand(1, 3, 16, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
-    def test_mean_is_each_images_own_colour(self):
+    def test_mean_is_each_images_own_color(self):
         images = torch.stack([torch.zeros(3, 2, 2), torch.arange(12.0).view(3, 2, 2)])
         assert baseline_images(nn.Identity(), images, "mean")[..., 0, 0].tolist() == [[0, 0, 0], [1.5, 5.5, 9.5]]
 
-    def test_black_is_zero_before_normalisation(self):
+    def test_black_is_zero_before_normalization(self):
         model = PatchSum(WEIGHTS, {"mean": (0.5, 0.4, 0.2), "std": (0.5, 0.2, 0.1)})
         black = baseline_images(model, torch.zeros(2, 3, 4, 4), "black")
         torch.testing.assert_close(black[1, :, 0, 0], torch.tensor([-1.0, -2.0, -2.0]))
 
-    def test_black_needs_the_normalisation(self):
+    def test_black_needs_the_normalization(self):
         with pytest.raises(ValueError, match="pretrained_cfg"):
             baseline_images(nn.Identity(), ONES, "black")
 
@@ -149,14 +149,14 @@ class TestExactCurves:
         curves = perturbation_curves(PatchSum(WEIGHTS), ONES, torch.zeros(1, 2, 2), CLASS_1, 4, "black", score="logit")
         assert curves.deletion.tolist() == [[10, 6, 5, 2, 0]]
 
-    def test_normalised_curves_run_from_0_to_1(self):
+    def test_normalized_curves_run_from_0_to_1(self):
         curves = perturbation_curves(
             PatchSum(WEIGHTS), ONES, TRUE_MAP, CLASS_1, 4, "black", score="logit", normalize=True
         )
         torch.testing.assert_close(curves.insertion, torch.tensor([[0.0, 0.4, 0.7, 0.9, 1.0]]))
         torch.testing.assert_close(curves.deletion, torch.tensor([[1.0, 0.6, 0.3, 0.1, 0.0]]))
 
-    def test_normalising_is_undefined_where_the_image_scores_no_higher_than_its_baseline(self):
+    def test_normalizing_is_undefined_where_the_image_scores_no_higher_than_its_baseline(self):
         images, maps = torch.cat([ONES, -ONES, 0 * ONES]), TRUE_MAP.expand(3, 2, 2)
         curves = perturbation_curves(PatchSum(WEIGHTS), images, maps, CLASS_1.expand(3), 4, "black", normalize=True)
         assert curves.insertion.isnan().all(1).tolist() == [False, True, True]
@@ -490,24 +490,24 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"steps": 0}, "steps must be at least 1"),
-            ({"batch_size": 0}, "batch_size must be at least 1"),
-            ({"baseline": "grey"}, "baseline must be one of blur, mean, black, drop"),
-            ({"score": "margin"}, "score must be one of probability, sigmoid, logit"),
-            ({"mask": "hard"}, "mask must be one of topk, soft"),
+            ({"steps": 0}, "steps: expected at least 1"),
+            ({"batch_size": 0}, "batch_size: expected at least 1"),
+            ({"baseline": "gray"}, "unknown baseline 'gray': choose from blur, mean, black, drop"),
+            ({"score": "margin"}, "unknown score 'margin': choose from probability, sigmoid, logit"),
+            ({"mask": "hard"}, "unknown mask 'hard': choose from topk, soft"),
             ({"mask": "soft", "baseline": "drop"}, "half a token"),
-            ({"maps": {}}, "maps is empty"),
-            ({"maps": {"a": torch.rand(2, 2)}}, r"a: maps must have shape \(1, h, w\)"),
+            ({"maps": {}}, "maps: expected maps .* got none"),
+            ({"maps": {"a": torch.rand(2, 2)}}, r"a: expected maps of shape \(1, h, w\)"),
             ({"maps": {"a": torch.rand(1, 3, 2, 2)}}, "several classes per image"),
-            ({"maps": {"a": torch.rand(1, 2, 2), "b": torch.rand(1, 2, 1)}}, "b: patch grid"),
+            ({"maps": {"a": torch.rand(1, 2, 2), "b": torch.rand(1, 2, 1)}}, "b: expected the patch grid"),
             ({"maps": {"a": torch.rand(1, 5, 2)}}, "finer than images"),
-            ({"images": torch.rand(3, 4, 4)}, "images must have shape"),
-            ({"images": torch.rand(0, 3, 4, 4)}, "images must have shape"),
-            ({"target": torch.tensor([1, 1])}, "target must hold one class index per image"),
-            ({"target": torch.tensor([1.0])}, "target must hold one class index per image"),
-            ({"target": [True]}, "target must hold one class index per image"),
-            ({"target": torch.tensor([-1])}, "negative class indices"),
-            ({"target": torch.tensor([2])}, "target class 2 needs logits"),
+            ({"images": torch.rand(3, 4, 4)}, "images: expected shape"),
+            ({"images": torch.rand(0, 3, 4, 4)}, "images: expected shape"),
+            ({"target": torch.tensor([1, 1])}, "target: expected one class index per image"),
+            ({"target": torch.tensor([1.0])}, "target: expected one class index per image"),
+            ({"target": [True]}, "target: expected one class index per image"),
+            ({"target": torch.tensor([-1])}, "target: expected class indices of 0 or more"),
+            ({"target": torch.tensor([2])}, "target class 2: expected logits"),
         ],
     )
     def test_wrong_options(self, change, message):
@@ -610,5 +610,5 @@ class TestRoad:
             road_scores(PatchSum(WEIGHTS), ONES, {"a": TRUE_MAP}, CLASS_1, fractions=fractions)
 
     def test_one_patch(self):
-        with pytest.raises(ValueError, match="at least two patches"):
+        with pytest.raises(ValueError, match="at least 2 patches"):
             road_scores(PatchSum(WEIGHTS), ONES, {"a": torch.ones(1, 1, 1)}, CLASS_1)

@@ -13,7 +13,7 @@ from gmarpp.training.checkpoint_io import AtomicCheckpointIO
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "new" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3)}, path)
-    with no_file_larger_than(1000), pytest.raises(OSError, match=r"can't write: File too large: .*last\.ckpt"):
+    with no_file_larger_than(1000), pytest.raises(OSError, match=r"cannot write: File too large: .*last\.ckpt"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, path)
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["weights"], torch.ones(3))
     assert list(path.parent.iterdir()) == [path]

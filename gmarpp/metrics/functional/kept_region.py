@@ -10,20 +10,23 @@ from gmarpp.metrics.functional.reduction import Reduction, reduce_images
 
 def _check(full: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     if full.ndim != 1 or full.shape != kept.shape:
-        raise ValueError(f"full and kept must both have shape (B,), got {tuple(full.shape)} and {tuple(kept.shape)}")
+        raise ValueError(f"expected full and kept of one shape (B,), got {tuple(full.shape)} and {tuple(kept.shape)}")
     return full.float(), kept.float()
 
 
 def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Average Drop in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(Y - O) / Y)` (Chattopadhyay et al. 2018).
+    r"""Compute Average Drop in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(Y - O) / Y)`.
 
-    Lower is better. A score of 0 has nothing to lose: its drop is 0. Relative to a negative score (a logit) the drop is
-    undefined: NaN, left out of the mean.
+    Source: Chattopadhyay et al. 2018. Lower is better. A score of 0 cannot drop: its drop is 0.
+    Relative to a negative score (a logit) the drop is undefined: NaN, left out of the mean.
 
     Args:
         full: (B,), Y, score on the image.
         kept: (B,), O, score on the kept region.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> average_drop(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
@@ -35,14 +38,17 @@ def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
 
 
 def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Average Increase in percent: :math:`100 \cdot \text{mean}[O > Y]` (Chattopadhyay et al. 2018).
+    r"""Compute Average Increase in percent: :math:`100 \cdot \text{mean}[O > Y]`.
 
-    Higher is better. NaN where a score is NaN.
+    Source: Chattopadhyay et al. 2018. Higher is better. NaN where a score is NaN.
 
     Args:
         full: (B,), Y, score on the image.
         kept: (B,), O, score on the kept region.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> average_increase(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
@@ -54,15 +60,18 @@ def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") 
 
 
 def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Average Gain in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(O - Y) / (1 - Y))` (Zhang et al. 2024).
+    r"""Compute Average Gain in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(O - Y) / (1 - Y))`.
 
-    Higher is better. A probability of 1 has nothing to gain: its gain is 0. Above 1 (a logit) the gain is undefined:
-    NaN, left out of the mean.
+    Source: Zhang et al. 2024. Higher is better. A probability of 1 cannot gain: its gain is 0.
+    Above 1 (a logit) the gain is undefined: NaN, left out of the mean.
 
     Args:
         full: (B,), Y, score on the image.
         kept: (B,), O, score on the kept region.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, or an unknown reduction.
 
     Example:
         >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))

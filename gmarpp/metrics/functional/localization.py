@@ -1,8 +1,7 @@
 """Agreement of maps with boxes or masks of the object.
 
-Maps are scaled to [0, 1] each on their own grid, a constant map becomes 0 everywhere, and upsampled to the masks' size
-(bilinear), in float64. An image whose mask is empty - it has no box, or an empty one - has no value: NaN, left out of
-means.
+Each map is scaled to [0, 1] on its own grid (a constant map becomes 0) and upsampled to the masks' size bilinearly, in
+float64. An image with an empty mask, because it has no box or an empty one, has no value: NaN, left out of means.
 """
 
 import math
@@ -17,7 +16,7 @@ from gmarpp.metrics.functional.reduction import Reduction, reduce_images
 
 
 def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of the pixels whose centre lies in the box; an empty box or one with NaN gives an empty mask.
+    """Return masks of the pixels whose center lies in the box; an empty box or one with NaN gives an empty mask.
 
     Args:
         boxes: (B, 4), x0, y0, x1, y1 in pixels, right and bottom edges exclusive.
@@ -26,13 +25,16 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, H, W) bool.
 
+    Raises:
+        ValueError: boxes of a wrong shape.
+
     Example:
         >>> boxes_to_masks(torch.tensor([[1, 0, 3, 1]]), (2, 4)).int()
         tensor([[[0, 1, 1, 0],
                  [0, 0, 0, 0]]], dtype=torch.int32)
     """
     if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must have shape (B, 4), got {tuple(boxes.shape)}")
+        raise ValueError(f"boxes: expected shape (B, 4), got {tuple(boxes.shape)}")
     x0, y0, x1, y1 = boxes.float().T[..., None]
     rows, columns = (torch.arange(n, device=boxes.device, dtype=torch.float32) + 0.5 for n in size)
     inside_rows, inside_columns = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
@@ -43,7 +45,7 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     check_finite_maps(maps)
     if masks.ndim != 3 or len(masks) != len(maps):
-        raise ValueError(f"masks must have shape ({len(maps)}, H, W) for {len(maps)} maps, got {tuple(masks.shape)}")
+        raise ValueError(f"masks: expected shape ({len(maps)}, H, W) for {len(maps)} maps, got {tuple(masks.shape)}")
     masks = masks.to(maps.device, torch.bool)
     scaled = minmax(maps.double())[:, None]
     upsampled = F.interpolate(scaled, size=masks.shape[1:], mode="bilinear", align_corners=False)
@@ -55,7 +57,7 @@ def _where_masked(values: Tensor, masks: Tensor, reduction: Reduction) -> Tensor
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """Make equal again what is equal in exact arithmetic: interpolation leaves pixels an ulp apart."""
+    """Round away the last bits, in which interpolation makes equal pixels differ."""
     return values.round(decimals=10)
 
 
@@ -64,12 +66,15 @@ def _highlighted(maps: Tensor, threshold: float | None) -> Tensor:
 
 
 def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Share of images whose most relevant pixel (the first one on ties) lies on the object (Zhang et al. 2018).
+    """Compute the share of images whose most relevant pixel, the first on ties, lies on the object (Zhang et al. 2018).
 
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         reduction: `mean`, or `none` for a value per image (0 or 1, NaN where the mask is empty).
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> pointing_game(torch.eye(2)[None], torch.tensor([[[1, 1], [0, 0]]]))
@@ -81,12 +86,15 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
 
 
 def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Share of the min-max map's sum that lies on the object (Wang et al. 2020); 0 for a constant map.
+    """Compute the share of the min-max map's sum that lies on the object (Wang et al. 2020); 0 for a constant map.
 
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> energy_inside(torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
@@ -99,13 +107,16 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
 
 
 def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: Reduction = "mean") -> Tensor:
-    """Intersection over union of the object and the pixels where the min-max map exceeds a threshold.
+    """Compute the intersection over union of the object and the pixels where the min-max map exceeds a threshold.
 
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         threshold: in [0, 1]; None is the mean of each min-max map, as Chefer et al. 2021 segment.
         reduction: `mean` over images, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> iou(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
@@ -119,13 +130,16 @@ def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: 
 def pixel_accuracy(
     maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Share of pixels told right - object or not - by whether the min-max map exceeds a threshold.
+    """Compute the share of pixels classified correctly, as object where the min-max map exceeds a threshold.
 
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         threshold: in [0, 1]; None is the mean of each min-max map, as Chefer et al. 2021 segment.
         reduction: `mean` over images, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> pixel_accuracy(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
@@ -137,12 +151,15 @@ def pixel_accuracy(
 
 
 def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Average precision of each map as a ranking of the pixels, averaged over images, without a threshold.
+    """Compute the average precision of each map as a ranking of the pixels, without a threshold.
 
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
     Example:
         >>> average_precision(torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
@@ -152,7 +169,7 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
     ordered, order = _rounded(scaled).sort(dim=1, descending=True)
     inside = masks.gather(1, order).double()
     place = torch.arange(inside.shape[1], device=inside.device).expand_as(order)
-    # Equal pixels enter together: each counts with the precision at the last of them.
+    # Equal pixels enter the ranking together: each counts with the precision at the last of them.
     ends = F.pad(ordered[:, 1:] != ordered[:, :-1], (0, 1), value=True)
     last = torch.where(ends, place, inside.shape[1]).flip(1).cummin(1).values.flip(1)
     precision = (inside.cumsum(1) / (place + 1)).gather(1, last)

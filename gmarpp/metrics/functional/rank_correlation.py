@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of maps, pair by pair, equal values sharing their mean rank.
+    """Compute Spearman's rank correlation of maps, pair by pair; equal values share their mean rank.
 
     Args:
         first: maps (n, h, w).
@@ -20,14 +20,14 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 7.0, 6.0]]]))
         tensor([0.5000], dtype=torch.float64)
     """
-    a, b = _centred_ranks(first), _centred_ranks(second)
+    a, b = _centered_ranks(first), _centered_ranks(second)
     norms = a.norm(dim=1) * b.norm(dim=1)
     unordered = first.flatten(1).isnan().any(dim=1) | second.flatten(1).isnan().any(dim=1)
     correlation = torch.where(norms > 0, (a * b).sum(dim=1) / norms.clamp(min=1e-12), 0.0)
     return torch.where(unordered, math.nan, correlation)
 
 
-def _centred_ranks(maps: Tensor) -> Tensor:
+def _centered_ranks(maps: Tensor) -> Tensor:
     values = maps.flatten(1).nan_to_num().contiguous()
     ordered = values.sort(dim=1).values
     below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))

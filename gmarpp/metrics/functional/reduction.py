@@ -1,4 +1,4 @@
-"""From a value per image to one number."""
+"""Reduction of a value per image to one number."""
 
 from typing import Literal
 
@@ -8,12 +8,15 @@ Reduction = Literal["mean", "none"]
 
 
 def reduce_images(values: Tensor, reduction: Reduction) -> Tensor:
-    """Mean over the images for which the value is defined (not NaN), or the values themselves.
+    """Return the mean over the images for which the value is defined (not NaN), or the values themselves.
 
     Args:
         values: (B,) float32.
         reduction: `mean` gives a scalar, NaN if no value is defined; `none` gives (B,).
+
+    Raises:
+        ValueError: an unknown reduction.
     """
     if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+        raise ValueError(f"unknown reduction {reduction!r}: choose from mean, none")
     return values.nanmean() if reduction == "mean" else values

@@ -8,16 +8,19 @@ from gmarpp.metrics.functional.reduction import Reduction, reduce_images
 
 
 def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Gini index of the patches' absolute relevance (Chalasani et al. 2020): 0 even, towards 1 a single patch.
+    r"""Compute the Gini index of absolute relevance (Chalasani et al. 2020): 0 if even, near 1 for a single patch.
 
     .. math::
         G = \frac{\sum_{k=1}^{n} (2k - n - 1) v_k}{n \sum_k v_k}, \quad v_1 \le \dots \le v_n
 
-    A map of zeros is even: 0.
+    A map of zeros is even, so its index is 0.
 
     Args:
-        maps: (B, h, w), raw; the scale does not matter, an offset does.
+        maps: (B, h, w), raw; the index depends on an offset but not on the scale.
         reduction: `mean`, or `none` for a value per image.
+
+    Raises:
+        ValueError: a wrong shape, a map that is not finite, or an unknown reduction.
 
     Example:
         >>> sparseness(torch.tensor([[[0.0, 0.0], [0.0, 5.0]], [[1.0, 1.0], [1.0, 1.0]]]), reduction="none")
