@@ -29,7 +29,7 @@ class ModelCardCheckpoint(ObservedCheckpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best score also where the run goes on in a new folder, as long as its checkpoint is there."""
+        """Restore the best score also where the run goes on in a new folder, as long as its checkpoint is there."""
         if Path(state_dict["best_model_path"]).is_file():
             state_dict = {**state_dict, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
@@ -49,7 +49,7 @@ class ModelCardCheckpoint(ObservedCheckpoint):
 
 
 def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], checkpoint: str) -> str:
-    """Describes a network in training as a model card of the Hugging Face Hub.
+    """Describe a network in training as a model card of the Hugging Face Hub.
 
     Args:
         trainer: Lightning's, in `fit`.
@@ -117,7 +117,7 @@ def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], c
 
 
 def _attribution(metrics: Mapping[str, float]) -> list[str]:
-    """A section with a row per method and a column per metric; none where nothing was explained."""
+    """Return a section with a row per method and a column per metric; none where nothing was explained."""
     values = {(parts[1], parts[2]): metrics[key] for key in metrics if len(parts := key.split("/")) == 3}
     methods, columns = dict.fromkeys(method for method, _ in values), dict.fromkeys(metric for _, metric in values)
     rows = [

@@ -149,7 +149,7 @@ class AttributionMonitor(L.Callback):
         return self.images > 0 and not trainer.sanity_checking and self._validations % self.every_n_epochs == 0
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[dict[str, Any]]:
-        """Give this rank's share of the probe in batches."""
+        """Return this rank's share of the probe in batches."""
         loaders: Any = trainer.val_dataloaders
         dataset: Any = (loaders[0] if isinstance(loaders, list | tuple) else loaders).dataset
         if not hasattr(dataset, "labels") or not hasattr(dataset, "__getitem__"):

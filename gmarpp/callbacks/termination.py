@@ -90,7 +90,7 @@ class Termination(Callback):
         self._stop_loop(trainer.predict_loop)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the process its exit status, and have a resumed run repeat the validation that was interrupted."""
+        """Set the exit status of the process, and have a resumed run repeat the validation that was interrupted."""
         if not isinstance(exception, SIGTERMException):
             return
         exception.code = 128 + self._signals.number

@@ -52,7 +52,7 @@ class ExplanationWriter(BasePredictionWriter):
         resume: continue the interrupted run in ``output``, or add images to a complete one. A limit of the trainer's
             batches counts from the beginning of the data, not from where the run is resumed.
         colormap: one of ``gmarpp.visualize.COLORMAPS``.
-        opacity: share of the map's colours in overlays, 0 to 1.
+        opacity: share of the map's colors in overlays, 0 to 1.
         figure_images: columns of the comparison figure; 0 for no figure.
         figure_formats: formats of the figures: ``png``, ``pdf``, ``svg``.
         report: write ``report.html``.

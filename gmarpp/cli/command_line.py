@@ -28,5 +28,5 @@ class CommandLine(ParsedCommandLine):
 
 
 def _parser_options(*subcommands: str) -> dict[str, Any]:
-    """Has every parser raise its errors instead of printing a page of usage."""
+    """Return options by which every parser raises its errors instead of printing a page of usage."""
     return {"exit_on_error": False, **{name: {"exit_on_error": False} for name in subcommands}}

@@ -48,14 +48,14 @@ class ExplainCLI(CommandLine):
         return {"predict": LightningCLI.subcommands()["predict"] | {"return_predictions"}}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the trainer and the data, but no model: its options are the checkpoint's."""
+        """Add the trainer and the data, but no model: its options are the checkpoint's."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         parser.set_defaults(defaults)
         parser.add_lightning_class_args(self.data_class, "data", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what to explain and where to write it."""
+        """Add what to explain and where to write it."""
         parser.add_class_arguments(Explainer, "explain")
         parser.add_class_arguments(
             ExplanationWriter, "write", skip={"output", "resume", "overwrite"}, instantiate=False
@@ -77,7 +77,7 @@ class ExplainCLI(CommandLine):
             )
 
     def instantiate_classes(self) -> None:
-        """Builds the network from the checkpoint, the data and the trainer from the command line."""
+        """Build the network from the checkpoint, the data and the trainer from the command line."""
         options = self.parser.instantiate_classes(self.config)
         self.config_init = options
         self.datamodule = options.predict.data
@@ -97,12 +97,12 @@ class ExplainCLI(CommandLine):
         self.trainer = self.instantiate_trainer(callbacks=[*(own if isinstance(own, list) else [own]), writer])
 
     def predict(self, model: ViTClassifier, datamodule: L.LightningDataModule, **_: Any) -> None:
-        """Runs the predict loop without letting Lightning load the checkpoint a second time."""
+        """Run the predict loop without letting Lightning load the checkpoint a second time."""
         self.trainer.predict(model, datamodule=datamodule, return_predictions=False)
 
 
 def explain_main(args: list[str] | None = None) -> ExplainCLI:
-    """Runs `explain.py`; a user's mistake ends with one line on stderr and a status other than 0.
+    """Run `explain.py`; a user's mistake ends with one line on stderr and a status other than 0.
 
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.

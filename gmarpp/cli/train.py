@@ -60,7 +60,7 @@ class TrainCLI(CommandLine):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the checkpoint of the best validation and the one of the latest state, both configurable."""
+        """Add the checkpoint of the best validation and the one of the latest state, both configurable."""
         parser.add_lightning_class_args(ModelCardCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LatestCheckpoint, "last_checkpoint")
         parser.set_defaults(
@@ -76,7 +76,7 @@ class TrainCLI(CommandLine):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Keeps checkpoints and the configuration of training alone, and only where checkpoints are wanted."""
+        """Keep checkpoints and the configuration of training alone, and only where checkpoints are wanted."""
         if self.subcommand != "fit":
             self.save_config_callback = None
         if self.subcommand != "fit" or self.option(self.config_init, "trainer").get("enable_checkpointing") is False:
@@ -100,11 +100,11 @@ class TrainCLI(CommandLine):
         require_monitored_metrics(self.trainer, self.model)
 
     def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
-        """Validates without letting Lightning load the checkpoint a second time."""
+        """Validate without letting Lightning load the checkpoint a second time."""
         self.trainer.validate(model, **options)
 
     def test(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
-        """Tests without letting Lightning load the checkpoint a second time."""
+        """Test without letting Lightning load the checkpoint a second time."""
         self.trainer.test(model, **options)
 
     def take_options_of_checkpoint(self) -> None:
@@ -132,7 +132,7 @@ class TrainCLI(CommandLine):
 
 
 def train_main(args: list[str] | None = None) -> TrainCLI:
-    """Runs `train.py`; a user's mistake ends with one line on stderr and a status other than 0.
+    """Run `train.py`; a user's mistake ends with one line on stderr and a status other than 0.
 
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.

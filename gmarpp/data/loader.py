@@ -56,7 +56,7 @@ class UnrepeatedSampler(DistributedSampler[Any]):
 
 
 def equal_batch_count(images: int, world_size: int, batch_size: int) -> int:
-    """The batch size nearest to `batch_size`, rather smaller, that gives every rank the same number of batches.
+    """Return the batch size nearest to `batch_size`, rather smaller, that gives every rank as many batches.
 
     The ranks' shares differ by one image where nothing is repeated. A rank with one batch more than the others would
     wait for them forever where a network synchronises buffers.
@@ -92,7 +92,7 @@ class ResumableLoader(DataLoader[Any]):
         self._resumed: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yields the batches of the sampler's epoch that were not yet seen in it."""
+        """Yield the batches of the sampler's epoch that were not yet seen in it."""
         if not isinstance(self.sampler, EpochSampler):
             # Lightning puts a sequential sampler in its place to overfit a few batches
             yield from super().__iter__()
@@ -121,7 +121,7 @@ class ResumableLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes effect when the epoch of the state is iterated next."""
+        """Go on from a state when its epoch is iterated next."""
         self._resumed = dict(state)
 
 

@@ -118,7 +118,7 @@ class ImageDataModule(L.LightningDataModule):
         """Where a split's samples are read from, and their labels: -1 where unknown."""
 
     def setup(self, stage: str) -> None:
-        """Opens the splits of a stage ("fit", "validate", "test" or "predict").
+        """Open the splits of a stage ("fit", "validate", "test" or "predict").
 
         Raises:
             ValueError: a class is unknown to the data or the network or has no training image, a label is none of a
@@ -138,7 +138,7 @@ class ImageDataModule(L.LightningDataModule):
             self.datasets["val" if split == "selection" else split] = dataset
 
     def open_split(self, split: Split) -> Dataset[Any]:
-        """Opens one split, restricted to the chosen classes and number of images."""
+        """Open one split, restricted to the chosen classes and number of images."""
         source, labels = self.read_split(split)
         self._check_labels(split, labels)
         labels = self._numbers[labels]
@@ -153,7 +153,7 @@ class ImageDataModule(L.LightningDataModule):
         return ImageDataset(source, labels, self.transform(split), self.order_seed, rows)
 
     def transform(self, split: Split) -> Transform:
-        """What turns decoded images of a split into tensors."""
+        """Return what turns decoded images of a split into tensors."""
         assert self.preprocessing is not None, "setup has not run"
         if split == "train":
             return TrainingTransform(self.preprocessing, self.augmentation)
@@ -193,7 +193,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The images to explain, in the batches that `predict_batches` chooses when the loader is asked for."""
+        """Return the images to explain, in the batches that `predict_batches` chooses when the loader is asked for."""
         loader = self._evaluation_loader("predict")
         return loader if self.predict_batches is None else batch_loader(loader, self.predict_batches(loader))
 
@@ -233,7 +233,7 @@ class ImageDataModule(L.LightningDataModule):
         }
 
     def _number_classes(self, ids: Sequence[str], names: Sequence[str]) -> None:
-        """Sets the classes, and the table from the data's own numbers to labels."""
+        """Set the classes, and the table from the data's own numbers to labels."""
         twice = [name for name, count in Counter(ids).items() if count > 1]
         if twice:
             raise ValueError(f"{type(self).__name__} has class {twice[0]!r} twice: expected every class once")

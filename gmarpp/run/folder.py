@@ -58,7 +58,7 @@ def remove_run(folder: Path) -> None:
 
 
 def file_stem(index: int, path: str) -> str:
-    """Give the name that an image's pictures have: unique by index, safe on any file system, short.
+    """Return the name that an image's pictures have: unique by index, safe on any file system, short.
 
     Example:
         >>> file_stem(7, 'photos/Größe "<b>".jpg')

@@ -22,10 +22,10 @@ def write_pictures(
         images: uint8 pixels, shape (n, H, W, 3).
         maps: by method, raw, shape (n, h, w).
         colormap: one of `gmarpp.visualize.COLORMAPS`.
-        opacity: share of the map's colours, 0 to 1.
+        opacity: share of the map's colors, 0 to 1.
 
     Raises:
-        OSError: naming the file that can't be written.
+        OSError: naming the file that cannot be written.
     """
     for position, file in enumerate(files):
         of_image = {method: attributions[position] for method, attributions in maps.items()}

@@ -202,7 +202,7 @@ class StoredRun:
             raise damaged_file(path, str(error)) from error
 
     def image_path(self, index: int) -> Path:
-        """Path of the image as the network saw it, undone of normalisation (JPEG)."""
+        """Path of the image as the network saw it, undone of normalization (JPEG)."""
         return self.folder / IMAGES / f"{self._row(index)['file']}.jpg"
 
     def overlay_path(self, index: int, method: str) -> Path:

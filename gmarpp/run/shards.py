@@ -47,7 +47,7 @@ class Shard:
     fractions: Tensor | None = None
 
     def select(self, positions: Sequence[int]) -> "Shard":
-        """Give the images at some positions, in that order."""
+        """Return the images at some positions, in that order."""
         chosen = torch.as_tensor(positions, dtype=torch.long)
         tensors = {key: tensor[chosen] for key, tensor in self.tensors.items()}
         return replace(self, rows=[self.rows[position] for position in positions], tensors=tensors)

@@ -46,7 +46,7 @@ def _resample_counts(n: int, resamples: int, seed: int) -> Iterator[Array]:
 
 
 def bootstrap(values: Array, resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> list[Interval]:
-    """Give the mean of each column with its percentile bootstrap interval over images.
+    """Return the mean of each column with its percentile bootstrap interval over images.
 
     All columns share the same resamples, so that intervals of differences between columns are paired.
 
@@ -80,7 +80,7 @@ def bootstrap(values: Array, resamples: int = 2000, confidence: float = 0.95, se
 def paired_difference(
     first: Array, second: Array, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Give the mean of ``first - second`` over images with its bootstrap interval.
+    """Return the mean of ``first - second`` over images with its bootstrap interval.
 
     Args:
         first: one value per image, shape (n,).
@@ -166,7 +166,7 @@ class CurveSum:
         self.squares += (curves**2).sum(axis=0)
 
     def mean(self) -> MeanCurve:
-        """Give the mean of all curves added."""
+        """Return the mean of all curves added."""
         mean = self.total / self.n
         variance = np.maximum(self.squares / self.n - mean**2, 0) / max(self.n - 1, 1)
         half = 1.96 * np.sqrt(variance)

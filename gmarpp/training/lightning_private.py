@@ -24,7 +24,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self._call_children_scripts()
 
     def share_threads(self) -> None:
-        """Give this rank its share of the machine's threads, as Lightning's own launcher does."""
+        """Set this rank's share of the machine's threads, as Lightning's own launcher does."""
         _set_num_threads_if_needed(num_processes=self.num_processes)
 
 

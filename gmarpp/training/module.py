@@ -218,14 +218,14 @@ class ViTClassifier(L.LightningModule):
         return self.model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalised images (B, 3, H, W)."""
+        """Logits (B, num_classes) of normalized images (B, 3, H, W)."""
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.model(images)
         return logits
 
     def setup(self, stage: str) -> None:
-        """Takes the classes from the data, or compares them with those the network was trained on.
+        """Take the classes from the data, or compare them with those the network was trained on.
 
         Raises:
             ValueError: the classes are others, or the strategy shares the network out among the devices.
@@ -272,12 +272,12 @@ class ViTClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Restores the place within the epoch that the checkpoint of a resumed run was saved at."""
+        """Restore the place within the epoch that the checkpoint of a resumed run was saved at."""
         # Lightning does so when it sets up the data, which was before the checkpoint was read
         restore_place_in_epoch(self.trainer)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Has all random numbers of a step, such as dropout's and mixup's, follow from seed, rank, epoch and batch.
+        """Seed the random numbers of a step, such as dropout's and mixup's, by seed, rank, epoch and batch.
 
         A resumed run draws what an uninterrupted one would, whatever else draws from the global generators.
         """
@@ -312,29 +312,29 @@ class ViTClassifier(L.LightningModule):
         return loss
 
     def on_validation_start(self) -> None:
-        """Loads the start weights, should validation be the first thing that happens."""
+        """Load the start weights if validation is the first thing that happens."""
         self._load_start_weights()
 
     def on_test_start(self) -> None:
-        """Loads the start weights, should testing be the first thing that happens."""
+        """Load the start weights if testing is the first thing that happens."""
         self._load_start_weights()
 
     def on_predict_start(self) -> None:
-        """Loads the start weights, should prediction be the first thing that happens."""
+        """Load the start weights if prediction is the first thing that happens."""
         self._load_start_weights()
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Updates val/loss, val/accuracy, val/accuracy_top5 and val/calibration_error."""
+        """Update val/loss, val/accuracy, val/accuracy_top5 and val/calibration_error."""
         counted = self.counted(batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx)
         self._evaluate(batch, counted, self.val_loss, self.val_metrics, "val/loss")
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Updates the same metrics under test/."""
+        """Update the same metrics under test/."""
         counted = self.counted(batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)
         self._evaluate(batch, counted, self.test_loss, self.test_metrics, "test/loss")
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """What the explainer says of the batch; logits (B, num_classes) when there is none."""
+        """Return what the explainer says of the batch; logits (B, num_classes) when there is none."""
         return self(batch["image"]) if self.explainer is None else self.explainer(self.model, batch)
 
     @staticmethod
@@ -358,12 +358,12 @@ class ViTClassifier(L.LightningModule):
         return (labels >= 0) & (drawn < len(images))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the classes, so that outputs can name them without the data, and the seed of the steps."""
+        """Store the classes, so that outputs can name them without the data, and the seed of the steps."""
         checkpoint["classes"], checkpoint["class_names"] = list(self.classes), list(self.class_names)
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes classes and seed from the checkpoint, or compares the data's classes with them."""
+        """Take classes and seed from the checkpoint, or compare the data's classes with them."""
         classes = tuple(checkpoint.get("classes", ()))
         if self.classes and classes:
             self._require_classes(self.classes, classes, f"the checkpoint {self._ckpt_path() or ''} was trained on")
@@ -414,7 +414,7 @@ class ViTClassifier(L.LightningModule):
         self._network.classes, self._network.class_names = self.classes, self.class_names
 
     def _load_start_weights(self) -> None:
-        """Runs in the first hook of a stage after a checkpoint would have been restored, which makes it needless."""
+        """Load the start weights in the first hook of a stage after which a checkpoint would have been restored."""
         count = self.hparams["num_classes"]
         if self.classes and len(self.classes) != count:
             raise ValueError(
@@ -436,7 +436,7 @@ class ViTClassifier(L.LightningModule):
             )
 
     def _scaled_lr(self) -> float:
-        """States the effective batch size, and scales the learning rate to it if so configured."""
+        """State the effective batch size, and scale the learning rate to it if so configured."""
         lr, reference = float(self.hparams["lr"]), self.hparams["lr_batch_size"]
         batch = getattr(self.trainer.train_dataloader, "batch_size", None)
         if batch is None:
@@ -455,7 +455,7 @@ class ViTClassifier(L.LightningModule):
         return scaled
 
     def _require_finite(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        """Stops all ranks together: one that stopped alone would leave the others waiting for its gradients."""
+        """Stop all ranks together: one that stopped alone would leave the others waiting for its gradients."""
         finite = torch.isfinite(loss)
         ranks: Any = self.trainer.strategy.reduce(finite.float(), reduce_op="sum")
         if ranks == self.trainer.world_size:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups a network's trainable parameters by depth and by whether they are decayed.
+    """Group a network's trainable parameters by depth and by whether they are decayed.
 
     A parameter `d` layers below the head gets the learning rate `lr * layer_decay**d` (Clark et al. 2020, ELECTRA; Bao
     et al. 2022, BEiT). Biases, norms and the parameters that the network names in `no_weight_decay()` (position
@@ -58,5 +58,5 @@ def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> flo
 
 
 def warmup_cosine_schedule(optimizer: Optimizer, total: int, warmup: int, floor: float = 0.0) -> LambdaLR:
-    """Scales every group's own learning rate by `warmup_cosine`; to be stepped after each optimiser step."""
+    """Scale every group's own learning rate by `warmup_cosine`; stepped after each optimizer step."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup, floor))
