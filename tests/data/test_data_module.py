@@ -49,12 +49,12 @@ def test_batch():
     assert set(batch) == {"image", "label", "index", "path"}
 
 
-class OwnLoader(PointData):
+class CustomLoader(PointData):
     def predict_dataloader(self):
         return torch.utils.data.DataLoader(self.datasets["predict"], batch_size=12)
 
 
-@pytest.mark.parametrize("kind", [PointData, OwnLoader])
+@pytest.mark.parametrize("kind", [PointData, CustomLoader])
 def test_predicted_images_come_in_chosen_batches(kind):
     data = kind(preprocessing=PLAIN, num_workers=0, batch_size=4)
     data.setup("predict")
