@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import gmarpp.data
 from gmarpp.callbacks.termination import SIGNALS
 from gmarpp.configuration import limit_yaml
+from gmarpp.processes import settle_before_forks
 from gmarpp.training.ranks import launched_by_rank_zero, leave_lost_run, lost_rank, watch_rank_zero
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException, ModuleNotFoundError)
@@ -52,6 +53,7 @@ def run_command(command: Callable[[list[str] | None], T], args: list[str] | None
     """
     _silence_lightning()
     watch_rank_zero()
+    settle_before_forks()
     try:
         with _stopping_by_signal():
             return command(args)
@@ -97,8 +99,19 @@ def one_line(error: Exception) -> str | None:
         return message if message.startswith("Early stopping conditioned on metric") else None
     if message.startswith('Parser key "data"'):
         message += f"; this project's data modules are {', '.join(_data_modules())}"
-    message = re.sub(r"<class '(.*?)'>", r"\1", " ".join(message.split()))
+    message = re.sub(r"<class '(.*?)'>", r"\1", " ".join(_without_union(message).split()))
     return message if len(message) <= _LONGEST_LINE else f"{message[:-200][:_LONGEST_LINE]} … {message[-200:]}"
+
+
+def _without_union(message: str) -> str:
+    """Return a message without jsonargparse's list of all types that an option could be and the value in full."""
+    union = r"Does not validate against any of the Union subtypes.*?Errors:(.*)Given value type:.*"
+    found = re.search(union, message, re.DOTALL)
+    if found is None:
+        return message
+    errors = re.split(r"\n\s*- ", found[1])[1:]
+    told = [error.strip() for error in errors if not re.match(r"Expected a .*NoneType", error)]
+    return message[: found.start()] + "; ".join(told or errors)
 
 
 def _lost_process(error: Exception) -> bool:

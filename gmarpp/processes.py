@@ -6,10 +6,12 @@ import signal
 import sys
 import threading
 import time
+from functools import cache, partial
 from typing import Any
 
 _POLL_SECONDS = 0.2
 _ERROR_SECONDS = 1.0
+_SETTLING_SECONDS = 0.01
 
 
 def usable_cores(ranks: int) -> int:
@@ -66,3 +68,14 @@ def _end_by_parent(parent: Any, starter: int) -> None:
             break
     # Torch would report any other status as the failure of a loader.
     os._exit(0)
+
+
+@cache
+def settle_before_forks() -> None:
+    """Give the threads of libraries time to come to rest before this process forks, here and in all later forks.
+
+    A thread that registers with the interpreter at that moment, as those of gloo do when a collective ends, holds a lock
+    that the child of CPython 3.11 waits for without end (`_PyThreadState_DeleteExcept` in `PyOS_AfterFork_Child`).
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=partial(time.sleep, _SETTLING_SECONDS))

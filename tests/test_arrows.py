@@ -26,7 +26,7 @@ ARROWS = {
     "training": {"network", "data", "files", "options"},
     "callbacks": {"explainer", "run", "training", "data", "metrics", *GROUND, "visualize", "figures"},
     "configuration": set(),
-    "command": {"configuration", "callbacks", "training", "data"},
+    "command": {"configuration", "processes", "callbacks", "training", "data"},
     "sanity": {"command", "training", "data", "attribution", "network", "metrics", *GROUND, "visualize", "figures"},
     "export": {"command", "network", "files"},
     "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", "sanity", "export", *GROUND},

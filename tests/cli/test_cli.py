@@ -347,6 +347,10 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
         ([*FIT, "--trainer.max_epochs=-1"], "set --trainer.max_epochs"),
         (["validate", "--data=Squares", *MODEL], "--ckpt_path is missing: validate would evaluate a network of random"),
         (["test", "--data=Squares", *MODEL], "--ckpt_path is missing: test would evaluate a network of random"),
+        (
+            ["fit", "--data=ImageFolder", "--data.root=x", "--data.batch_size=0", *MODEL],
+            "error: data: batch_size: expected a num",
+        ),
         (["fat"], "fat"),
     ],
 )
