@@ -74,8 +74,8 @@ def _end_by_parent(parent: Any, starter: int) -> None:
 def settle_before_forks() -> None:
     """Give the threads of libraries time to come to rest before this process forks, here and in all later forks.
 
-    A thread that registers with the interpreter at that moment, as those of gloo do when a collective ends, holds a lock
-    that the child of CPython 3.11 waits for without end (`_PyThreadState_DeleteExcept` in `PyOS_AfterFork_Child`).
+    A thread that registers with the interpreter at that moment, as those of gloo do when a collective ends, holds a
+    lock that the child of CPython 3.11 waits for without end (`_PyThreadState_DeleteExcept` in `PyOS_AfterFork_Child`).
     """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=partial(time.sleep, _SETTLING_SECONDS))
