@@ -28,7 +28,7 @@ def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
     Raises:
         ValueError: wrong shapes, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> average_drop(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(25.)
     """
@@ -50,7 +50,7 @@ def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") 
     Raises:
         ValueError: wrong shapes, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> average_increase(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(50.)
     """
@@ -73,7 +73,7 @@ def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
     Raises:
         ValueError: wrong shapes, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(10.0000)
     """

@@ -22,7 +22,7 @@ def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
     Raises:
         ValueError: a wrong shape, a map that is not finite, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> sparseness(torch.tensor([[[0.0, 0.0], [0.0, 5.0]], [[1.0, 1.0], [1.0, 1.0]]]), reduction="none")
         tensor([0.7500, 0.0000])
     """
