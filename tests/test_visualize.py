@@ -9,16 +9,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from gmarpp.attribution import METHODS, VARIANTS
+from gmarpp.colormaps import COLORMAPS, colormap_table
 from gmarpp.figures import comparison_figure, figure_bytes, short_name
 from gmarpp.labels import method_color, method_dashes, method_label
 from gmarpp.maps import normalize_map
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import MeanCurve
 from gmarpp.visualize import (
-    COLORMAPS,
-    add_colors,
-    backdrop,
-    colormap_table,
+    DEFAULT_STYLE,
+    Backdrop,
+    MapStyle,
     encode_jpeg,
     encode_png,
     overlay,
@@ -44,7 +44,7 @@ def test_normalize_map_takes_what_is_not_finite_as_the_minimum():
 def test_upsample_map_keeps_rows_and_columns_apart_on_grids_that_are_not_square():
     attribution = np.zeros((2, 4), dtype=np.float32)
     attribution[1, 3] = 1
-    upsampled = upsample_map(attribution, 40, 120)
+    upsampled = upsample_map(normalize_map(attribution), 40, 120)
     assert upsampled.shape == (40, 120)
     row, column = np.unravel_index(upsampled.argmax(), upsampled.shape)
     assert row > 20
@@ -88,20 +88,21 @@ def test_overlay_names_the_color_maps_there_are():
 )
 def test_backdrop_enlarges_small_images_by_a_whole_factor(shape, expected):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    enlarged = backdrop(image, 0.5, 224)
+    enlarged = Backdrop(image, DEFAULT_STYLE, 224).overlay(np.zeros((2, 2)), signed=True)
     assert enlarged.shape == (*expected, 3)
     assert (enlarged[..., 0] == enlarged[..., 2]).all()
-    assert abs(enlarged.mean() - (image @ [0.299, 0.587, 0.114]).mean() / 2) < 1.5
+    assert abs(enlarged.mean() - (image @ [0.299, 0.587, 0.114]).mean()) < 1.5
 
 
 @pytest.mark.parametrize("opacity", [0.0, 0.3, 0.5, 0.8])
 def test_bright_colors_on_bright_edges_do_not_wrap(opacity):
     board = np.kron(np.indices((4, 4)).sum(0) % 2, np.full((4, 4), 255)).astype(np.uint8)
-    ground = backdrop(np.stack([board] * 3, axis=-1), opacity, 64)
-    attribution = np.array([[0, 1], [1, 1]])
+    backdrop = Backdrop(np.stack([board] * 3, axis=-1), MapStyle("viridis", opacity), 64)
+    attribution = np.array([[0.0, 1.0], [1.0, 1.0]])
     levels = (upsample_map(attribution, 64, 64) * 255 + 0.5).astype(int)
-    colors = (colormap_table("viridis") * opacity + 0.5).astype(int)
-    assert (add_colors(ground, attribution, "viridis", opacity) == ground.astype(int) + colors[levels]).all()
+    enlarged = backdrop.overlay(np.zeros((2, 2)), signed=True).astype(int)
+    expected = (enlarged * (1 - opacity)).astype(int) + colormap_table("viridis")[levels] * opacity
+    assert np.abs(backdrop.overlay(attribution, signed=False) - expected).max() <= 1.5
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9), (64, 48)])

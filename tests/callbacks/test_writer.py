@@ -540,7 +540,8 @@ def test_data_loaders_alone_can_be_explained_but_not_resumed(tmp_path):
     [
         ({"colormap": "rainbow"}, "rainbow.*inferno"),
         ({"figure_formats": ["bmp"]}, "bmp.*png, pdf, svg"),
-        ({"opacity": 50}, "opacity is 50"),
+        ({"opacity": 50}, "opacity: expected 0 to 1, got 50"),
+        ({"signed_maps": "both"}, "unknown signed_maps 'both': choose from diverging, positive"),
         ({"shard_size": 0}, "shard_size"),
     ],
 )
