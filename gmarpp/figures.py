@@ -68,8 +68,8 @@ class _Sheet:
 
     Args:
         shapes: height and width of each column's image.
-        headings: of each column, in lines.
-        labels: of each row.
+        headings: text above each column, of one or more lines.
+        labels: text beside each row.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], headings: Sequence[str], labels: Sequence[str]) -> None:
@@ -125,8 +125,9 @@ class _Sheet:
             self.figure.colorbar(ScalarMappable(cmap=scale.colormap), cax=bar, ticks=[at for at, _ in scale.ticks])
             bar.set_yticklabels([words for _, words in scale.ticks], fontsize=7)
             # The words at the ends stay within the bar, where nothing cuts them or is in their way.
-            for (at, _), words in zip(scale.ticks, bar.get_yticklabels(), strict=True):
-                words.set_verticalalignment({0: "bottom", 1: "top"}.get(at, "center"))
+            low, *_, high = bar.get_yticklabels()
+            low.set_verticalalignment("bottom")
+            high.set_verticalalignment("top")
             bar.set_ylabel(scale.label, fontsize=7, labelpad=-8)
             bar.tick_params(length=0, pad=2)
             bar.spines[:].set_visible(False)

@@ -8,11 +8,11 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from gmarpp.attribution import METHODS, VARIANTS
-from gmarpp.colormaps import COLORMAPS, colormap_table
+from gmarpp.attribution import METHODS, VARIANTS, Explanation
+from gmarpp.colormaps import colormap_table, diverging_table
 from gmarpp.figures import comparison_figure, figure_bytes, short_name
 from gmarpp.labels import method_color, method_dashes, method_label
-from gmarpp.maps import normalize_map
+from gmarpp.maps import normalize_map, normalize_signed_map
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import MeanCurve
 from gmarpp.visualize import (
@@ -22,6 +22,7 @@ from gmarpp.visualize import (
     encode_jpeg,
     encode_png,
     overlay,
+    pixels,
     upsample_map,
 )
 
@@ -215,6 +216,98 @@ def test_figure_bytes_names_the_formats_there_are():
         figure_bytes(comparison_figure([torch.rand(3, 16, 16)], {}, ["cat"], [0.5]), "bmp")
 
 
-def test_color_maps_have_a_table_each():
-    for name in COLORMAPS:
-        assert overlay(torch.rand(3, 4, 4), torch.rand(2, 2), name).shape == (4, 4, 3)
+GRAY = torch.full((3, 40, 40), 0.4)
+SIGNED = np.kron([[-4.0, 0.0], [0.0, 2.0]], np.ones((4, 4))).astype(np.float32)
+
+
+def corners(picture):
+    return [picture[y, x].astype(int) for y, x in ((0, 0), (0, -1), (-1, -1))]
+
+
+def test_signed_maps_are_scaled_by_their_largest_size():
+    maps = torch.tensor([[[1.0, -4.0], [2.0, torch.nan]], [[0.5, 0.25], [0.0, 0.125]], [[0.0] * 2] * 2])
+    assert normalize_signed_map(maps).tolist() == [
+        [[0.25, -1.0], [0.5, 0.0]],
+        [[1.0, 0.5], [0.0, 0.25]],
+        [[0.0, 0.0], [0.0, 0.0]],
+    ]
+
+
+@pytest.mark.parametrize("opacity", [0.25, 0.5, 1.0])
+def test_a_signed_overlay_mixes_the_colors_of_its_sign_and_leaves_zero_alone(opacity):
+    against, zero, for_the_class = corners(overlay(GRAY, SIGNED, opacity=opacity, signed_maps="diverging"))
+    share = 1 - (1 - opacity) ** 2
+    # One scale for both signs: the largest size, 4, makes 2 a half, which covers as much as the largest.
+    for color, value in ((against, -1), (for_the_class, 0.5)):
+        expected = (1 - share) * 102 + share * diverging_table()[128 + round(127 * value)]
+        assert np.abs(color - expected).max() <= 2
+    assert zero.tolist() == [102, 102, 102]
+
+
+def test_the_positive_part_alone_is_drawn_from_zero_in_the_colors_of_other_maps():
+    positive = overlay(GRAY, SIGNED, "viridis", 0.5, "positive")
+    assert (positive == overlay(GRAY, SIGNED.clip(0), "viridis", 0.5)).all()
+    against, zero, for_the_class = corners(positive)
+    low, high = colormap_table("viridis")[[0, 255]] / 2
+    assert np.abs(against - (51 + low)).max() <= 1
+    assert np.abs(zero - (51 + low)).max() <= 1
+    assert np.abs(for_the_class - (51 + high)).max() <= 1
+    # Without a map's minimum being taken for zero, even relevance for the class is drawn as such.
+    even = overlay(GRAY, np.full((2, 2), 3.0), "viridis", 0.5, "positive")
+    assert np.abs(even - (51 + high)).max() <= 1
+
+
+def test_interpolation_shows_no_relevance_against_the_class_that_the_map_does_not_have():
+    peak = np.zeros((5, 5))
+    peak[2, 2] = 1
+    picture = overlay(GRAY, peak, signed_maps="diverging").astype(int)
+    assert (picture[..., 0] - picture[..., 2]).min() >= 0
+    assert (picture[..., 0] - picture[..., 2]).max() > 100
+
+
+def test_ways_to_draw_are_checked():
+    with pytest.raises(ValueError, match="unknown signed_maps 'both': choose from diverging, positive"):
+        overlay(GRAY, SIGNED, signed_maps="both")
+    with pytest.raises(ValueError, match="opacity: expected 0 to 1, got 50"):
+        MapStyle(opacity=50)
+
+
+@pytest.mark.parametrize(
+    ("signed_maps", "words"),
+    [
+        ("diverging", [["min", "max"], ["against\nthe class", "0", "for the\nclass"]]),
+        ("positive", [["min", "max"], ["0", "max"]]),
+    ],
+)
+def test_the_comparison_draws_signed_methods_as_such_and_says_what_colors_mean(signed_maps, words):
+    maps = {"rollout": [SIGNED], "mine": [SIGNED]}
+    style = MapStyle(signed_maps=signed_maps)
+    figure = comparison_figure([GRAY], maps, ["cat"], [0.5], signed_methods=["mine"], style=style)
+    figure_bytes(figure)
+    unsigned, signed = (np.asarray(image.get_array()) for image in figure.axes[0].images[1:])
+    assert (unsigned == Backdrop(pixels(GRAY), style, 112).overlay(SIGNED, signed=False)).all()
+    assert (signed == Backdrop(pixels(GRAY), style, 112).overlay(SIGNED, signed=True)).all()
+    bars = figure.axes[1:]
+    assert sorted([text.get_text() for text in bar.get_yticklabels()] for bar in bars) == sorted(words)
+    above, below = sorted((bar.get_tightbbox() for bar in bars), key=lambda box: -box.y0)
+    assert above.y0 > below.y1
+    assert min(below.x0, below.y0) >= 0
+    assert max(above.x1, below.x1) <= figure.bbox.width
+
+
+def test_an_explanation_draws_signed_maps_as_such():
+    explanation = Explanation(
+        {"mine": torch.from_numpy(SIGNED)[None], "rollout": torch.from_numpy(SIGNED)[None]},
+        torch.tensor([0]),
+        torch.zeros(1, 2),
+        torch.zeros(1),
+        GRAY[None],
+        signed_methods=("mine",),
+    )
+    drawn = {
+        choice: np.asarray(explanation.overlay(0, "mine", signed_maps=choice)) for choice in ("diverging", "positive")
+    }
+    assert (drawn["diverging"] == overlay(GRAY, SIGNED, signed_maps="diverging")).all()
+    assert (drawn["positive"] == overlay(GRAY, SIGNED, signed_maps="positive")).all()
+    assert (np.asarray(explanation.overlay(0, "rollout")) == overlay(GRAY, SIGNED)).all()
+    assert len(explanation.show().axes) == 3
