@@ -21,7 +21,7 @@ def test_color_maps_have_a_table_each():
         colormap_table("rainbow")
 
 
-# An eighth of a bit of sRGB is up to a quarter of a step of these arms in lightness, and more in color.
+# Colors of 8 bits are up to about 0.2 of lightness, and more of hue, away from the straight lines.
 def test_both_arms_of_the_diverging_map_are_perceptually_uniform():
     lab = cielab(diverging_table())
     against, zero, for_the_class = lab[ZERO_LEVEL:0:-1], lab[ZERO_LEVEL], lab[ZERO_LEVEL:]
