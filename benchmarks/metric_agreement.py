@@ -81,12 +81,13 @@ def naive_upsampling(values: Array, size: tuple[int, int]) -> Array:
 def naive_localization(values: Array, mask: Array) -> dict[str, float]:
     """Compute all localization metrics of one map and mask."""
     scaled = naive_upsampling(naive_minmax(values), mask.shape)
+    positive = naive_upsampling(naive_minmax(np.maximum(values, 0)), mask.shape)
     lit = scaled > scaled.mean() + 1e-10
     if not mask.any():
         return dict.fromkeys(("pointing_game", "energy_inside", "iou", "pixel_accuracy", "average_precision"), math.nan)
     return {
         "pointing_game": float(mask.ravel()[np.flatnonzero(scaled >= scaled.max() - 1e-10)[0]]),
-        "energy_inside": scaled[mask].sum() / scaled.sum() if scaled.any() else 0.0,
+        "energy_inside": positive[mask].sum() / positive.sum() if positive.any() else 0.0,
         "iou": jaccard_score(mask.ravel(), lit.ravel(), zero_division=0.0),
         "pixel_accuracy": (lit == mask).mean(),
         "average_precision": average_precision_score(mask.ravel(), scaled.ravel().round(10)),

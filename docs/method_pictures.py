@@ -41,7 +41,8 @@ def main() -> None:
     (ROOT / "docs" / "methods").mkdir(exist_ok=True)
     gap = np.full((HEIGHT, GAP, 3), 255, np.uint8)
     for method, maps in explanation.maps.items():
-        columns = [overlay(image, attribution) for image, attribution in zip(shown, maps, strict=True)]
+        signed_maps = "diverging" if method in explanation.signed_methods else None
+        columns = [overlay(image, each, signed_maps=signed_maps) for image, each in zip(shown, maps, strict=True)]
         strip = np.concatenate([part for column in columns for part in (column, gap)][:-1], axis=1)
         Image.fromarray(strip).save(ROOT / "docs" / "methods" / f"{method}.jpg", quality=85)
 

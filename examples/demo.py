@@ -57,6 +57,7 @@ def explain_two_classes(photographs: Path, output: Path) -> dict[str, list[float
         maps={method: list(maps) for method, maps in explanation.maps.items()},
         names=targets,
         probabilities=probabilities.tolist(),
+        signed_methods=explanation.signed_methods,
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / "two_classes.png").write_bytes(figure_bytes(figure))

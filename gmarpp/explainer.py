@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution import Explanation, explain, resolve_method
+from gmarpp.attribution.methods import select_methods
 from gmarpp.metrics import METRICS, functional
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.network.extent import fit_to_extent
@@ -125,6 +126,11 @@ class Explainer:
                 "baseline blur, mean or black"
             )
         object.__setattr__(self, "_needs", frozenset(needs))
+
+    @property
+    def signed_methods(self) -> tuple[str, ...]:
+        """Names of the methods whose maps are signed."""
+        return tuple(method.name for method in select_methods(self.methods) if method.signed)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch:
         """Explain a batch of a data module.

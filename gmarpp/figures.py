@@ -2,25 +2,46 @@
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from torch import Tensor
 
+from gmarpp.colormaps import diverging_table
 from gmarpp.labels import method_label
 from gmarpp.maps import Array
-from gmarpp.visualize import OVERLAY_SIDE, add_colors, backdrop, pixels
+from gmarpp.visualize import DEFAULT_STYLE, OVERLAY_SIDE, Backdrop, MapStyle, pixels
 
 FIGURE_FORMATS = ("png", "pdf", "svg")
 
 
 _LABEL_POINTS = 8.5
+_CELL, _GAP, _BAR_SPACE, _BAR_GAP = 1.24, 0.05, 0.7, 0.2
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the colors of a map mean: a color map, and the words at some places of it, 0 to 1."""
+
+    colormap: Colormap
+    ticks: tuple[tuple[float, str], ...]
+    label: str = ""
+
+
+def _scale(style: MapStyle, signed: bool) -> _Scale:
+    if signed and style.signed_maps == "diverging":
+        colors = ListedColormap(diverging_table()[1:] / 255)
+        return _Scale(colors, ((0, "against\nthe class"), (0.5, "0"), (1, "for the\nclass")))
+    words = ("0", "max", "for the class") if signed else ("min", "max", "attribution")
+    return _Scale(matplotlib.colormaps[style.colormap], ((0, words[0]), (1, words[1])), words[2])
 
 
 def short_name(name: str, width: int = 17, lines: int = 2) -> str:
@@ -39,84 +60,114 @@ def _inches(text: str, points: float) -> float:
     return float(TextPath((0, 0), text.replace("$", r"\$"), size=points).get_extents().width) / 72
 
 
+class _Sheet:
+    """A figure with a column per image and a row per method below the row of the images.
+
+    All cells share one pair of axes, in inches, because making axes takes longer than drawing their content. Rows are
+    equally high, and columns as wide as their images, so that a wide picture does not shrink to a strip.
+
+    Args:
+        shapes: height and width of each column's image.
+        headings: text above each column, of one or more lines.
+        labels: text beside each row.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], headings: Sequence[str], labels: Sequence[str]) -> None:
+        self.left = 0.18 + max(_inches(label, _LABEL_POINTS) for label in labels)
+        self.widths = [_CELL * min(max(width / height, 0.5), 2.2) for height, width in shapes]
+        self.lefts = [self.left + sum(self.widths[:column]) + column * _GAP for column in range(len(shapes))]
+        self.top = 0.1 + 0.16 * (max(heading.count("\n") for heading in headings) + 2)
+        self.right = self.lefts[-1] + self.widths[-1] + _GAP
+        self.size = self.right + _BAR_SPACE, self.top + len(labels) * (_CELL + _GAP) + 0.05
+        self.figure = Figure(figsize=self.size, dpi=200, facecolor="white")
+        FigureCanvasAgg(self.figure)
+        width, height = self.size
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
+        self.axes.set_axis_off()
+        for line, label in enumerate(labels):
+            at = self.left - 0.1, self._upper_edge(line) - _CELL / 2
+            self.axes.text(*at, label, ha="right", va="center", fontsize=_LABEL_POINTS, parse_math=False)
+
+    def _upper_edge(self, line: int) -> float:
+        return self.size[1] - self.top - line * (_CELL + _GAP)
+
+    def head(self, column: int, heading: str, probability: float | None) -> None:
+        """Write a column's class and its probability, if that is known, above it."""
+        known = probability is not None and probability == probability
+        lines = [f"{probability:.1%}" if known else "", *reversed(heading.split("\n"))]
+        for line, words in enumerate(lines):
+            x, y = self.lefts[column] + self.widths[column] / 2, self._upper_edge(0) + 0.07 + 0.15 * line
+            size, color = (8.0, "black") if line else (7.5, "#555555")
+            self.axes.text(x, y, words, ha="center", va="baseline", fontsize=size, color=color, parse_math=False)
+
+    def show(self, picture: Array, line: int, column: int, box: Sequence[float] | None = None) -> None:
+        """Draw a picture in the center of its cell, and an outline (x0, y0, x1, y1) in its pixels."""
+        height, width = picture.shape[:2]
+        scale = min(self.widths[column] / width, _CELL / height)
+        x = self.lefts[column] + (self.widths[column] - width * scale) / 2
+        y = self._upper_edge(line) - (_CELL - height * scale) / 2
+        extent = (x, x + width * scale, y - height * scale, y)
+        self.axes.imshow(picture, extent=extent, aspect="auto", interpolation="antialiased" if line else "bicubic")
+        if box is not None:
+            x0, y0, x1, y1 = (edge * scale for edge in box)
+            for line_width, color in ((1.8, "black"), (0.8, "white")):
+                outline = Rectangle((x + x0, y - y1), x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color)
+                self.axes.add_patch(outline)
+
+    def explain_colors(self, scales: Sequence[_Scale], rows: int) -> None:
+        """Draw the bars of some scales, the first on top, beside so many of the lowest rows."""
+        width, height = self.size
+        free = rows * (_CELL + _GAP) - _GAP - (len(scales) - 1) * _BAR_GAP
+        for number, scale in enumerate(reversed(scales)):
+            span = min(free / len(scales), 3.2)
+            below = 0.05 + _GAP + number * (span + _BAR_GAP)
+            bar = self.figure.add_axes(((self.right + 0.06) / width, below / height, 0.09 / width, span / height))
+            self.figure.colorbar(ScalarMappable(cmap=scale.colormap), cax=bar, ticks=[at for at, _ in scale.ticks])
+            bar.set_yticklabels([words for _, words in scale.ticks], fontsize=7)
+            # The words at the ends stay within the bar, where nothing cuts them or is in their way.
+            low, *_, high = bar.get_yticklabels()
+            low.set_verticalalignment("bottom")
+            high.set_verticalalignment("top")
+            bar.set_ylabel(scale.label, fontsize=7, labelpad=-8)
+            bar.tick_params(length=0, pad=2)
+            bar.spines[:].set_visible(False)
+
+
 def comparison_figure(
     images: Sequence[Tensor | Array],
     maps: Mapping[str, Sequence[Tensor | Array]],
     names: Sequence[str],
     probabilities: Sequence[float | None],
     boxes: Sequence[Sequence[float] | None] | None = None,
-    colormap: str = "inferno",
-    opacity: float = 0.5,
+    signed_methods: Collection[str] = (),
+    style: MapStyle = DEFAULT_STYLE,
 ) -> Figure:
     """Draw images across and methods down, each column headed by its class and probability.
 
     Args:
         images: one image (3, H, W) in [0, 1], or uint8 pixels (H, W, 3), per column; shapes may differ.
-        maps: for each method, one raw map (h, w) per column.
+        maps: for each method, one raw map (h, w) per column; each is scaled by itself.
         names: name of the explained class of each column; the first of its synonyms is shown, wrapped.
         probabilities: the network's probability of that class, 0 to 1; None or NaN leaves it out.
         boxes: for each column, the object's box (x0, y0, x1, y1) in pixels of the image, or None.
-        colormap: one of `COLORMAPS`.
-        opacity: share of the maps' colors, 0 to 1.
+        signed_methods: names of the methods whose maps are signed.
+        style: how the maps are drawn.
 
     Returns:
         A figure outside matplotlib's global state; save it with `figure_bytes`.
     """
     columns = [image if image.dtype == np.uint8 else pixels(image) for image in map(np.asarray, images)]
     headings = [short_name(name) for name in names]
-    labels = ["Image", *map(method_label, maps)]
-    cell, gap, left, right = 1.24, 0.05, 0.18 + max(_inches(label, _LABEL_POINTS) for label in labels), 0.5
-    # Rows are equally high, and columns as wide as their images, so that a wide picture does not shrink to a strip.
-    cells = [cell * min(max(image.shape[1] / image.shape[0], 0.5), 2.2) for image in columns]
-    lefts = [left + sum(cells[:column]) + column * gap for column in range(len(cells))]
-    row = cell
-    top = 0.1 + 0.16 * (max(heading.count("\n") for heading in headings) + 2)
-    width = lefts[-1] + cells[-1] + gap + right
-    height = top + (len(maps) + 1) * (row + gap) + 0.05
-    figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
-    FigureCanvasAgg(figure)
-    # All cells share one pair of axes, in inches, because making axes takes longer than drawing their content.
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
-    axes.set_axis_off()
-
-    def show(picture: Array, line: int, column: int, interpolation: str) -> tuple[float, float, float]:
-        """Draw a picture in the center of its cell; return its left and upper edge, and inches per pixel."""
-        picture_height, picture_width = picture.shape[:2]
-        scale = min(cells[column] / picture_width, row / picture_height)
-        x = lefts[column] + (cells[column] - picture_width * scale) / 2
-        y = height - top - line * (row + gap) - (row - picture_height * scale) / 2
-        extent = (x, x + picture_width * scale, y - picture_height * scale, y)
-        axes.imshow(picture, extent=extent, aspect="auto", interpolation=interpolation)
-        return x, y, scale
-
+    sheet = _Sheet([image.shape[:2] for image in columns], headings, ["Image", *map(method_label, maps)])
     for column, image in enumerate(columns):
-        x, y, scale = show(image, 0, column, "bicubic")
-        if boxes is not None and (box := boxes[column]) is not None:
-            x0, y0, x1, y1 = (edge * scale for edge in box)
-            for line_width, color in ((1.8, "black"), (0.8, "white")):
-                axes.add_patch(Rectangle((x + x0, y - y1), x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color))
-        probability = probabilities[column]
-        known = probability is not None and probability == probability
-        lines = [f"{probability:.1%}" if known else "", *reversed(headings[column].split("\n"))]
-        for line, words in enumerate(lines):
-            x, y = lefts[column] + cells[column] / 2, height - top + 0.07 + 0.15 * line
-            size, color = (8.0, "black") if line else (7.5, "#555555")
-            axes.text(x, y, words, ha="center", va="baseline", fontsize=size, color=color, parse_math=False)
-        ground = backdrop(image, opacity, OVERLAY_SIDE)
-        for line, attributions in enumerate(maps.values(), start=1):
-            show(add_colors(ground, attributions[column], colormap, opacity), line, column, "antialiased")
-    for line, label in enumerate(labels):
-        y = height - top - line * (row + gap) - row / 2
-        axes.text(left - 0.1, y, label, ha="right", va="center", fontsize=_LABEL_POINTS, parse_math=False)
-    if maps:
-        span = min(len(maps) * (row + gap) - gap, 3.2)
-        bar = figure.add_axes(((width - right + 0.06) / width, (0.05 + gap) / height, 0.09 / width, span / height))
-        figure.colorbar(ScalarMappable(cmap=matplotlib.colormaps[colormap]), cax=bar, ticks=[0, 1])
-        bar.set_yticklabels(["min", "max"], fontsize=7)
-        bar.set_ylabel("attribution", fontsize=7, labelpad=-8)
-        bar.tick_params(length=0, pad=2)
-        bar.spines[:].set_visible(False)
-    return figure
+        sheet.head(column, headings[column], probabilities[column])
+        sheet.show(image, 0, column, boxes[column] if boxes is not None else None)
+        backdrop = Backdrop(image, style, OVERLAY_SIDE)
+        for line, (method, attributions) in enumerate(maps.items(), start=1):
+            sheet.show(backdrop.overlay(attributions[column], method in signed_methods), line, column)
+    kinds = sorted({method in signed_methods for method in maps})
+    sheet.explain_colors([_scale(style, signed) for signed in kinds], len(maps))
+    return sheet.figure
 
 
 def figure_bytes(figure: Figure, extension: str = "png") -> bytes:

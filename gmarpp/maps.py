@@ -65,6 +65,8 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
 def rank_patches(maps: Tensor) -> Tensor:
     """Return the rank of every patch: 0 for the most relevant, ties by index (a constant map ranks in reading order).
 
+    Negative relevance comes behind zero, what speaks most against the class last.
+
     Args:
         maps: (..., h, w), raw.
 
@@ -81,6 +83,8 @@ def rank_patches(maps: Tensor) -> Tensor:
 def minmax(maps: Tensor) -> Tensor:
     """Scale every map to [0, 1]; a constant map, which points nowhere, becomes 0.
 
+    Negative relevance is the low end of the scale: zero is then above 0.
+
     Args:
         maps: (..., h, w), on their own grid: interpolation would leave constant maps slightly uneven.
     """
@@ -91,7 +95,7 @@ def minmax(maps: Tensor) -> Tensor:
 
 
 def normalize_map(attribution: Tensor | Array) -> Array:
-    """Scale each map to [0, 1] by its minimum and maximum.
+    """Scale each map to [0, 1] by its minimum and maximum, whatever their sign.
 
     Args:
         attribution: maps, shape (..., h, w), any range.
@@ -107,3 +111,22 @@ def normalize_map(attribution: Tensor | Array) -> Array:
     finite = values.isfinite()
     low = values.where(finite, math.inf).amin((-2, -1), keepdim=True)
     return minmax(values.where(finite, low.where(low.isfinite(), 0.0))).float().numpy()
+
+
+def normalize_signed_map(attribution: Tensor | Array) -> Array:
+    """Scale each map to [-1, 1] by its largest absolute value, so that zero stays zero.
+
+    Args:
+        attribution: maps, shape (..., h, w), any range.
+
+    Returns:
+        float32 array of the same shape. A map of zeros stays one; values that are not finite count as zero.
+
+    Examples:
+        >>> normalize_signed_map(torch.tensor([[1.0, -4.0], [2.0, 0.0]])).tolist()
+        [[0.25, -1.0], [0.5, 0.0]]
+    """
+    values = torch.as_tensor(attribution, dtype=torch.float64)
+    values = values.where(values.isfinite(), 0.0)
+    largest = values.abs().amax((-2, -1), keepdim=True)
+    return (values / torch.where(largest > 0, largest, 1.0)).float().numpy()

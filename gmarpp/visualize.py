@@ -2,34 +2,56 @@
 
 import io
 import struct
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, get_args
 
-import matplotlib
 import numpy as np
 import torch
 from isal import isal_zlib
 from PIL import Image
 from torch import Tensor
 
-from gmarpp.maps import Array, normalize_map
+from gmarpp.colormaps import COLORMAPS, colormap_table, diverging_cover, diverging_levels, diverging_table
+from gmarpp.maps import Array, normalize_map, normalize_signed_map
 
-COLORMAPS = ("inferno", "magma", "plasma", "viridis", "cividis", "turbo", "jet")
-"""The available color maps; all but the last two are perceptually uniform."""
+SignedMaps = Literal["diverging", "positive"]
+"""How signed maps are drawn: both signs in a diverging color map centered on zero, or the positive part alone."""
 
 OVERLAY_SIDE = 112
 """Minimum number of pixels along the short side of a saved overlay."""
 
 
-@lru_cache(maxsize=16)
-def colormap_table(name: str) -> Array:
-    """Return the 256 colors of a color map, uint8, shape (256, 3).
+@dataclass(frozen=True)
+class MapStyle:
+    """How maps are drawn.
+
+    Args:
+        colormap: one of `gmarpp.colormaps.COLORMAPS`, for all maps but those that are drawn diverging.
+        opacity: share of the map's colors, 0 to 1.
+        signed_maps: `diverging` draws signed maps in blue, against the class, and red, for it, and leaves the picture
+            as it is near zero; `positive` draws their positive part alone, in the color map of the others.
 
     Raises:
-        ValueError: if the name is not in `COLORMAPS`.
+        ValueError: for an unknown color map or way to draw signed maps, or an opacity out of range.
     """
-    if name not in COLORMAPS:
-        raise ValueError(f"unknown colormap {name!r}: choose from {', '.join(COLORMAPS)}")
-    return np.asarray(matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3])
+
+    colormap: str = "inferno"
+    opacity: float = 0.5
+    signed_maps: SignedMaps = "diverging"
+
+    def __post_init__(self) -> None:
+        for option, value, choices in (
+            ("colormap", self.colormap, COLORMAPS),
+            ("signed_maps", self.signed_maps, get_args(SignedMaps)),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(f"opacity: expected 0 to 1, got {self.opacity}")
+
+
+DEFAULT_STYLE = MapStyle()
 
 
 def pixels(image: Tensor | Array) -> Array:
@@ -45,11 +67,10 @@ def _interpolation(size: int, length: int) -> Array:
     return np.asarray(unit.resize((length, size), Image.Resampling.BICUBIC))
 
 
-def upsample_map(attribution: Tensor | Array, height: int, width: int) -> Array:
-    """Scale one map (h, w) to [0, 1] and interpolate it bicubically to (height, width), float32 in [0, 1]."""
-    normalized = normalize_map(attribution)
-    rows, columns = _interpolation(height, normalized.shape[0]), _interpolation(width, normalized.shape[1])
-    return np.asarray((rows @ normalized @ columns.T).clip(0, 1))
+def upsample_map(scaled: Array, height: int, width: int) -> Array:
+    """Interpolate one map (h, w) bicubically to (height, width), without leaving its range."""
+    rows, columns = _interpolation(height, scaled.shape[0]), _interpolation(width, scaled.shape[1])
+    return np.asarray((rows @ scaled @ columns.T).clip(scaled.min(), scaled.max()))
 
 
 @lru_cache(maxsize=16)
@@ -57,58 +78,95 @@ def _dimmed_levels(opacity: float) -> list[int]:
     return [int(level * (1 - opacity)) for level in range(256)]
 
 
-def backdrop(image: Array, opacity: float, short_side: int = 1) -> Array:
-    """Dim pixels to the share `1 - opacity` that a map leaves them, and remove their color.
+class Backdrop:
+    """An image on which any number of maps are laid.
 
     At opacities of 0.5 and above the picture is gray: in color, red peppers would look like relevance.
 
     Args:
         image: uint8 pixels (H, W, 3).
-        opacity: share of the map's colors, 0 to 1.
+        style: how maps are drawn.
         short_side: pixels that the short side must have; smaller images are enlarged by a whole factor.
-
-    Returns:
-        uint8 pixels, three channels, of the image's size or a multiple of it.
     """
-    picture, color = Image.fromarray(image), max(0.0, 1 - 2 * opacity)
-    gray = picture.convert("L")
-    mixed = Image.blend(gray.convert("RGB"), picture, color) if color else gray
-    factor = -(-short_side // min(mixed.size))
-    if factor > 1:
-        mixed = mixed.resize((mixed.width * factor, mixed.height * factor), Image.Resampling.BICUBIC)
-    # Dimming comes last because interpolation overshoots at edges: values beyond the picture's share would wrap in
-    # `add_colors`.
-    dimmed = mixed.point(_dimmed_levels(opacity) * len(mixed.getbands()))
-    return np.asarray(dimmed.convert("RGB"))
+
+    def __init__(self, image: Array, style: MapStyle, short_side: int = 1) -> None:
+        picture, color = Image.fromarray(image), max(0.0, 1 - 2 * style.opacity)
+        gray = picture.convert("L")
+        mixed = Image.blend(gray.convert("RGB"), picture, color) if color else gray
+        factor = -(-short_side // min(mixed.size))
+        if factor > 1:
+            mixed = mixed.resize((mixed.width * factor, mixed.height * factor), Image.Resampling.BICUBIC)
+        self._picture = mixed
+        self._style = style
+
+    def overlay(self, attribution: Tensor | Array, signed: bool) -> Array:
+        """Lay one raw map (h, w) over the image, scaled by its minimum and maximum or, if signed, by its largest size.
+
+        Returns:
+            uint8 pixels (H, W, 3), of the image's size or a multiple of it.
+        """
+        if not signed:
+            return self._covered(normalize_map(attribution))
+        if self._style.signed_maps == "positive":
+            return self._covered(normalize_signed_map(torch.as_tensor(attribution).clamp(min=0)))
+        return self._tinted(normalize_signed_map(attribution))
+
+    @cached_property
+    def _dimmed(self) -> Array:
+        # Dimming comes last because interpolation overshoots at edges: values beyond the picture's share would wrap in
+        # `_covered`.
+        dimmed = self._picture.point(_dimmed_levels(self._style.opacity) * len(self._picture.getbands()))
+        return np.asarray(dimmed.convert("RGB"))
+
+    def _covered(self, scaled: Array) -> Array:
+        """Add the colors of a map in [0, 1], weighted by the opacity, to the dimmed picture."""
+        levels = (upsample_map(scaled, *self._dimmed.shape[:2]) * 255 + 0.5).astype(np.uint8)
+        colors = (colormap_table(self._style.colormap) * self._style.opacity + 0.5).astype(np.uint8)
+        return np.asarray(self._dimmed + np.asarray(_painted(levels, colors)))
+
+    def _tinted(self, scaled: Array) -> Array:
+        """Mix the picture with the colors of a map in [-1, 1], the more of them the larger its values are."""
+        levels = diverging_levels(upsample_map(scaled, self._picture.height, self._picture.width))
+        # The picture is not dimmed here, so that colors as clear as those of other maps need a larger share.
+        share = self._style.opacity * (2 - self._style.opacity)
+        cover = (255 * share * diverging_cover() + 0.5).astype(np.uint8)
+        mask = Image.fromarray(cover[levels])
+        return np.asarray(Image.composite(_painted(levels, diverging_table()), self._picture.convert("RGB"), mask))
 
 
-def add_colors(ground: Array, attribution: Tensor | Array, colormap: str, opacity: float) -> Array:
-    """Add the colors of one raw map (h, w), weighted by the opacity, to pixels from `backdrop`; uint8 (H, W, 3)."""
-    levels = (upsample_map(attribution, *ground.shape[:2]) * 255 + 0.5).astype(np.uint8)
-    colors = (colormap_table(colormap) * opacity + 0.5).astype(np.uint8)
-    mapped = Image.fromarray(levels)
-    mapped.putpalette(colors.tobytes())
-    return np.asarray(ground + np.asarray(mapped.convert("RGB")))
+def _painted(levels: Array, colors: Array) -> Image.Image:
+    """Return levels (H, W) in the colors of a table (256, 3), both uint8."""
+    picture = Image.fromarray(levels)
+    picture.putpalette(colors.tobytes())
+    return picture.convert("RGB")
 
 
 def overlay(
-    image: Tensor | Array, attribution: Tensor | Array, colormap: str = "inferno", opacity: float = 0.5
+    image: Tensor | Array,
+    attribution: Tensor | Array,
+    colormap: str = "inferno",
+    opacity: float = 0.5,
+    signed_maps: SignedMaps | None = None,
 ) -> Array:
     """Lay one map over its image, whose color fades as the map's opacity grows to 0.5.
 
     Args:
         image: shape (3, H, W), in [0, 1].
-        attribution: raw map, shape (h, w); scaled by its own minimum and maximum, interpolated bicubically.
-        colormap: one of `COLORMAPS`.
+        attribution: raw map, shape (h, w), interpolated bicubically.
+        colormap: one of `gmarpp.colormaps.COLORMAPS`.
         opacity: share of the map's colors, 0 to 1.
+        signed_maps: None for a map without a sign, which is scaled by its minimum and maximum. `diverging` draws a
+            signed map, scaled by its largest absolute value, in blue against the class and red for it; `positive` draws
+            its positive part alone.
 
     Returns:
         uint8 array (H, W, 3).
 
     Raises:
-        ValueError: for an unknown color map.
+        ValueError: for an unknown color map or way to draw signed maps, or an opacity out of range.
     """
-    return add_colors(backdrop(pixels(image), opacity), attribution, colormap, opacity)
+    style = MapStyle(colormap, opacity, signed_maps or "diverging")
+    return Backdrop(pixels(image), style).overlay(attribution, signed=signed_maps is not None)
 
 
 def encode_png(image: Array) -> bytes:

@@ -33,14 +33,17 @@ def run_description() -> dict[str, Any]:
     }
 
 
-def shard(indices: Sequence[int], paths: Sequence[str], grid: tuple[int, int] = (4, 6)) -> Shard:
+def shard(
+    indices: Sequence[int], paths: Sequence[str], grid: tuple[int, int] = (4, 6), signed_methods: Sequence[str] = ()
+) -> Shard:
     """Random explanations that depend on each image's index only; image 1 has no value of the first metric."""
     tensors: dict[str, list[torch.Tensor]] = {}
     rows = []
     for index, path in zip(indices, paths, strict=True):
         generator = torch.Generator().manual_seed(index)
         for method in METHODS:
-            tensors.setdefault(method, []).append(torch.rand(*grid, generator=generator))
+            offset = 0.25 if method in signed_methods else 0
+            tensors.setdefault(method, []).append(torch.rand(*grid, generator=generator) - offset)
             for curve in ("insertion", "deletion"):
                 tensors.setdefault(f"{method}/{curve}", []).append(torch.rand(5, generator=generator))
             for metric in METRICS:
@@ -64,15 +67,19 @@ def shard(indices: Sequence[int], paths: Sequence[str], grid: tuple[int, int] = 
     return Shard(METHODS, METRICS, rows, stacked, torch.linspace(0, 1, 5))
 
 
-def stored_run(folder: Path, paths: Sequence[str], shard_size: int = 4) -> StoredRun:
+def stored_run(
+    folder: Path, paths: Sequence[str], shard_size: int = 4, signed_methods: Sequence[str] = ()
+) -> StoredRun:
     for name in (PARTS, MAPS, IMAGES):
         (folder / name).mkdir(parents=True)
-    part = shard(range(len(paths)), paths)
+    part = shard(range(len(paths)), paths, signed_methods=signed_methods)
     part.write(folder / PARTS / "0.safetensors")
     for row in part.rows:
         pixels = np.random.default_rng(row["index"]).integers(0, 256, (24, 36, 3), dtype=np.uint8)
         (folder / IMAGES / f"{row['file']}.jpg").write_bytes(encode_jpeg(pixels))
     merge_parts(folder, shard_size)
     remove_parts(folder)
-    write_run(folder, {**run_description(), "status": "complete"})
+    # Runs of earlier versions do not say which methods are signed.
+    said = {"signed_methods": list(signed_methods)} if signed_methods else {}
+    write_run(folder, {**run_description(), **said, "status": "complete"})
     return load_explanations(folder)

@@ -7,22 +7,23 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gmarpp"
 
 # What a room may import, from the ground up. Nothing runs back, and there are no other arrows between siblings.
-GROUND = {"files", "labels", "maps", "options", "processes"}
+GROUND = {"colormaps", "files", "labels", "maps", "options", "processes"}
 ARROWS = {
     "files": set(),
     "labels": set(),
     "maps": set(),
     "options": set(),
     "processes": set(),
-    "visualize": {"maps"},
-    "figures": {"labels", "maps", "visualize"},
+    "colormaps": {"maps"},
+    "visualize": {"colormaps", "maps"},
+    "figures": {"colormaps", "labels", "maps", "visualize"},
     "network": {"files"},
     "attribution": {"network", "labels", "figures", "visualize"},
     "perturbation": {"attribution", "network", "maps"},
     "metrics": {"maps"},
     "data": {"network", "files", "options", "processes"},
     "explainer": {"attribution", "perturbation", "metrics", "network"},
-    "run": {"explainer", "metrics", "files", "labels", "processes", "maps", "visualize", "figures"},
+    "run": {"explainer", "metrics", "colormaps", "files", "labels", "processes", "maps", "visualize", "figures"},
     "training": {"network", "data", "files", "options"},
     "callbacks": {"explainer", "run", "training", "data", "metrics", *GROUND, "visualize", "figures"},
     "configuration": set(),

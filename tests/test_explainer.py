@@ -3,8 +3,10 @@ import math
 import pytest
 import timm
 import torch
+from signed_method import Downwards
 
 import gmarpp
+from gmarpp.attribution import methods
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.metrics import METRICS, functional
 from gmarpp.perturbation import score_perturbations
@@ -30,6 +32,15 @@ def batch(**extra):
         "path": list("xyz"),
         **extra,
     }
+
+
+def test_signed_methods_are_known(model, monkeypatch):
+    monkeypatch.setitem(methods._REGISTERED, "downwards", Downwards())
+    assert Explainer(["rollout", "downwards"]).signed_methods == ("downwards",)
+    assert Explainer(["rollout"]).signed_methods == ()
+    found = gmarpp.explain(model, batch()["image"], ["rollout", Downwards()])
+    assert found.signed_methods == ("downwards",)
+    assert (found.maps["downwards"][0, 0] < 0).all()
 
 
 def test_gives_maps_and_metrics_per_image(model):

@@ -8,20 +8,21 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from gmarpp.attribution import METHODS, VARIANTS
+from gmarpp.attribution import METHODS, VARIANTS, Explanation
+from gmarpp.colormaps import colormap_table, diverging_table
 from gmarpp.figures import comparison_figure, figure_bytes, short_name
 from gmarpp.labels import method_color, method_dashes, method_label
-from gmarpp.maps import normalize_map
+from gmarpp.maps import normalize_map, normalize_signed_map
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import MeanCurve
 from gmarpp.visualize import (
-    COLORMAPS,
-    add_colors,
-    backdrop,
-    colormap_table,
+    DEFAULT_STYLE,
+    Backdrop,
+    MapStyle,
     encode_jpeg,
     encode_png,
     overlay,
+    pixels,
     upsample_map,
 )
 
@@ -44,7 +45,7 @@ def test_normalize_map_takes_what_is_not_finite_as_the_minimum():
 def test_upsample_map_keeps_rows_and_columns_apart_on_grids_that_are_not_square():
     attribution = np.zeros((2, 4), dtype=np.float32)
     attribution[1, 3] = 1
-    upsampled = upsample_map(attribution, 40, 120)
+    upsampled = upsample_map(normalize_map(attribution), 40, 120)
     assert upsampled.shape == (40, 120)
     row, column = np.unravel_index(upsampled.argmax(), upsampled.shape)
     assert row > 20
@@ -88,20 +89,21 @@ def test_overlay_names_the_color_maps_there_are():
 )
 def test_backdrop_enlarges_small_images_by_a_whole_factor(shape, expected):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    enlarged = backdrop(image, 0.5, 224)
+    enlarged = Backdrop(image, DEFAULT_STYLE, 224).overlay(np.zeros((2, 2)), signed=True)
     assert enlarged.shape == (*expected, 3)
     assert (enlarged[..., 0] == enlarged[..., 2]).all()
-    assert abs(enlarged.mean() - (image @ [0.299, 0.587, 0.114]).mean() / 2) < 1.5
+    assert abs(enlarged.mean() - (image @ [0.299, 0.587, 0.114]).mean()) < 1.5
 
 
 @pytest.mark.parametrize("opacity", [0.0, 0.3, 0.5, 0.8])
 def test_bright_colors_on_bright_edges_do_not_wrap(opacity):
     board = np.kron(np.indices((4, 4)).sum(0) % 2, np.full((4, 4), 255)).astype(np.uint8)
-    ground = backdrop(np.stack([board] * 3, axis=-1), opacity, 64)
-    attribution = np.array([[0, 1], [1, 1]])
+    backdrop = Backdrop(np.stack([board] * 3, axis=-1), MapStyle("viridis", opacity), 64)
+    attribution = np.array([[0.0, 1.0], [1.0, 1.0]])
     levels = (upsample_map(attribution, 64, 64) * 255 + 0.5).astype(int)
-    colors = (colormap_table("viridis") * opacity + 0.5).astype(int)
-    assert (add_colors(ground, attribution, "viridis", opacity) == ground.astype(int) + colors[levels]).all()
+    enlarged = backdrop.overlay(np.zeros((2, 2)), signed=True).astype(int)
+    expected = (enlarged * (1 - opacity)).astype(int) + colormap_table("viridis")[levels] * opacity
+    assert np.abs(backdrop.overlay(attribution, signed=False) - expected).max() <= 1.5
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9), (64, 48)])
@@ -214,6 +216,98 @@ def test_figure_bytes_names_the_formats_there_are():
         figure_bytes(comparison_figure([torch.rand(3, 16, 16)], {}, ["cat"], [0.5]), "bmp")
 
 
-def test_color_maps_have_a_table_each():
-    for name in COLORMAPS:
-        assert overlay(torch.rand(3, 4, 4), torch.rand(2, 2), name).shape == (4, 4, 3)
+GRAY = torch.full((3, 40, 40), 0.4)
+SIGNED = np.kron([[-4.0, 0.0], [0.0, 2.0]], np.ones((4, 4))).astype(np.float32)
+
+
+def corners(picture):
+    return [picture[y, x].astype(int) for y, x in ((0, 0), (0, -1), (-1, -1))]
+
+
+def test_signed_maps_are_scaled_by_their_largest_size():
+    maps = torch.tensor([[[1.0, -4.0], [2.0, torch.nan]], [[0.5, 0.25], [0.0, 0.125]], [[0.0] * 2] * 2])
+    assert normalize_signed_map(maps).tolist() == [
+        [[0.25, -1.0], [0.5, 0.0]],
+        [[1.0, 0.5], [0.0, 0.25]],
+        [[0.0, 0.0], [0.0, 0.0]],
+    ]
+
+
+@pytest.mark.parametrize("opacity", [0.25, 0.5, 1.0])
+def test_a_signed_overlay_mixes_the_colors_of_its_sign_and_leaves_zero_alone(opacity):
+    against, zero, for_the_class = corners(overlay(GRAY, SIGNED, opacity=opacity, signed_maps="diverging"))
+    share = 1 - (1 - opacity) ** 2
+    # One scale for both signs: the largest size, 4, makes 2 a half, which covers as much as the largest.
+    for color, value in ((against, -1), (for_the_class, 0.5)):
+        expected = (1 - share) * 102 + share * diverging_table()[128 + round(127 * value)]
+        assert np.abs(color - expected).max() <= 2
+    assert zero.tolist() == [102, 102, 102]
+
+
+def test_the_positive_part_alone_is_drawn_from_zero_in_the_colors_of_other_maps():
+    positive = overlay(GRAY, SIGNED, "viridis", 0.5, "positive")
+    assert (positive == overlay(GRAY, SIGNED.clip(0), "viridis", 0.5)).all()
+    against, zero, for_the_class = corners(positive)
+    low, high = colormap_table("viridis")[[0, 255]] / 2
+    assert np.abs(against - (51 + low)).max() <= 1
+    assert np.abs(zero - (51 + low)).max() <= 1
+    assert np.abs(for_the_class - (51 + high)).max() <= 1
+    # Without a map's minimum being taken for zero, even relevance for the class is drawn as such.
+    even = overlay(GRAY, np.full((2, 2), 3.0), "viridis", 0.5, "positive")
+    assert np.abs(even - (51 + high)).max() <= 1
+
+
+def test_interpolation_shows_no_relevance_against_the_class_that_the_map_does_not_have():
+    peak = np.zeros((5, 5))
+    peak[2, 2] = 1
+    picture = overlay(GRAY, peak, signed_maps="diverging").astype(int)
+    assert (picture[..., 0] - picture[..., 2]).min() >= 0
+    assert (picture[..., 0] - picture[..., 2]).max() > 100
+
+
+def test_ways_to_draw_are_checked():
+    with pytest.raises(ValueError, match="unknown signed_maps 'both': choose from diverging, positive"):
+        overlay(GRAY, SIGNED, signed_maps="both")
+    with pytest.raises(ValueError, match="opacity: expected 0 to 1, got 50"):
+        MapStyle(opacity=50)
+
+
+@pytest.mark.parametrize(
+    ("signed_maps", "words"),
+    [
+        ("diverging", [["min", "max"], ["against\nthe class", "0", "for the\nclass"]]),
+        ("positive", [["min", "max"], ["0", "max"]]),
+    ],
+)
+def test_the_comparison_draws_signed_methods_as_such_and_says_what_colors_mean(signed_maps, words):
+    maps = {"rollout": [SIGNED], "mine": [SIGNED]}
+    style = MapStyle(signed_maps=signed_maps)
+    figure = comparison_figure([GRAY], maps, ["cat"], [0.5], signed_methods=["mine"], style=style)
+    figure_bytes(figure)
+    unsigned, signed = (np.asarray(image.get_array()) for image in figure.axes[0].images[1:])
+    assert (unsigned == Backdrop(pixels(GRAY), style, 112).overlay(SIGNED, signed=False)).all()
+    assert (signed == Backdrop(pixels(GRAY), style, 112).overlay(SIGNED, signed=True)).all()
+    bars = figure.axes[1:]
+    assert sorted([text.get_text() for text in bar.get_yticklabels()] for bar in bars) == sorted(words)
+    above, below = sorted((bar.get_tightbbox() for bar in bars), key=lambda box: -box.y0)
+    assert above.y0 > below.y1
+    assert min(below.x0, below.y0) >= 0
+    assert max(above.x1, below.x1) <= figure.bbox.width
+
+
+def test_an_explanation_draws_signed_maps_as_such():
+    explanation = Explanation(
+        {"mine": torch.from_numpy(SIGNED)[None], "rollout": torch.from_numpy(SIGNED)[None]},
+        torch.tensor([0]),
+        torch.zeros(1, 2),
+        torch.zeros(1),
+        GRAY[None],
+        signed_methods=("mine",),
+    )
+    drawn = {
+        choice: np.asarray(explanation.overlay(0, "mine", signed_maps=choice)) for choice in ("diverging", "positive")
+    }
+    assert (drawn["diverging"] == overlay(GRAY, SIGNED, signed_maps="diverging")).all()
+    assert (drawn["positive"] == overlay(GRAY, SIGNED, signed_maps="positive")).all()
+    assert (np.asarray(explanation.overlay(0, "rollout")) == overlay(GRAY, SIGNED)).all()
+    assert len(explanation.show().axes) == 3

@@ -70,7 +70,8 @@ def explain(
         maps, scores = _maps(model, usable, plan, target)
     names = () if callable(target) else class_names(model)
     seen = fit_to_extent(usable, grid_extent(layout, *images.shape[-2:]))
-    return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names)
+    signed = tuple(method.name for method in selected if method.signed)
+    return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names, signed)
 
 
 @contextmanager

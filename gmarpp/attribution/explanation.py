@@ -9,6 +9,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from gmarpp.visualize import SignedMaps
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -22,6 +24,7 @@ class Explanation:
             the value of a function.
         images: the part of the images that the network's patches cover, float32 in [0, 1] for display, (B, 3, H, W).
         class_names: names of the classes for people; empty if the network carries none.
+        signed_methods: names of the methods whose maps are signed, negative for what speaks against the score.
     """
 
     maps: dict[str, Tensor]
@@ -30,27 +33,35 @@ class Explanation:
     scores: Tensor
     images: Tensor = field(repr=False)
     class_names: tuple[str, ...] = field(default=(), repr=False)
+    signed_methods: tuple[str, ...] = ()
 
-    def overlay(self, image: int = 0, method: str | None = None, column: int = 0) -> Image.Image:
+    def overlay(
+        self, image: int = 0, method: str | None = None, column: int = 0, signed_maps: "SignedMaps" = "diverging"
+    ) -> Image.Image:
         """Lay a map over its image.
 
         Args:
             image: position in the batch.
             method: key of `maps`; the first by default.
             column: which class, where several classes per image were explained.
+            signed_maps: how a signed map is drawn; see `gmarpp.visualize.MapStyle`.
         """
         from gmarpp.visualize import overlay
 
-        pixels = overlay(self.images[image].cpu(), self._map(method or next(iter(self.maps)), image, column))
+        method = method or next(iter(self.maps))
+        drawn = signed_maps if method in self.signed_methods else None
+        pixels = overlay(self.images[image].cpu(), self._map(method, image, column), signed_maps=drawn)
         return Image.fromarray(pixels)
 
-    def show(self, images: int = 8) -> "Figure":
+    def show(self, images: int = 8, signed_maps: "SignedMaps" = "diverging") -> "Figure":
         """Draw images across and methods down, with class and probability, or score, above each image.
 
         Args:
             images: how many to draw, from the first; every explained class of an image has its own column.
+            signed_maps: how signed maps are drawn; see `gmarpp.visualize.MapStyle`.
         """
         from gmarpp.figures import comparison_figure
+        from gmarpp.visualize import MapStyle
 
         targets = self.target[:, None] if self.target.dim() == 1 else self.target
         columns = [(image, column) for image in range(min(images, len(targets))) for column in range(targets.shape[1])]
@@ -69,6 +80,8 @@ class Explanation:
             maps={method: [self._map(method, *column) for column in columns] for method in self.maps},
             names=names,
             probabilities=probabilities,
+            signed_methods=self.signed_methods,
+            style=MapStyle(signed_maps=signed_maps),
         )
 
     def _map(self, method: str, image: int, column: int) -> Tensor:

@@ -23,6 +23,7 @@ from gmarpp.metrics import METRICS
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import CurveSum
 from gmarpp.training.lightning_private import state_key
+from gmarpp.visualize import MapStyle, SignedMaps
 
 
 class AttributionMonitor(L.Callback):
@@ -41,6 +42,8 @@ class AttributionMonitor(L.Callback):
         every_n_epochs: validate the explanations at every n-th validation only.
         grid_images: images in the grid.
         batch_size: images explained at a time.
+        signed_maps: how maps with relevance against the class are drawn: ``diverging``, blue against and red for the
+            class, or ``positive``, only what is for it.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class AttributionMonitor(L.Callback):
         every_n_epochs: int = 1,
         grid_images: int = 6,
         batch_size: int = 16,
+        signed_maps: SignedMaps = "diverging",
     ) -> None:
         if images < 0 or every_n_epochs < 1 or grid_images < 0 or batch_size < 1:
             raise ValueError("images and grid_images must not be negative, every_n_epochs and batch_size at least 1")
@@ -58,6 +62,7 @@ class AttributionMonitor(L.Callback):
         self.every_n_epochs = every_n_epochs
         self.grid_images = grid_images
         self.batch_size = batch_size
+        self.style = MapStyle(signed_maps=signed_maps)
         self._metrics: dict[str, MetricCollection] = {}
         self._curves: dict[str, dict[str, CurveSum]] = {}
         self._shown: list[ExplainedBatch] = []
@@ -190,7 +195,9 @@ class AttributionMonitor(L.Callback):
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         names = getattr(pl_module, "class_names", ())
         if self._shown:
-            _log_figure(trainer, "attribution/maps", _maps_figure(self._shown, names, self.grid_images))
+            signed_methods = self.explainer.signed_methods
+            figure = _maps_figure(self._shown, names, self.grid_images, signed_methods, self.style)
+            _log_figure(trainer, "attribution/maps", figure)
         if self._curves:
             insertion, deletion = (
                 {method: each.mean() for method, each in self._curves[kind].items()}
@@ -200,7 +207,9 @@ class AttributionMonitor(L.Callback):
             _log_figure(trainer, "attribution/curves", figure)
 
 
-def _maps_figure(batches: list[ExplainedBatch], names: tuple[str, ...], images: int) -> Figure:
+def _maps_figure(
+    batches: list[ExplainedBatch], names: tuple[str, ...], images: int, signed_methods: tuple[str, ...], style: MapStyle
+) -> Figure:
     """Draw images with their boxes and maps, the class explained and its probability above each."""
     targets = torch.cat([batch.target for batch in batches])[:images].tolist()
     boxes = [box for batch in batches if batch.boxes is not None for box in batch.boxes.tolist()][:images]
@@ -212,6 +221,8 @@ def _maps_figure(batches: list[ExplainedBatch], names: tuple[str, ...], images: 
         names=[names[target] if target < len(names) else str(target) for target in targets],
         probabilities=torch.cat([batch.target_probability for batch in batches])[:images].tolist(),
         boxes=boxes or None,
+        signed_methods=signed_methods,
+        style=style,
     )
 
 

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from gmarpp.run.reader import StoredRun
 from gmarpp.run.results import write_results
 from gmarpp.run.shards import Shard, merge_parts, remove_parts, reopen_maps, shard_files
 from gmarpp.run.stored_batch import bytes_per_image, stored_batch
-from gmarpp.visualize import COLORMAPS, pixels
+from gmarpp.visualize import MapStyle, SignedMaps, pixels
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ class ExplanationWriter(BasePredictionWriter):
         overlays: write a picture per image and method.
         resume: continue the interrupted run in ``output``, or add images to a complete one. A limit of the trainer's
             batches counts from the beginning of the data, not from where the run is resumed.
-        colormap: one of ``gmarpp.visualize.COLORMAPS``.
+        colormap: one of ``gmarpp.colormaps.COLORMAPS``.
         opacity: share of the map's colors in overlays, 0 to 1.
+        signed_maps: how maps with relevance against the class are drawn: ``diverging``, blue against and red for the
+            class, or ``positive``, only what is for it.
         figure_images: columns of the comparison figure; 0 for no figure.
         figure_formats: formats of the figures: ``png``, ``pdf``, ``svg``.
         report: write ``report.html``.
@@ -70,16 +73,13 @@ class ExplanationWriter(BasePredictionWriter):
         overwrite: bool = False,
         colormap: str = "inferno",
         opacity: float = 0.5,
+        signed_maps: SignedMaps = "diverging",
         figure_images: int = 8,
         figure_formats: Sequence[str] = ("png",),
         report: bool = True,
         shard_size: int = 1024,
     ) -> None:
         super().__init__("batch")
-        if colormap not in COLORMAPS:
-            raise ValueError(f"unknown colormap {colormap!r}: choose from {', '.join(COLORMAPS)}")
-        if not 0 <= opacity <= 1:
-            raise ValueError(f"opacity is {opacity}, not between 0 and 1")
         if unknown := set(figure_formats) - set(FIGURE_FORMATS):
             raise ValueError(f"unknown figure_formats {sorted(unknown)}: choose from {', '.join(FIGURE_FORMATS)}")
         if shard_size < 1 or figure_images < 0:
@@ -87,8 +87,7 @@ class ExplanationWriter(BasePredictionWriter):
         self.output = OutputFolder(expand_path(output), resume, overwrite)
         self.folder = self.output.path
         self.overlays = overlays
-        self.colormap = colormap
-        self.opacity = opacity
+        self.style = MapStyle(colormap, opacity, signed_maps)
         self.figure_images = figure_images
         self.figure_formats = tuple(figure_formats)
         self.report = report
@@ -153,7 +152,7 @@ class ExplanationWriter(BasePredictionWriter):
 
     def _prepare(self, trainer: L.Trainer, module: Any, dataset: Any) -> set[int]:
         """Describe the run, make sure that it is the one to resume, and return the indices of its finished images."""
-        options = {"overlays": self.overlays, "colormap": self.colormap, "opacity": self.opacity}
+        options = {"overlays": self.overlays, **asdict(self.style)}
         self._run = describe_run(trainer, module, dataset, options)
         _on_rank_zero(trainer, self.output.lock)
         previous, finished = self.output.resumed()
@@ -232,7 +231,8 @@ class ExplanationWriter(BasePredictionWriter):
         maps = {method: maps[0].numpy() for method, maps in explained.maps.items()} if self.overlays else {}
         image = pixels(explained.images[:1])[0]
         images = int(sum(trainer.num_predict_batches)) * trainer.world_size * len(shard.rows)
-        self.output.require_space(images * bytes_per_image(shard, image, maps, self.colormap, self.opacity))
+        signed_methods = self._run["signed_methods"]
+        self.output.require_space(images * bytes_per_image(shard, image, maps, signed_methods, self.style))
 
     def _draw(self, pictures: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
         """Have the processes that draw share a batch."""
@@ -243,7 +243,13 @@ class ExplanationWriter(BasePredictionWriter):
             some = slice(start, start + size)
             some_maps = {method: attributions[some] for method, attributions in maps.items()}
             pictures.submit(
-                write_pictures, self.folder, files[some], images[some], some_maps, self.colormap, self.opacity
+                write_pictures,
+                self.folder,
+                files[some],
+                images[some],
+                some_maps,
+                self._run["signed_methods"],
+                self.style,
             )
 
     def _flush(self, trainer: L.Trainer, pictures: BackgroundTasks) -> None:
@@ -311,7 +317,7 @@ class ExplanationWriter(BasePredictionWriter):
             write_run(self.folder, self._run)
         images = merge_parts(self.folder, self.shard_size)
         explanations = StoredRun(self.folder, self._run)
-        write_results(explanations, self.figure_images, self.figure_formats, self.colormap, self.opacity, self.report)
+        write_results(explanations, self.figure_images, self.figure_formats, self.style, self.report)
         # The parts may go only when the disk has all that replaces them.
         sync_disk()
         write_run(self.folder, {**self._run, "status": "complete", "finished": now(), "explained": images})

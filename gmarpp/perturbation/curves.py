@@ -99,8 +99,8 @@ def score_perturbations(
         score: softmax `probability` of the target, the `sigmoid` of its logit, for networks with one output or outputs
             that do not exclude each other, or its `logit`. Ignored where the target is a function.
         mask: kept region: `topk` keeps the top 25 % of the patches, rounded up; `soft` fades the image into the
-            baseline with weight 1 - E, E the min-max map on its grid (constant: 0), which over `black` is the E * x of
-            Grad-CAM++ (Chattopadhyay et al. 2018).
+            baseline with weight 1 - E, E the min-max map on its grid (constant: 0; negative relevance is its low end),
+            which over `black` is the E * x of Grad-CAM++ (Chattopadhyay et al. 2018).
         normalize: rescale each curve by (full - empty); a curve is NaN where the image scores no higher than its
             baseline, and metrics leave that image out. `kept`, `full` and `empty` stay as they are.
         batch_size: most images per forward pass; bounds the memory. A target that is a function is given all B images

@@ -131,6 +131,8 @@ def check_run(run: Mapping[str, Any]) -> None:
             _require(not present or _is_a(value, kinds), f"{name}: expected {_names(kinds)}, got {value!r:.80}")
     for name in ("classes", "class_names"):
         _require(_are_texts(run.get(name)), f"{name}: expected a list of texts, got {run.get(name)!r:.80}")
+    signed = run.get("signed_methods", [])
+    _require(_are_texts(signed), f"signed_methods: expected a list of texts, got {signed!r:.80}")
 
 
 def _entry(content: Any, names: Sequence[str]) -> tuple[bool, Any]:

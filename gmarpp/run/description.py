@@ -60,6 +60,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
         },
         "explainer": {name: getattr(module.explainer, name) for name in options},
+        "signed_methods": list(module.explainer.signed_methods),
         "data": {
             "name": None if data is None else type(data).__name__,
             "images": len(dataset),
@@ -103,6 +104,8 @@ def _compared(run: Mapping[str, Any]) -> dict[str, Any]:
     found = {f"{section}.{name}": run.get(section, {}).get(name) for section, names in _SAME.items() for name in names}
     for section, options in (("explainer", run["explainer"]), ("data.options", run["data"].get("options", {}))):
         found |= {f"{section}.{name}": value for name, value in options.items() if name not in _FREE[section]}
+    if run.get("signed_methods"):
+        found["writer.signed_maps"] = run.get("writer", {}).get("signed_maps")
     return found
 
 

@@ -1,16 +1,21 @@
 """Pictures of explained images, drawn and written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gmarpp.files import write_atomically
 from gmarpp.maps import Array
 from gmarpp.run.folder import IMAGES, OVERLAYS, PARTS
-from gmarpp.visualize import OVERLAY_SIDE, add_colors, backdrop, encode_jpeg, encode_png
+from gmarpp.visualize import OVERLAY_SIDE, Backdrop, MapStyle, encode_jpeg, encode_png
 
 
 def write_pictures(
-    folder: Path, files: Sequence[str], images: Array, maps: Mapping[str, Array], colormap: str, opacity: float
+    folder: Path,
+    files: Sequence[str],
+    images: Array,
+    maps: Mapping[str, Array],
+    signed_methods: Collection[str],
+    style: MapStyle,
 ) -> None:
     """Write images as JPEG, and for each method their overlays as PNG.
 
@@ -21,20 +26,20 @@ def write_pictures(
         files: names without extension, n of them.
         images: uint8 pixels, shape (n, H, W, 3).
         maps: by method, raw, shape (n, h, w).
-        colormap: one of `gmarpp.visualize.COLORMAPS`.
-        opacity: share of the map's colors, 0 to 1.
+        signed_methods: names of the methods whose maps are signed.
+        style: how maps are drawn.
 
     Raises:
         OSError: naming the file that cannot be written.
     """
     for position, file in enumerate(files):
         of_image = {method: attributions[position] for method, attributions in maps.items()}
-        for name, data in encoded_pictures(file, images[position], of_image, colormap, opacity):
+        for name, data in encoded_pictures(file, images[position], of_image, signed_methods, style):
             write_atomically(folder / name, data, folder / PARTS, durable=False)
 
 
 def encoded_pictures(
-    file: str, image: Array, maps: Mapping[str, Array], colormap: str, opacity: float
+    file: str, image: Array, maps: Mapping[str, Array], signed_methods: Collection[str], style: MapStyle
 ) -> Iterator[tuple[Path, bytes]]:
     """Yield the pictures of one image, each with its path in the run's folder.
 
@@ -42,13 +47,12 @@ def encoded_pictures(
         file: name without extension.
         image: uint8 pixels, shape (H, W, 3).
         maps: by method, raw, shape (h, w).
-        colormap: one of `gmarpp.visualize.COLORMAPS`.
-        opacity: share of the map's colors, 0 to 1.
+        signed_methods: names of the methods whose maps are signed.
+        style: how maps are drawn.
     """
     yield Path(IMAGES, f"{file}.jpg"), encode_jpeg(image)
-    ground = backdrop(image, opacity, OVERLAY_SIDE) if maps else image
-    for method, attributions in maps.items():
-        yield (
-            Path(OVERLAYS, method, f"{file}.png"),
-            encode_png(add_colors(ground, attributions, colormap, opacity)),
-        )
+    if maps:
+        backdrop = Backdrop(image, style, OVERLAY_SIDE)
+        for method, attributions in maps.items():
+            overlay = backdrop.overlay(attributions, method in signed_methods)
+            yield Path(OVERLAYS, method, f"{file}.png"), encode_png(overlay)

@@ -26,6 +26,7 @@ class StoredRun:
         run: content of ``run.json``.
         methods: names of the methods, in the order they were asked for.
         metrics: names of the metrics.
+        signed_methods: names of the methods whose maps are signed; none in runs that do not say.
         indices: data set index of each image, ascending.
 
     Made by `load_explanations`.
@@ -37,6 +38,7 @@ class StoredRun:
         about = _read_index(folder)
         self.methods: tuple[str, ...] = tuple(about["methods"])
         self.metrics: tuple[str, ...] = tuple(about["metrics"])
+        self.signed_methods: tuple[str, ...] = tuple(run.get("signed_methods", ()))
         self._places: dict[int, tuple[str, int]] = {
             index: (shard["file"], place) for shard in about["shards"] for place, index in enumerate(shard["indices"])
         }

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
+from gmarpp.colormaps import COLORMAPS, colormap_table, diverging_cover, diverging_table
 from gmarpp.files import atomic_file
 from gmarpp.labels import method_color, method_dashes, method_label, metric_label
 from gmarpp.maps import Array
@@ -15,7 +18,7 @@ from gmarpp.run.reader import StoredRun
 from gmarpp.run.report_maps import ReportMaps
 from gmarpp.run.summary import FEWEST_IMAGES, MeanCurve, higher_is_better, leaders
 from gmarpp.run.totals import Agreement
-from gmarpp.visualize import COLORMAPS, colormap_table
+from gmarpp.visualize import DEFAULT_STYLE, MapStyle
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -28,12 +31,11 @@ def write_report(
     agreement: Agreement,
     maps: ReportMaps,
     path: Path,
-    colormap: str = "inferno",
-    opacity: float = 0.5,
+    style: MapStyle = DEFAULT_STYLE,
 ) -> None:
     """Write the report of a run.
 
-    Maps are embedded as bytes and colored by the page, so that their opacity and colors can be changed. The pictures
+    Maps are embedded as bytes and colored by the page, so that opacity and colors can be changed. The pictures
     of a small run are embedded too, and the page then needs no other file; those of a large one, and then its maps,
     are read from the run's folder when they come into view.
 
@@ -42,8 +44,7 @@ def write_report(
         agreement: of all its shards.
         maps: of all its shards.
         path: the page, in the run's folder.
-        colormap: color map it starts with.
-        opacity: opacity it starts with, 0 to 1.
+        style: how it draws the maps to begin with.
     """
     head, tail = TEMPLATE.read_text(encoding="utf-8").split(_SEPARATOR)
     pictures = [require_file(explanations.image_path(index), explanations.folder) for index in explanations.indices]
@@ -56,8 +57,10 @@ def write_report(
         "chunk": maps.chunk,
         "mapFiles": maps.files or None,
         "colormaps": {name: base64.b64encode(colormap_table(name).tobytes()).decode() for name in COLORMAPS},
-        "colormap": colormap,
-        "opacity": opacity,
+        "colormap": style.colormap,
+        "opacity": style.opacity,
+        "signedMaps": style.signed_maps,
+        "diverging": base64.b64encode(_diverging_pixels().tobytes()).decode() if explanations.signed_methods else None,
         "images": _image_data(explanations, agreement),
         "thumbnails": [base64.b64encode(p.read_bytes()).decode() for p in pictures] if embed_pictures else None,
     }
@@ -77,6 +80,12 @@ def _title(run: Mapping[str, Any]) -> str:
     folder = PurePath(root).name if isinstance(root, str) else ""
     names = [name for name in (data["name"] or "data loader", folder) if name]
     return f"{network} on {', '.join(names)}"
+
+
+def _diverging_pixels() -> Array:
+    """Return red, green, blue and alpha of each level of the diverging color map, uint8, shape (256, 4)."""
+    alpha = (255 * diverging_cover() + 0.5).astype(np.uint8)
+    return np.column_stack((diverging_table(), alpha))
 
 
 def _script(identifier: str, data: Any) -> bytes:
@@ -105,7 +114,14 @@ def _summary_data(explanations: StoredRun) -> dict[str, Any]:
     return {
         "run": explanations.run,
         "methods": [
-            {"name": m, "label": method_label(m), "color": method_color(m), "dashes": method_dashes(m)} for m in methods
+            {
+                "name": method,
+                "label": method_label(method),
+                "color": method_color(method),
+                "dashes": method_dashes(method),
+                "signed": method in explanations.signed_methods,
+            }
+            for method in methods
         ],
         "metrics": [{"name": m, "label": metric_label(m), "higher": higher_is_better(m)} for m in metrics],
         "summary": intervals,

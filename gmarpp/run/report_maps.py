@@ -2,13 +2,14 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from gmarpp.colormaps import diverging_levels
 from gmarpp.files import write_atomically
-from gmarpp.maps import Array, normalize_map
+from gmarpp.maps import Array, normalize_map, normalize_signed_map
 from gmarpp.run.folder import REPORT_MAPS, make_folder
 from gmarpp.run.shards import Shard
 
@@ -19,11 +20,13 @@ _EMBEDDED_BYTES = 8_000_000
 class ReportMaps:
     """Maps as base64 of bytes (image, method, row, column), so many images at a time, in the order of the shards added.
 
-    Those of a small run are kept for the page; those of a large one are written to files as they come.
+    A byte is a level of a color map: from a map's minimum, 0, to its maximum, 255; for a signed map zero is 128. Those
+    of a small run are kept for the page; those of a large one are written to files as they come.
 
     Args:
         folder: of the run.
         images: how many there will be.
+        signed_methods: names of the methods whose maps are signed.
 
     Attributes:
         grid: rows and columns of each map, after the first shard.
@@ -32,7 +35,7 @@ class ReportMaps:
         files: the files of a large one, by their paths in the run's folder.
     """
 
-    def __init__(self, folder: Path, images: int) -> None:
+    def __init__(self, folder: Path, images: int, signed_methods: Collection[str] = ()) -> None:
         self.grid: tuple[int, ...] = ()
         self.chunk = 0
         self.embedded: list[str] = []
@@ -40,17 +43,24 @@ class ReportMaps:
         self._folder = folder
         self._left = self._images = images
         self._in_files = False
+        self._signed_methods = signed_methods
         self._waiting: list[Array] = []
 
     def add(self, shard: Shard) -> None:
         """Add the images of the next shard."""
         if not self.chunk:
             self._begin(shard)
-        self._waiting.extend(np.stack([normalize_map(shard.tensors[m]) for m in shard.methods], axis=1) * 255 + 0.5)
+        self._waiting.extend(np.stack([self._levels(method, shard) for method in shard.methods], axis=1))
         self._left -= len(shard.rows)
         while len(self._waiting) >= self.chunk or (self._waiting and not self._left):
             self._put(self._waiting[: self.chunk])
             del self._waiting[: self.chunk]
+
+    def _levels(self, method: str, shard: Shard) -> Array:
+        maps = shard.tensors[method]
+        if method in self._signed_methods:
+            return diverging_levels(normalize_signed_map(maps))
+        return (normalize_map(maps) * 255 + 0.5).astype(np.uint8)
 
     def _begin(self, shard: Shard) -> None:
         self.grid = tuple(shard.tensors[shard.methods[0]].shape[-2:])
@@ -61,7 +71,7 @@ class ReportMaps:
             make_folder(self._folder / REPORT_MAPS)
 
     def _put(self, maps: Sequence[Array]) -> None:
-        encoded = base64.b64encode(np.stack(maps).astype(np.uint8).tobytes()).decode()
+        encoded = base64.b64encode(np.stack(maps).tobytes()).decode()
         if not self._in_files:
             self.embedded.append(encoded)
             return

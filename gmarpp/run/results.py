@@ -14,14 +14,14 @@ from gmarpp.run.report_maps import ReportMaps
 from gmarpp.run.shards import Shard
 from gmarpp.run.tables import write_csv
 from gmarpp.run.totals import Agreement
+from gmarpp.visualize import DEFAULT_STYLE, MapStyle
 
 
 def write_results(
     explanations: StoredRun,
     figure_images: int = 8,
     figure_formats: Sequence[str] = ("png",),
-    colormap: str = "inferno",
-    opacity: float = 0.5,
+    style: MapStyle = DEFAULT_STYLE,
     report: bool = True,
 ) -> None:
     """Write the tables, the figures and the report of a run into its folder, having read each of its shards once.
@@ -30,14 +30,13 @@ def write_results(
         explanations: the run; nothing of it is computed anew.
         figure_images: columns of the comparison figure, images spread evenly over the run; 0 for no figure.
         figure_formats: ``png``, ``pdf``, ``svg``.
-        colormap: color map of the figure and of the report.
-        opacity: share of the maps' colors, 0 to 1.
+        style: how maps are drawn in the figure, and in the report to begin with.
         report: write ``report.html``.
     """
     folder = explanations.folder
     compared = _ComparedMaps(_spread(explanations.indices, figure_images))
     agreement = Agreement(explanations.methods)
-    maps = ReportMaps(folder, len(explanations))
+    maps = ReportMaps(folder, len(explanations), explanations.signed_methods)
     needed = [compared.add, *([agreement.add, maps.add] if report else [])]
     shards = _passing(explanations.shards(), needed)
     write_csv(folder / "explanations.csv", (record for shard in shards for record in explanations.records(shard)))
@@ -45,7 +44,7 @@ def write_results(
         write_csv(folder / "summary.csv", explanations.summary)
     figures = {}
     if figure_images:
-        figures["comparison"] = _comparison(explanations, compared, colormap, opacity)
+        figures["comparison"] = _comparison(explanations, compared, style)
     insertion, deletion = explanations.mean_curves()
     if insertion:
         explainer = explanations.run["explainer"]
@@ -54,7 +53,7 @@ def write_results(
         for extension in figure_formats:
             write_atomically(folder / f"{name}.{extension}", figure_bytes(figure, extension))
     if report:
-        write_report(explanations, agreement, maps, folder / "report.html", colormap, opacity)
+        write_report(explanations, agreement, maps, folder / "report.html", style)
 
 
 def _passing(shards: Iterable[Shard], needed: Sequence[Callable[[Shard], None]]) -> Iterator[Shard]:
@@ -89,10 +88,10 @@ class _ComparedMaps:
                     self.maps.setdefault(method, []).append(shard.tensors[method][position].numpy().copy())
 
 
-def _comparison(explanations: StoredRun, compared: _ComparedMaps, colormap: str, opacity: float) -> Any:
+def _comparison(explanations: StoredRun, compared: _ComparedMaps, style: MapStyle) -> Any:
     rows = compared.rows
     images = [explanations.picture(row["index"]) for row in rows]
     names = [explanations.class_name(row["target"]) for row in rows]
     boxes = [row.get("box") for row in rows]
     probabilities = [row["target_probability"] for row in rows]
-    return comparison_figure(images, compared.maps, names, probabilities, boxes, colormap, opacity)
+    return comparison_figure(images, compared.maps, names, probabilities, boxes, explanations.signed_methods, style)

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from signed_method import Downwards
 from squares import ColouredSquares, OrderedSquares, Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gmarpp
+from gmarpp.attribution import methods
 from gmarpp.callbacks import AttributionMonitor, AveragedWeights
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
@@ -54,7 +58,7 @@ def test_a_dry_run_explains_one_image(tmp_path):
     monitor = AttributionMonitor(EXPLAINER, images=6)
     explained = []
     monitor.explainer = lambda network, batch: explained.append(len(batch["image"])) or EXPLAINER(network, batch)
-    for option in ("methods", "metrics", "score", "normalize"):
+    for option in ("methods", "metrics", "score", "normalize", "signed_methods"):
         setattr(monitor.explainer, option, getattr(EXPLAINER, option))
     trainer(tmp_path, monitor, fast_dev_run=True).fit(classifier(), Squares())
     assert explained == [1]
@@ -92,6 +96,23 @@ def test_fits_as_without_it_and_draws(tmp_path):
     assert len(events.Images("attribution/maps")) == 2
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert [event.step for event in events.Scalars("attribution/gmarpp_l1/insertion_auc")] == [1, 3]
+
+
+@pytest.mark.parametrize(("signed_maps", "against"), [("diverging", True), ("positive", False)])
+def test_relevance_against_the_class_is_drawn_in_blue_unless_its_positive_part_is_asked_for(
+    tmp_path, monkeypatch, signed_maps, against
+):
+    monkeypatch.setitem(methods._REGISTERED, "downwards", Downwards())
+    explainer = Explainer(methods=["downwards"], metrics=["sparseness"])
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    monitor = AttributionMonitor(explainer, images=3, signed_maps=signed_maps)
+    trainer(tmp_path, monitor, logger=logger).validate(classifier(), Squares(), verbose=False)
+    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("attribution/maps")
+    picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
+    # The row of the only method; the row of the images has colors of its own.
+    row = picture[3 * picture.shape[0] // 5 :]
+    assert bool((row[..., 2] > row[..., 0] + 40).mean() > 0.01) is against
+    assert (row[..., 0] > row[..., 2] + 40).mean() > 0.01
 
 
 def test_checkpointing_and_early_stopping_monitor_it(tmp_path):
@@ -166,8 +187,11 @@ import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import torch
+from PIL import Image
+from signed_method import Downwards
 from squares import Squares
 from callbacks.test_monitor import EXPLAINER, classifier, trainer
+from gmarpp.attribution import methods
 from gmarpp.callbacks import AttributionMonitor
 
 if __name__ == "__main__":

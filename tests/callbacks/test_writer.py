@@ -18,8 +18,10 @@ import torch
 from full_disk import no_file_larger_than
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
+from signed_method import Downwards
 from torch.utils.data import DataLoader, Dataset
 
+from gmarpp.attribution import methods
 from gmarpp.callbacks import ExplanationWriter, writer
 from gmarpp.explainer import ExplainedBatch, Explainer
 from gmarpp.perturbation import Curves
@@ -166,6 +168,44 @@ def test_run_json_describes_the_run(tmp_path):
     assert run["explainer"]["methods"] == list(METHODS)
     assert run["class_names"] == ["cat, moggy", "dog"]
     assert set(run["versions"]) >= {"gmarpp", "torch", "lightning", "timm", "python"}
+
+
+class ForAndAgainst(FakeExplaining):
+    """Its second method is signed: for the class on the left, against it on the right."""
+
+    def __init__(self):
+        super().__init__(methods=("rollout", "downwards"))
+
+    def predict_step(self, batch, batch_idx):
+        explained = super().predict_step(batch, batch_idx)
+        signs = torch.tensor([1.0, 1.0, 0.0, 0.0, -1.0, -1.0]).expand(len(explained.index), 4, 6)
+        return replace(explained, maps={**explained.maps, "downwards": signs})
+
+
+def test_signed_methods_are_drawn_and_recorded_as_such(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods._REGISTERED, "downwards", Downwards())
+    folder = tmp_path / "run"
+    predict(folder, SquaresData(count=3), ForAndAgainst())
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["signed_methods"], run["writer"]["signed_maps"]) == (["downwards"], "diverging")
+    stored = load_explanations(folder)
+    assert stored.signed_methods == ("downwards",)
+    assert '"signed":true' in (folder / "report.html").read_text()
+    with Image.open(stored.overlay_path(0, "downwards")) as picture:
+        left, middle, right = (
+            picture.getpixel((x, picture.height // 2)) for x in (0, picture.width // 2, picture.width - 1)
+        )
+    assert left[0] > left[2] + 50
+    assert middle[0] == middle[1] == middle[2]
+    assert right[2] > right[0] + 50
+    with pytest.raises(ValueError, match=r"writer\.signed_maps was 'diverging' and is 'positive'"):
+        predict(folder, SquaresData(count=3), ForAndAgainst(), resume=True, signed_maps="positive")
+
+
+def test_runs_without_signed_maps_continue_however_those_are_drawn(tmp_path, reference):
+    fail_at(6, tmp_path / "run")
+    predict(tmp_path / "run", resume=True, signed_maps="positive")
+    assert contents(tmp_path / "run") == reference
 
 
 def test_maps_alone_need_no_metrics(tmp_path):
@@ -540,7 +580,8 @@ def test_data_loaders_alone_can_be_explained_but_not_resumed(tmp_path):
     [
         ({"colormap": "rainbow"}, "rainbow.*inferno"),
         ({"figure_formats": ["bmp"]}, "bmp.*png, pdf, svg"),
-        ({"opacity": 50}, "opacity is 50"),
+        ({"opacity": 50}, "opacity: expected 0 to 1, got 50"),
+        ({"signed_maps": "both"}, "unknown signed_maps 'both': choose from diverging, positive"),
         ({"shard_size": 0}, "shard_size"),
     ],
 )

@@ -92,7 +92,25 @@ def test_constant_maps_are_zero_on_every_grid(value):
 def test_the_largest_and_the_smallest_ranges_are_scaled_alike():
     mask = masks([0, 1], [1, 0])
     for scale in (1e-38, 1.0, 8e37):
-        assert energy_inside(scale * (MAP - 4), mask).item() == pytest.approx(1 / 2)
+        assert energy_inside(scale * (MAP - 4), mask).item() == pytest.approx(1 / 3)
+        assert iou(scale * (MAP - 4), mask).item() == pytest.approx(1 / 3)
+
+
+def test_relevance_against_the_class_by_hand():
+    maps = torch.tensor([[[-6.0, 0.0], [1.0, 3.0]]])
+    left, right = masks([1, 0], [1, 0]), masks([0, 1], [0, 1])
+    # The patch against the class is neither energy nor the most relevant pixel, and ranks behind the one without any.
+    assert [energy_inside(maps, mask).item() for mask in (left, right)] == [0.25, 0.75]
+    assert [pointing_game(maps, mask).item() for mask in (left, right)] == [0, 1]
+    assert [average_precision(maps, mask).item() for mask in (left, right)] == pytest.approx([1 / 2, 5 / 6])
+    # Min-max 0, 2/3, 7/9, 1 of mean 11/18.
+    assert [iou(maps, mask).item() for mask in (left, right)] == pytest.approx([1 / 4, 2 / 3])
+    assert [pixel_accuracy(maps, mask).item() for mask in (left, right)] == [0.25, 0.75]
+
+
+def test_without_relevance_for_the_class_there_is_no_energy():
+    assert energy_inside(-MAP, masks([1, 1], [1, 1])).item() == 0
+    assert pointing_game(-MAP, masks([1, 0], [0, 0])).item() == 1
 
 
 @pytest.mark.parametrize("side", [7, 14, 37])

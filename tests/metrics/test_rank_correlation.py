@@ -15,5 +15,6 @@ def test_rank_correlation_is_spearmans():
         expected = spearmanr(first[image].flatten(), second[image].flatten()).statistic
         assert found[image].item() == pytest.approx(expected, abs=1e-6)
     assert found[5] == 0
+    assert rank_correlation(first[:1], -first[:1]).item() == pytest.approx(-1)
     first[2, 0, 0] = torch.nan
     assert rank_correlation(first, second).isnan().tolist() == [False, False, True, False, False, False]

@@ -27,6 +27,14 @@ def test_maps_are_those_that_were_stored(explanations):
         assert torch.equal(explanations.map(index, "gmarpp_l1"), original.tensors["gmarpp_l1"][index])
 
 
+def test_the_run_says_which_maps_are_signed(explanations, tmp_path):
+    assert explanations.signed_methods == ()
+    assert stored_run(tmp_path / "signed", PATHS, signed_methods=["rollout"]).signed_methods == ("rollout",)
+    write_run(tmp_path / "signed", {**run_description(), "signed_methods": "rollout"})
+    with pytest.raises(ValueError, match="signed_methods: expected a list of texts, got 'rollout'"):
+        load_explanations(tmp_path / "signed")
+
+
 def test_of_many_maps_each_file_is_checked_once(explanations, monkeypatch):
     read = []
     monkeypatch.setattr("gmarpp.run.reader.read_shard", lambda path: read.append(path.name) or read_shard(path))

@@ -10,11 +10,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from stored_run import CLASS_NAMES, METHODS, METRICS, stored_run
 
+from gmarpp.colormaps import diverging_table
 from gmarpp.maps import normalize_map
 from gmarpp.run import report, report_maps
 from gmarpp.run.results import write_results
+from gmarpp.visualize import MapStyle, overlay
 
 PATHS = ["a/same.jpg", "b/same.jpg", "</script><script>alert(1)</script>.jpg", "bad\udcff&.jpg", "x" * 300, "猫.jpg"]
 
@@ -155,6 +158,28 @@ def test_maps_are_bytes_in_the_order_of_images_and_methods(page, explanations):
     assert np.abs(maps[4, 1] - expected).max() <= 0.5
 
 
+def test_signed_maps_are_bytes_around_their_zero(tmp_path):
+    explanations = stored_run(tmp_path / "run", PATHS, signed_methods=["rollout"])
+    write_results(explanations, figure_images=0, style=MapStyle("viridis", 0.75, "positive"))
+    parser, data = parse(explanations.folder / "report.html")
+    decoded = np.frombuffer(base64.b64decode(json.loads(parser.scripts["maps-0"])), dtype=np.uint8)
+    found = decoded.reshape(len(PATHS), len(METHODS), 4, 6)[4, 1]
+    values = explanations.map(4, "rollout").numpy()
+    assert values.min() < 0
+    assert np.abs(found - (128 + 127 * values / np.abs(values).max())).max() <= 0.5
+    assert [method["signed"] for method in data["methods"]] == [False, True, False]
+    assert (data["colormap"], data["opacity"], data["signedMaps"]) == ("viridis", 0.75, "positive")
+    colors = np.frombuffer(base64.b64decode(data["diverging"]), dtype=np.uint8).reshape(256, 4)
+    assert (colors[:, :3] == diverging_table()).all()
+    assert colors[[1, 64, 128, 192, 255], 3].tolist() == [255, 255, 0, 255, 255]
+
+
+def test_a_page_without_signed_maps_does_not_speak_of_them(page):
+    _, data = parse(page)
+    assert data["diverging"] is None
+    assert not any(method["signed"] for method in data["methods"])
+
+
 def test_values_intervals_and_leaders(page, explanations):
     _, data = parse(page)
     assert [metric["higher"] for metric in data["metrics"]] == [False, True, None]
@@ -249,6 +274,46 @@ def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded)
     assert seen["end"] == ["image 49", "Close"]
     assert seen["back"] == ["image 48", "←"]
     assert seen["closed"] == [False, "item"]
+
+
+# Draws the first signed map both ways and leaves what it saw in an element of the document.
+PAINTER = """<script>
+addEventListener("load", () => {
+  const map = () => {
+    const canvas = document.querySelector("#gallery canvas[data-method='1']");
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    return [getComputedStyle(canvas).opacity, [...data]];
+  };
+  const words = () => document.querySelector("#gallery .scales").textContent;
+  const choice = document.querySelector(".signed-maps select");
+  const seen = { diverging: [words(), ...map()] };
+  choice.value = "positive";
+  choice.dispatchEvent(new Event("change", { bubbles: true }));
+  seen.positive = [words(), ...map()];
+  document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+});
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_the_page_draws_signed_maps_as_overlays_do(tmp_path):
+    explanations = stored_run(tmp_path / "run", PATHS, signed_methods=["rollout"])
+    page = explanations.folder / "report.html"
+    write_results(explanations, figure_images=0)
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", PAINTER + "</body>"), encoding="utf-8")
+    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', browse(page))[1]))
+    values = explanations.map(0, "rollout")
+    for choice, opacity, low in (("diverging", 0.75, "against the class"), ("positive", 0.5, "0")):
+        words, css_opacity, drawn = seen[choice]
+        assert words == f"Rollout: {low}for the classothers: leastmost relevant"
+        assert float(css_opacity) == opacity
+        pixels = np.array(drawn, dtype=float).reshape(85, 128, 4)
+        cover = opacity * pixels[..., 3:] / 255
+        page_picture = (1 - cover) * 102 + cover * pixels[..., :3]
+        expected = overlay(torch.full((3, 85, 128), 0.4), values, signed_maps=choice)
+        # The page interpolates bytes, and the browser's canvas rounds colors of small alpha.
+        assert np.abs(page_picture - expected).mean() < 1.5
+        assert np.abs(page_picture - expected).max() < 12
 
 
 def browse(page):

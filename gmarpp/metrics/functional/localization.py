@@ -1,7 +1,8 @@
 """Agreement of maps with boxes or masks of the object.
 
 Each map is scaled to [0, 1] on its own grid (a constant map becomes 0) and upsampled to the masks' size bilinearly, in
-float64. An image with an empty mask, because it has no box or an empty one, has no value: NaN, left out of means.
+float64. Negative relevance is the low end of that scale; `energy_inside`, a share of relevance, leaves it out. An image
+with an empty mask, because it has no box or an empty one, has no value: NaN, left out of means.
 """
 
 import math
@@ -68,6 +69,8 @@ def _highlighted(maps: Tensor, threshold: float | None) -> Tensor:
 def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Compute the share of images whose most relevant pixel, the first on ties, lies on the object (Zhang et al. 2018).
 
+    That is the pixel with most relevance for the class; of a map that is negative everywhere, the least against it.
+
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
@@ -88,6 +91,8 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
 def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Compute the share of the min-max map's sum that lies on the object (Wang et al. 2020); 0 for a constant map.
 
+    A share needs relevance from 0 on: of a map with negative values, the positive part counts alone.
+
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
@@ -100,7 +105,8 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
         >>> energy_inside(torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.7500)
     """
-    scaled, masks = _aligned(maps, masks)
+    check_finite_maps(maps)
+    scaled, masks = _aligned(maps.clamp(min=0), masks)
     total = scaled.sum(1)
     inside = (scaled * masks).sum(1) / torch.where(total > 0, total, 1.0)
     return _where_masked(inside, masks, reduction)
@@ -108,6 +114,8 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
 
 def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: Reduction = "mean") -> Tensor:
     """Compute the intersection over union of the object and the pixels where the min-max map exceeds a threshold.
+
+    Negative relevance is the low end of the min-max map, and lowers its mean.
 
     Args:
         maps: (B, h, w), raw.
@@ -132,6 +140,8 @@ def pixel_accuracy(
 ) -> Tensor:
     """Compute the share of pixels classified correctly, as object where the min-max map exceeds a threshold.
 
+    Negative relevance is the low end of the min-max map, and lowers its mean.
+
     Args:
         maps: (B, h, w), raw.
         masks: (B, H, W), true on the object.
@@ -152,6 +162,8 @@ def pixel_accuracy(
 
 def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Compute the average precision of each map as a ranking of the pixels, without a threshold.
+
+    Negative relevance ranks behind zero.
 
     Args:
         maps: (B, h, w), raw.

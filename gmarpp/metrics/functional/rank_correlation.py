@@ -9,6 +9,8 @@ from torch import Tensor
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """Compute Spearman's rank correlation of maps, pair by pair; equal values share their mean rank.
 
+    Negative relevance ranks below zero: maps that are each other's negative correlate by -1.
+
     Args:
         first: maps (n, h, w).
         second: maps (n, h, w).

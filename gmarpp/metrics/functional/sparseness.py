@@ -13,7 +13,7 @@ def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
     .. math::
         G = \frac{\sum_{k=1}^{n} (2k - n - 1) v_k}{n \sum_k v_k}, \quad v_1 \le \dots \le v_n
 
-    A map of zeros is even, so its index is 0.
+    Relevance against the class, which is negative, counts by its size. A map of zeros is even, so its index is 0.
 
     Args:
         maps: (B, h, w), raw; the index depends on an offset but not on the scale.
