@@ -19,6 +19,7 @@ from gmarpp.explainer import Explainer
 from gmarpp.metrics import METRICS
 from gmarpp.perturbation import score_perturbations
 from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import Optimization
 
 EXPLAINER = Explainer(
     methods=["gmarpp_l1", "rollout"], metrics=["average_drop", "insertion_auc", "deletion_auc", "road"], steps=4
@@ -28,7 +29,9 @@ EXPLAINER = Explainer(
 def classifier(**options):
     torch.manual_seed(0)
     defaults = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "pretrained": False}
-    return ViTClassifier(**defaults, model_args={"depth": 2}, lr=1e-3, layer_decay=1.0, **options)
+    return ViTClassifier(
+        **defaults, model_args={"depth": 2}, optimizer=Optimization(lr=1e-3, layer_decay=1.0), **options
+    )
 
 
 def trainer(folder, *callbacks, **options):

@@ -322,7 +322,7 @@ def test_schedule_of_a_streamed_run_needs_a_number_of_steps(tmp_path):
             default_root_dir=tmp_path,
             **limits,
         )
-        network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, lr=1e-3)
+        network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2})
         run.fit(network, HubDataset("parquet", data_files=files, num_workers=0, batch_size=4, streaming=True))
         return run
 
