@@ -17,7 +17,7 @@ from gmarpp.command import run_command
 from gmarpp.files import find_path
 from gmarpp.network.load import describe_weights
 from gmarpp.network.weights import Weights
-from gmarpp.training.hyperparameters import classifier_options, moved_options
+from gmarpp.training.hyperparameters import GROUPS, classifier_options, moved_options
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.resume import find_checkpoint
 from gmarpp.training.trainer import Trainer
@@ -58,13 +58,22 @@ class TrainCLI(CommandLine):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, and name the new place of options that have become part of a group."""
+        """Parse the command line, and name the new place of options that have become part of a group.
+
+        Raises:
+            ArgumentError: naming the option that is wrong.
+            ValueError: naming the file or the option that is wrong.
+        """
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             if moved := moved_options(str(error)):
                 raise ArgumentError(None, f"{error}; {moved}") from error
             raise
+        model = self.config[self.config.subcommand].model
+        # As YAML reads a group whose options are all commented out.
+        if empty := [group for group in GROUPS if model[group] is None]:
+            raise ValueError(f"model.{empty[0]}: expected options of the group, got nothing: leave it out")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint of the best validation and the one of the latest state, both configurable."""

@@ -18,6 +18,7 @@ from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
 from gmarpp.metrics import METRICS
 from gmarpp.perturbation import score_perturbations
+from gmarpp.training.execution import Execution
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.optim import Optimization
 
@@ -150,7 +151,7 @@ def test_monitors_a_network_that_recomputes_its_activations(tmp_path):
     values = []
     for recompute in (False, True):
         run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=3), max_epochs=1)
-        run.fit(classifier(gradient_checkpointing=recompute), OrderedSquares())
+        run.fit(classifier(execution=Execution(gradient_checkpointing=recompute)), OrderedSquares())
         values.append([run.callback_metrics[f"attribution/{m}/insertion_auc"].item() for m in EXPLAINER.methods])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 

@@ -339,6 +339,7 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
             "lr is --model.optimizer.lr now, --model.mixup is --model.mixing.mixup",
         ),
         ([*FIT, "--config=flat.yaml"], "option 'model.warmup'; --model.warmup is --model.optimizer.warmup now"),
+        ([*FIT, "--config=empty.yaml"], "model.mixing: expected options of the group, got nothing: leave it out"),
         ([*FIT, "--config=unknown.yaml"], "trainer.max_epoch"),
         ([*FIT, "--trainer.strategy=fsdp"], "`fsdp` requires a GPU"),
         ([*FIT, "--data=Circles"], "Circles"),
@@ -363,6 +364,7 @@ def test_mistakes_in_train_end_with_one_line(folder, capsys, arguments, message)
     (folder / "weights.safetensors").touch()
     (folder / "unknown.yaml").write_text("trainer: {max_epoch: 3}")
     (folder / "flat.yaml").write_text("model: {warmup: 0.2}")
+    (folder / "empty.yaml").write_text("model:\n  mixing:\n    # mixup: 0.8")
     (folder / "broken.yaml").write_text("trainer:\n\tmax_epochs: 3")
     for name, callback, options in (
         ("early", "EarlyStopping", "{monitor: val/acc}"),
