@@ -147,7 +147,7 @@ class ViTClassifier(L.LightningModule):
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with layer-wise rates, warm-up and cosine per step."""
+        """Return AdamW with layer-wise rates, and a schedule of warm-up and cosine per step."""
         self._load_start_weights()
         options, steps = self.optimization, total_steps(self.trainer)
         lr = scaled_lr(self.trainer, options.lr, options.lr_batch_size)
@@ -181,7 +181,7 @@ class ViTClassifier(L.LightningModule):
         return self.model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalized images (B, 3, H, W)."""
+        """Return logits (B, num_classes) of normalized images (B, 3, H, W)."""
         if self.execution.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.model(images)
@@ -191,7 +191,7 @@ class ViTClassifier(L.LightningModule):
         """Take the classes from the data, or compare them with those the network was trained on.
 
         Raises:
-            ValueError: the classes are others, or the strategy shares the network out among the devices.
+            ValueError: the data has other classes, or the strategy shares the network out among the devices.
         """
         require_whole_network(self.trainer.strategy)
         known, found = ClassList.of(self.model), ClassList.of(getattr(self.trainer, "datamodule", None))
@@ -216,7 +216,7 @@ class ViTClassifier(L.LightningModule):
         seed_step((self._seed, self.global_rank, self.current_epoch, batch_idx), self.device)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Cross entropy of one batch, mixed if so configured.
+        """Return the cross entropy of one batch, mixed if so configured.
 
         Raises:
             FloatingPointError: the loss is not finite, unless `stops_at_divergence` is off.

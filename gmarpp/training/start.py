@@ -33,7 +33,7 @@ def start_architecture(architecture: str | None, source: Weights) -> str:
 
 
 def build_start(architecture: str, source: Weights, options: Mapping[str, Any]) -> nn.Module:
-    """Build a network with random weights, of the size and preprocessing of its start weights where options ask none.
+    """Build a network with random weights, and its start weights' size and preprocessing where options ask for none.
 
     Args:
         architecture: timm's name.
@@ -84,7 +84,7 @@ class StartWeights:
         Args:
             model: network.
             classes: the data's.
-            needs_head: refuse weights whose head is for others, since the network is not going to be trained.
+            needs_head: refuse weights whose head is for other classes, as where the network is not trained first.
 
         Raises:
             ConnectionError: the Hub cannot be reached.
