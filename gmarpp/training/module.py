@@ -159,7 +159,8 @@ class ViTClassifier(L.LightningModule):
     @property
     def optimization(self) -> Optimization:
         """The optimizer's options, among them the rate that a search may have found."""
-        return Optimization(**self.hparams["optimizer"])
+        options = self.hparams["optimizer"]
+        return options if isinstance(options, Optimization) else Optimization(**options)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -194,6 +195,8 @@ class ViTClassifier(L.LightningModule):
             ValueError: the data has other classes, or the strategy shares the network out among the devices.
         """
         require_whole_network(self.trainer.strategy)
+        # A subclass that saves its own options has put objects in place of plain values.
+        self.hparams.update(plain(optimizer=self.optimization, mixing=self.mixing, execution=self.execution))
         known, found = ClassList.of(self.model), ClassList.of(getattr(self.trainer, "datamodule", None))
         if known and found:
             found.require_same(known, "the network was trained on", self._data_name())

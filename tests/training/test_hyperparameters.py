@@ -15,6 +15,7 @@ from gmarpp.training.execution import Execution
 from gmarpp.training.mixing import Mixing
 from gmarpp.training.module import ViTClassifier, load_classifier
 from gmarpp.training.optim import Optimization
+from gmarpp.training.trainer import Trainer
 
 # What the first version wrote for a run from the command line.
 FLAT = {
@@ -115,10 +116,8 @@ def test_checkpoints_without_groups_are_read(write, network):
 def test_a_run_without_groups_is_resumed(recwarn):
     train_main([*FIT, *GROUPED, "--trainer.max_steps=2"])
     content = torch.load("logs/checkpoints/last.ckpt", weights_only=True)
-    assert content["hyper_parameters"].keys() == {"optimizer", "mixing", "execution", "_instantiator"} | (
-        FLAT.keys() - {"label_smoothing", "mixup", "cutmix", "gradient_checkpointing", "compile", "channels_last"}
-        - {"lr", "lr_batch_size", "betas", "weight_decay", "layer_decay", "warmup", "min_lr_ratio"}
-    )  # fmt: skip
+    assert not content["hyper_parameters"].keys() & {"lr", "betas", "mixup", "label_smoothing", "channels_last"}
+    assert content["hyper_parameters"]["optimizer"]["layer_decay"] == 0.6
     ends = []
     for options in (content["hyper_parameters"], FLAT):
         torch.save({**content, "hyper_parameters": options}, "half.ckpt")
@@ -162,6 +161,23 @@ def test_a_damaged_group_in_a_checkpoint_is_named(write, group):
 def test_a_group_is_no_dict():
     with pytest.raises(TypeError, match=r"optimizer: expected an instance of Optimization, got \{'lr': 1\}"):
         ViTClassifier("test_vit", 3, 32, pretrained=False, optimizer={"lr": 1})
+
+
+class Subclass(ViTClassifier):
+    def __init__(self, temperature: float = 1.0, **options):
+        super().__init__(**options)
+        self.save_hyperparameters()
+
+
+def test_checkpoints_of_a_subclass_that_saves_its_options_are_read():
+    network = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "model_args": {"depth": 1}}
+    module = Subclass(2.0, **network, pretrained=False, optimizer=Optimization(lr=0.01), mixing=Mixing(cutmix=0.5))
+    run = Trainer(accelerator="cpu", max_steps=1, logger=False, limit_val_batches=0, enable_model_summary=False)
+    run.fit(module, Squares())
+    run.save_checkpoint("run.ckpt")
+    loaded = Subclass.load_from_checkpoint("run.ckpt")
+    assert loaded.hparams["temperature"] == 2.0
+    assert (loaded.optimization, loaded.mixing) == (Optimization(0.01, betas=[0.9, 0.999]), Mixing(cutmix=0.5))
 
 
 def test_options_are_logged_as_plain_yaml():
