@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from gmarpp.callbacks import ModelCardCheckpoint
 from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
 from gmarpp.data import Augmentation, TinyImageNet
+from gmarpp.training.hyperparameters import arguments
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.optim import parameter_groups, warmup_cosine_schedule
 from gmarpp.training.trainer import Trainer
@@ -51,22 +52,22 @@ class Clock(L.Callback):
 def classifier(recipe: dict[str, Any]) -> ViTClassifier:
     """Make the recipe's module, with random weights that are always the same."""
     torch.manual_seed(0)
-    return ViTClassifier(**{**recipe["model"], "pretrained": False, "weights": None})
+    return ViTClassifier(**arguments({**recipe["model"], "pretrained": False, "weights": None}))
 
 
 def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
     """Train without any framework, and return the time at which each step ended."""
     module, clip = classifier(recipe), recipe["trainer"]["gradient_clip_val"]
-    options, model = module.hparams, module.model.train()
-    groups = parameter_groups(model, options["lr"], options["weight_decay"], options["layer_decay"])
-    optimizer = torch.optim.AdamW(groups, betas=tuple(options["betas"]))
-    schedule = warmup_cosine_schedule(optimizer, steps, int(steps * options["warmup"]))
+    options, model = module.optimization, module.model.train()
+    groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=options.betas)
+    schedule = warmup_cosine_schedule(optimizer, steps, int(steps * options.warmup))
     bfloat16 = recipe["trainer"]["precision"] == "bf16-mixed"
     ends = []
     for batch in itertools.islice(data.train_dataloader(), steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = model(batch["image"])
-        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=options["label_smoothing"])
+        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=module.mixing.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

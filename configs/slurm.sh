@@ -12,7 +12,7 @@
 logs="logs/slurm_$SLURM_JOB_ID"
 
 # Since SLURM 22.05 srun does not take --cpus-per-task from sbatch, and each rank may use its own CPUs only.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" python train.py fit \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" gmarpp fit \
   --config configs/vit_large_tiny_imagenet.yaml \
   --config configs/trainer/nodes2.yaml \
   --data.num_workers "$SLURM_CPUS_PER_TASK" \

@@ -8,6 +8,7 @@ import yaml
 
 from gmarpp.cli.explain import explain_main
 from gmarpp.cli.train import train_main
+from gmarpp.training.hyperparameters import arguments
 from gmarpp.training.module import ViTClassifier
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def test_recipe_parses_and_its_model_options_are_in_range(recipe, capsys):
     assert monitor["class_path"] == "gmarpp.callbacks.AttributionMonitor"
     assert monitor["init_args"]["images"] > 0
     small = {"architecture": "test_vit", "weights": None, "image_size": 32}
-    ViTClassifier(**{**config["model"], **small})
+    ViTClassifier(**arguments({**config["model"], **small}))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -71,7 +72,7 @@ def test_slurm_script_gives_each_rank_its_cpus_and_each_job_its_folder(capsys, m
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
     monkeypatch.setenv("logs", "logs/slurm_7")
     command = os.path.expandvars((CONFIGS / "slurm.sh").read_text().replace("\\\n", " ").partition("\nsrun ")[2])
-    options, _, arguments = command.partition(" python train.py ")
+    options, _, arguments = command.partition(" gmarpp ")
     assert shlex.split(options) == ["--cpus-per-task=5"]
     config = parsed(train_main, shlex.split(arguments), capsys)
     assert config["trainer"]["num_nodes"] == 2

@@ -90,7 +90,8 @@ class PeakLearningRateFinder(LearningRateFinder):
             group["initial_lr"] *= factor
         for config in trainer.lr_scheduler_configs:
             config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]
-        pl_module.hparams["lr"] *= factor
+        options = pl_module.hparams["optimizer"]
+        options["lr"] *= factor
         rank_zero_info(
-            f"Found the peak learning rate {found:.3g}: the same as --model.lr {pl_module.hparams['lr']:.3g}"
+            f"Found the peak learning rate {found:.3g}: the same as --model.optimizer.lr {options['lr']:.3g}"
         )

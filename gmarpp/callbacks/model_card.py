@@ -1,6 +1,6 @@
 """Model cards: what a checkpoint is, how it was made and how good it is, written beside it."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 from gmarpp.files import write_atomically
 from gmarpp.labels import METHOD_LABELS, metric_label
 from gmarpp.run.versions import versions
+from gmarpp.training.hyperparameters import GROUPS
 from gmarpp.training.lightning_private import ObservedCheckpoint
 
 
@@ -87,7 +88,7 @@ def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], c
         "precision": trainer.precision,
         **{
             key: value
-            for key, value in options.items()
+            for key, value in _by_full_name(options)
             if key not in ("architecture", "weights", "pretrained") and not key.startswith("_")
         },
     }
@@ -135,6 +136,15 @@ def _configuration(trainer: Any) -> list[str]:
         for callback in trainer.callbacks
         if isinstance(callback, SaveConfigCallback)
     ]
+
+
+def _by_full_name(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield options with those of a group named as on the command line: `mixing.mixup`."""
+    for key, value in options.items():
+        if key in GROUPS:
+            yield from ((f"{key}.{name}", each) for name, each in value.items())
+        else:
+            yield key, value
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -72,7 +72,7 @@ class ExplainCLI(CommandLine):
         """Refuse to explain without a checkpoint; its options are read with its weights."""
         if not self.config.predict.ckpt_path:
             raise ValueError(
-                "--ckpt_path is missing: explain.py explains a trained network, "
+                "--ckpt_path is missing: expected the file of a trained network, "
                 "for example --ckpt_path checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors"
             )
 
@@ -102,7 +102,7 @@ class ExplainCLI(CommandLine):
 
 
 def explain_main(args: list[str] | None = None) -> ExplainCLI:
-    """Run `explain.py`; a user's mistake ends with one line on stderr and a status other than 0.
+    """Run `predict`; a user's mistake ends with one line on stderr and a status other than 0.
 
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.

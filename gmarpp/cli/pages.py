@@ -49,7 +49,7 @@ COMMANDS = {
             "--model.architecture NAME": "timm's name of the network",
             "--model.num_classes N": "classes of the data (200)",
             "--model.weights FILE": "start from this file; timm's weights from the Hub without it",
-            "--model.lr RATE": "peak learning rate of the head (0.00025)",
+            "--model.optimizer.lr RATE": "peak learning rate of the head (0.00025)",
             "--model.head_only true": "train the head alone (false)",
             "--trainer.max_epochs N": "epochs to train",
             **_TRAINER_OPTIONS,

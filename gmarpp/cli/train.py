@@ -1,5 +1,6 @@
 """The commands `fit`, `validate` and `test`."""
 
+from argparse import ArgumentError
 from typing import Any
 
 import lightning as L
@@ -16,16 +17,13 @@ from gmarpp.command import run_command
 from gmarpp.files import find_path
 from gmarpp.network.load import describe_weights
 from gmarpp.network.weights import Weights
-from gmarpp.training.module import ViTClassifier, classifier_options
+from gmarpp.training.hyperparameters import GROUPS, classifier_options, moved_options
+from gmarpp.training.module import ViTClassifier
 from gmarpp.training.resume import find_checkpoint
 from gmarpp.training.trainer import Trainer
 
-# what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
+# What a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved.
 RESOLVED = ("image_size", "model_args", "preprocessing")
-
-
-# options of the machine, not of the network: a run may be resumed on another one
-MACHINE = ("gradient_checkpointing", "compile", "channels_last")
 
 
 class TrainCLI(CommandLine):
@@ -56,8 +54,26 @@ class TrainCLI(CommandLine):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Fit, validate and test; explaining is `explain.py`'s."""
+        """Fit, validate and test; `predict` explains, and is a command line of its own."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and name the new place of options that have become part of a group.
+
+        Raises:
+            ArgumentError: naming the option that is wrong.
+            ValueError: naming the file or the option that is wrong.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            if moved := moved_options(str(error)):
+                raise ArgumentError(None, f"{error}; {moved}") from error
+            raise
+        model = self.config[self.config.subcommand].model
+        # As YAML reads a group whose options are all commented out.
+        if empty := [group for group in GROUPS if model[group] is None]:
+            raise ValueError(f"model.{empty[0]}: expected options of the group, got nothing: leave it out")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint of the best validation and the one of the latest state, both configurable."""
@@ -121,9 +137,11 @@ class TrainCLI(CommandLine):
             return
         if command == "fit":
             _require_resumable(path, options.trainer)
-        asked, default = options.model.as_dict(), self.parser_of(command).get_defaults().model.as_dict()
+        asked, default = dict(options.model.items()), self.parser_of(command).get_defaults().model
         self.weights = describe_weights(path)
-        saved = {key: value for key, value in classifier_options(self.weights).items() if key not in MACHINE}
+        saved = classifier_options(self.weights)
+        # The machine's, not the network's: a run may be resumed on another one.
+        saved.pop("execution", None)
         self.config = self.parser.parse_object({command: {"model": saved}}, self.config)
         taken = self.config[command].model
         for key in sorted(asked.keys() - set(RESOLVED)):
@@ -132,7 +150,7 @@ class TrainCLI(CommandLine):
 
 
 def train_main(args: list[str] | None = None) -> TrainCLI:
-    """Run `train.py`; a user's mistake ends with one line on stderr and a status other than 0.
+    """Run `fit`, `validate` or `test`; a user's mistake ends with one line on stderr and a status other than 0.
 
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.

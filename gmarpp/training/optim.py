@@ -2,12 +2,56 @@
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from gmarpp.options import Range, require_ranges
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with layer-wise learning rates, a linear warm-up and half a cosine.
+
+    Args:
+        lr: peak learning rate of the head, > 0.
+        lr_batch_size: the effective batch size that `lr` is meant for, at least 1; the rate in use grows in proportion
+            to the run's own (Goyal et al. 2017). When not given, `lr` is used as it is.
+        betas: AdamW's moment decays, both in [0, 1).
+        weight_decay: AdamW's decoupled weight decay, >= 0; biases, norms and embeddings are excluded.
+        layer_decay: learning-rate factor per layer away from the head, in (0, 1].
+        warmup: share of all steps in which the rate rises linearly, in [0, 1); a half cosine follows.
+        min_lr_ratio: last learning rate as a share of the peak, in [0, 1].
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    lr: float = 2.5e-4
+    lr_batch_size: int | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    layer_decay: float = 0.75
+    warmup: float = 0.1
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "lr": Range(0, low_open=True),
+            "lr_batch_size": Range(1),
+            "betas": Range(0, 1, high_open=True),
+            "weight_decay": Range(0),
+            "layer_decay": Range(0, 1, low_open=True),
+            "warmup": Range(0, 1, high_open=True),
+            "min_lr_ratio": Range(0, 1),
+        }
+        require_ranges(vars(self), ranges, "--model.optimizer.")
+        if len(self.betas) != 2:
+            raise ValueError(f"--model.optimizer.betas: expected two numbers, got {self.betas}")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -31,7 +75,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
         model, weight_decay=weight_decay, no_weight_decay_list=exclusions, layer_decay=layer_decay
     )
     for group in groups:
-        # torch's schedulers know nothing of timm's lr_scale: unless it is folded in here every layer gets the same rate
+        # Torch's schedulers know nothing of timm's lr_scale: unless it is folded in here every layer gets the same rate
         group["lr"] = lr * group.pop("lr_scale")
     return groups
 

@@ -6,6 +6,7 @@ from squares import OrderedSquares
 from gmarpp.callbacks import AveragedWeights
 from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
 from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import Optimization
 
 
 class Watch(L.Callback):
@@ -24,7 +25,9 @@ class Watch(L.Callback):
 
 def fit(folder, watch, resume=None, **checkpoint):
     torch.manual_seed(0)
-    network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, drop_path=0.2, lr=1e-2)
+    network = ViTClassifier(
+        "test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, drop_path=0.2, optimizer=Optimization(1e-2)
+    )
     run = L.Trainer(
         accelerator="cpu",
         logger=False,

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader
 
 from gmarpp.callbacks import PeakLearningRateFinder
 from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import Optimization
 
 
 class Ordered(Squares):
@@ -25,8 +26,8 @@ class Steps(L.Callback):
 def fit(folder, lr, *finder, resume=None, **options):
     torch.manual_seed(0)
     network = ViTClassifier(
-        "test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, drop_path=0.2, layer_decay=0.5, lr=lr,
-        lr_batch_size=16, warmup=0.3,
+        "test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, drop_path=0.2,
+        optimizer=Optimization(lr=lr, lr_batch_size=16, layer_decay=0.5, warmup=0.3),
     )  # fmt: skip
     steps = Steps()
     run = L.Trainer(
@@ -48,7 +49,7 @@ def fit(folder, lr, *finder, resume=None, **options):
 def test_run_with_a_search_is_the_run_at_the_found_rate(tmp_path, limits):
     finder = PeakLearningRateFinder(max_lr=1.0, num_training_steps=30)
     searched, steps, _ = fit(tmp_path, 1e-3, finder, **limits)
-    found = searched.hparams["lr"]
+    found = searched.optimization.lr
     assert found != 1e-3
     # batches of 8 train at half of a rate that is meant for 16
     assert finder.optimal_lr.suggestion() == pytest.approx(found / 2)
@@ -104,5 +105,5 @@ def test_resumed_run_keeps_its_rate(tmp_path):
     run.save_checkpoint(tmp_path / "run.ckpt")
     finder = PeakLearningRateFinder()
     network, _, _ = fit(tmp_path, 1e-3, finder, resume=tmp_path / "run.ckpt")
-    assert network.hparams["lr"] == 1e-3
+    assert network.optimization.lr == 1e-3
     assert finder.optimal_lr is None

@@ -6,6 +6,7 @@ from squares import Squares
 from gmarpp.callbacks import AttributionMonitor, ModelCardCheckpoint
 from gmarpp.explainer import Explainer
 from gmarpp.network.load import load_model
+from gmarpp.training.mixing import Mixing
 from gmarpp.training.module import ViTClassifier
 
 
@@ -21,7 +22,7 @@ class Scores(L.Callback):
 
 
 def fit(folder, *callbacks, epochs=2, resume=None, **options):
-    network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, mixup=0.8, lr=1e-3)
+    network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, mixing=Mixing(mixup=0.8))
     run = L.Trainer(
         accelerator="cpu",
         logger=False,
@@ -70,7 +71,7 @@ def test_card_says_what_the_run_was(tmp_path):
             value = float(cells(text, name)[head.index(label)])
             assert value == pytest.approx(logged[f"attribution/{method}/{metric}"], rel=1e-3)
     assert cells(text, "steps") == ["3"]
-    assert cells(text, "mixup") == ["0.8"]
+    assert cells(text, "mixing.mixup") == ["0.8"]
     assert cells(text, "start") == ["random weights"]
     assert cells(text, "lightning") == [L.__version__]
     assert load_model(tmp_path / "best.ckpt").class_names == ("Colour 0", "Colour 1", "Colour 2")

@@ -22,7 +22,9 @@ from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
 from gmarpp.metrics import METRICS
 from gmarpp.perturbation import score_perturbations
+from gmarpp.training.execution import Execution
 from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import Optimization
 
 EXPLAINER = Explainer(
     methods=["gmarpp_l1", "rollout"], metrics=["average_drop", "insertion_auc", "deletion_auc", "road"], steps=4
@@ -32,7 +34,9 @@ EXPLAINER = Explainer(
 def classifier(**options):
     torch.manual_seed(0)
     defaults = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "pretrained": False}
-    return ViTClassifier(**defaults, model_args={"depth": 2}, lr=1e-3, layer_decay=1.0, **options)
+    return ViTClassifier(
+        **defaults, model_args={"depth": 2}, optimizer=Optimization(lr=1e-3, layer_decay=1.0), **options
+    )
 
 
 def trainer(folder, *callbacks, **options):
@@ -168,7 +172,7 @@ def test_monitors_a_network_that_recomputes_its_activations(tmp_path):
     values = []
     for recompute in (False, True):
         run = trainer(tmp_path, AttributionMonitor(EXPLAINER, images=3), max_epochs=1)
-        run.fit(classifier(gradient_checkpointing=recompute), OrderedSquares())
+        run.fit(classifier(execution=Execution(gradient_checkpointing=recompute)), OrderedSquares())
         values.append([run.callback_metrics[f"attribution/{m}/insertion_auc"].item() for m in EXPLAINER.methods])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 

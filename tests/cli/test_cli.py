@@ -90,11 +90,11 @@ def test_fit_logs_and_keeps_best_and_last(folder):
 
 
 def test_resume_continues_and_takes_the_models_options_from_the_checkpoint(checkpoint, recwarn):
-    run = train_main([*FIT, "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint), "--model.lr=0.5"])
+    run = train_main([*FIT, "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint), "--model.optimizer.lr=0.5"])
     assert run.trainer.global_step == 9
-    assert run.model.hparams["lr"] == pytest.approx(2.5e-4)
+    assert run.model.optimization.lr == pytest.approx(2.5e-4)
     assert [str(w.message) for w in recwarn if "is not used" in str(w.message)] == [
-        "--model.lr 0.5 is not used: the checkpoint was trained with 0.00025"
+        "--model.optimizer.lr 0.5 is not used: the checkpoint was trained with 0.00025"
     ]
 
 
@@ -126,12 +126,12 @@ def test_failed_start_leaves_the_checkpoint_that_was_there(checkpoint, capsys, m
 
 def test_resume_takes_the_machines_options_from_the_command_line(folder, recwarn):
     options = [*FIT, "--trainer.logger=false"]
-    train_main([*options, "--model.channels_last=true"])
+    train_main([*options, "--model.execution.channels_last=true"])
     resumed = [f"--ckpt_path={folder}/logs/checkpoints/last.ckpt", "--trainer.max_epochs=3"]
-    run = train_main([*options, *resumed, "--model.gradient_checkpointing=true"])
+    run = train_main([*options, *resumed, "--model.execution.gradient_checkpointing=true"])
     assert run.trainer.global_step == 9
-    assert run.model.hparams["gradient_checkpointing"]
-    assert not run.model.hparams["channels_last"]
+    assert run.model.execution.gradient_checkpointing
+    assert not run.model.execution.channels_last
     assert not [w for w in recwarn if "is not used" in str(w.message)]
 
 
@@ -298,7 +298,7 @@ def test_masks_add_their_metrics_and_a_run_remembers_its_data(checkpoint, folder
         (["--ckpt_path=broken.ckpt"], "broken.ckpt is damaged or incomplete"),
         (["--ckpt_path=gone.ckpt", "--explain.methods=[gradcamm]"], "gradcamm"),
         (["--ckpt_path=gone.ckpt", "--explain.stepz=3"], "stepz"),
-        (["--ckpt_path=gone.ckpt", "--model.lr=3"], "model.lr"),
+        (["--ckpt_path=gone.ckpt", "--model.optimizer.lr=3"], "model.optimizer.lr"),
     ],
 )
 def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, message):
@@ -309,7 +309,7 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*FIT, "--model.lr=0"], "--model.lr: expected a number above 0, got 0"),
+        ([*FIT, "--model.optimizer.lr=0"], "--model.optimizer.lr: expected a number above 0, got 0"),
         (
             [*FIT, "--trainer.gradient_clip_val=-1"],
             "--trainer.gradient_clip_val: expected a number of at least 0, got -1",
@@ -333,7 +333,13 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
             ["validate", "--data=Squares", *MODEL, "--ckpt_path=last"],
             "--ckpt_path last: there is no last.ckpt below logs",
         ),
-        ([*FIT, "--model.lrr=1"], "model.lrr"),
+        ([*FIT, "--model.optimizer.lrr=1"], "model.optimizer.lrr"),
+        (
+            [*FIT, "--model.lr=1", "--model.mixup=1"],
+            "lr is --model.optimizer.lr now, --model.mixup is --model.mixing.mixup",
+        ),
+        ([*FIT, "--config=flat.yaml"], "option 'model.warmup'; --model.warmup is --model.optimizer.warmup now"),
+        ([*FIT, "--config=empty.yaml"], "model.mixing: expected options of the group, got nothing: leave it out"),
         ([*FIT, "--config=unknown.yaml"], "trainer.max_epoch"),
         ([*FIT, "--trainer.strategy=fsdp"], "`fsdp` requires a GPU"),
         ([*FIT, "--data=Circles"], "Circles"),
@@ -357,6 +363,8 @@ def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, messag
 def test_mistakes_in_train_end_with_one_line(folder, capsys, arguments, message):
     (folder / "weights.safetensors").touch()
     (folder / "unknown.yaml").write_text("trainer: {max_epoch: 3}")
+    (folder / "flat.yaml").write_text("model: {warmup: 0.2}")
+    (folder / "empty.yaml").write_text("model:\n  mixing:\n    # mixup: 0.8")
     (folder / "broken.yaml").write_text("trainer:\n\tmax_epochs: 3")
     for name, callback, options in (
         ("early", "EarlyStopping", "{monitor: val/acc}"),
@@ -376,8 +384,8 @@ def test_logger_that_is_not_installed_ends_with_one_line(capsys):
 
 def test_a_traceback_can_be_had(monkeypatch):
     monkeypatch.setenv("GMARPP_TRACEBACK", "1")
-    with pytest.raises(ValueError, match=r"--model\.lr: expected"):
-        train_main([*FIT, "--model.lr=0"])
+    with pytest.raises(ValueError, match=r"--model\.optimizer\.lr: expected"):
+        train_main([*FIT, "--model.optimizer.lr=0"])
 
 
 def test_an_error_in_a_loaders_worker_is_one_line():

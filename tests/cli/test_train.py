@@ -97,7 +97,14 @@ def test_digits_recipe_trains_validates_and_keeps_its_checkpoints(tmp_path, monk
 
 def test_two_processes_equal_one(tmp_path):
     """Same effective batch: same rates, losses and validation metrics, every image counted once (23 on 2 ranks)."""
-    both = ["fit", "--data=OrderedSquares", *MODEL, *PLAIN, "--trainer.max_epochs=2", "--model.lr_batch_size=8"]
+    both = [
+        "fit",
+        "--data=OrderedSquares",
+        *MODEL,
+        *PLAIN,
+        "--trainer.max_epochs=2",
+        "--model.optimizer.lr_batch_size=8",
+    ]
     both += ["--trainer.callbacks=script.Losses"]
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
@@ -184,7 +191,7 @@ def test_run_ends_with_one_line_when_a_rank_is_killed(two_ranks):
 def test_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(tmp_path, monkeypatch):
     steps = 120
     arguments = [
-        "fit", *MODEL, "--model.drop_path=0.2", "--model.mixup=0.8", "--model.lr=1e-2",
+        "fit", *MODEL, "--model.drop_path=0.2", "--model.mixing.mixup=0.8", "--model.optimizer.lr=1e-2",
         "--data=ImageFolder", f"--data.root={write_noise(tmp_path / 'noise')}", "--data.labelled=true",
         "--data.batch_size=4", "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.logger=false",
         "--trainer.enable_progress_bar=false", f"--trainer.max_steps={steps}",

@@ -14,6 +14,7 @@ from PIL import Image
 from gmarpp.callbacks import ExplanationWriter
 from gmarpp.data import Augmentation, HubDataset, TinyImageNet
 from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import Optimization
 
 SORTED = sorted(WNIDS)
 
@@ -322,7 +323,8 @@ def test_schedule_of_a_streamed_run_needs_a_number_of_steps(tmp_path):
             default_root_dir=tmp_path,
             **limits,
         )
-        network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, lr=1e-3)
+        optimizer = Optimization(lr=1e-3)
+        network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, optimizer=optimizer)
         run.fit(network, HubDataset("parquet", data_files=files, num_workers=0, batch_size=4, streaming=True))
         return run
 

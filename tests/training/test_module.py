@@ -18,8 +18,13 @@ from gmarpp.callbacks import AveragedWeights
 from gmarpp.data import Augmentation, ImageFolder
 from gmarpp.network.load import describe_weights, load_model
 from gmarpp.network.save import save_weights
-from gmarpp.training import module as module_file
+from gmarpp.training import start
+from gmarpp.training.evaluation import counted_images
+from gmarpp.training.execution import Execution
+from gmarpp.training.hyperparameters import arguments
+from gmarpp.training.mixing import Mixing
 from gmarpp.training.module import ViTClassifier, load_classifier
+from gmarpp.training.optim import Optimization
 
 TINY = {"depth": 2}
 
@@ -27,7 +32,11 @@ TINY = {"depth": 2}
 def classifier(**options):
     torch.manual_seed(0)
     defaults = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "pretrained": False, "model_args": TINY}
-    return ViTClassifier(**{**defaults, "lr": 1e-3, "layer_decay": 1.0, **options})
+    return ViTClassifier(**{**defaults, "optimizer": optimizer(), **options})
+
+
+def optimizer(**options):
+    return Optimization(**{"lr": 1e-3, "layer_decay": 1.0, **options})
 
 
 def trainer(folder, **options):
@@ -87,7 +96,7 @@ def test_default_preprocessing_is_timms():
 
 
 def test_start_weights_are_loaded_when_fit_starts_and_only_once(tmp_path, start_file):
-    network = classifier(weights=str(start_file), lr=1e-12, weight_decay=0.0)
+    network = classifier(weights=str(start_file), optimizer=optimizer(lr=1e-12, weight_decay=0.0))
     expected = load_model(start_file).blocks[1].mlp.fc1.weight
     assert not torch.equal(network.model.blocks[1].mlp.fc1.weight, expected)
     trainer(tmp_path).fit(network, Squares())
@@ -106,7 +115,7 @@ def test_a_checkpoint_needs_neither_hub_nor_start_weights(tmp_path, monkeypatch)
     run = trainer(tmp_path)
     run.fit(network, Squares())
     run.save_checkpoint(tmp_path / "run.ckpt")
-    monkeypatch.setattr(module_file, "load_pretrained", no_hub)
+    monkeypatch.setattr(start, "load_pretrained", no_hub)
     for weights in (None, "gone.safetensors"):
         options = {"pretrained": True, "weights": weights}
         resumed = ViTClassifier.from_weights(describe_weights(tmp_path / "run.ckpt"), **options)
@@ -115,7 +124,7 @@ def test_a_checkpoint_needs_neither_hub_nor_start_weights(tmp_path, monkeypatch)
         again.fit(resumed, Squares(), ckpt_path=tmp_path / "run.ckpt")
         assert again.global_step == 5
         again.validate(
-            ViTClassifier(**{**network.hparams, "pretrained": True}),
+            ViTClassifier(**arguments({**network.hparams, "pretrained": True})),
             Squares(),
             ckpt_path=tmp_path / "run.ckpt",
             verbose=False,
@@ -182,24 +191,26 @@ def test_start_weights_of_another_architecture(start_file):
 
 
 def test_evaluating_pretrained_weights_needs_their_head(tmp_path, monkeypatch):
-    monkeypatch.setattr(module_file, "load_pretrained", lambda *_: False)
+    monkeypatch.setattr(start, "load_pretrained", lambda *_: False)
     with pytest.raises(ValueError, match=r"test_vit has no head for the data's 3 classes.*--ckpt_path"):
         trainer(tmp_path).validate(classifier(pretrained=True), Squares())
     network = classifier(pretrained=True)
     trainer(tmp_path).fit(network, Squares())
     trainer(tmp_path).validate(network, Squares(), verbose=False)
-    monkeypatch.setattr(module_file, "load_pretrained", lambda *_: True)
+    monkeypatch.setattr(start, "load_pretrained", lambda *_: True)
     trainer(tmp_path).test(classifier(pretrained=True), Squares(), verbose=False)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("lr", 0), ("lr", -1e-3), ("lr", math.nan), ("lr", math.inf), ("min_lr_ratio", -1), ("min_lr_ratio", 1.5),
-        ("weight_decay", -1), ("weight_decay", math.nan), ("lr_batch_size", 0), ("lr_batch_size", -4),
-        ("betas", (0.9, 1.0)), ("betas", (-1, 0.9)), ("betas", (0.9, math.nan)), ("mixup", -1), ("cutmix", math.nan),
-        ("layer_decay", 0), ("layer_decay", 1.1), ("warmup", 1), ("drop_path", 1), ("label_smoothing", -0.1),
-        ("num_classes", 1), ("image_size", 0), ("image_size", [32]), ("image_size", [32, 32, 32]),
+        ("optimizer.lr", 0), ("optimizer.lr", -1e-3), ("optimizer.lr", math.nan), ("optimizer.lr", math.inf),
+        ("optimizer.min_lr_ratio", -1), ("optimizer.min_lr_ratio", 1.5), ("optimizer.weight_decay", -1),
+        ("optimizer.weight_decay", math.nan), ("optimizer.lr_batch_size", 0), ("optimizer.lr_batch_size", -4),
+        ("optimizer.betas", (0.9, 1.0)), ("optimizer.betas", (-1, 0.9)), ("optimizer.betas", (0.9, math.nan)),
+        ("optimizer.betas", (0.9,)), ("optimizer.layer_decay", 0), ("optimizer.layer_decay", 1.1),
+        ("optimizer.warmup", 1), ("mixing.mixup", -1), ("mixing.cutmix", math.nan), ("mixing.label_smoothing", -0.1),
+        ("drop_path", 1), ("num_classes", 1), ("image_size", 0), ("image_size", [32]), ("image_size", [32, 32, 32]),
         ("image_size", [32, -32]), ("model_args", {"depth": -1}), ("model_args", {"embed_dim": 7}),
         ("model_args", {"patch_size": 0}), ("preprocessing", {"mean": [1]}), ("preprocessing", {"mean": "gray"}),
         ("preprocessing", {"mean": [math.nan, 0, 0]}), ("preprocessing", {"std": [0, 1, 1]}),
@@ -208,8 +219,10 @@ def test_evaluating_pretrained_weights_needs_their_head(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(option, value):
+    group, _, name = option.rpartition(".")
+    options = {group: {name: value}} if group else {option: value}
     with pytest.raises(ValueError, match=rf"--model\.{option}") as refusal:
-        classifier(**{option: value})
+        classifier(**arguments(options))
     assert repr(value) in str(refusal.value)
 
 
@@ -221,7 +234,8 @@ def test_loss_that_is_not_finite_names_step_files_and_remedy(tmp_path):
             return DataLoader(squares, batch_size=8)
 
     with pytest.raises(
-        FloatingPointError, match=r"not finite at step 1; .*square008\.png, .*square013\.png.*lower --model\.lr"
+        FloatingPointError,
+        match=r"not finite at step 1; .*square008\.png, .*square013\.png.*lower --model\.optimizer\.lr",
     ):
         trainer(tmp_path).fit(classifier(), Broken())
 
@@ -240,24 +254,24 @@ def test_head_only_changes_nothing_else(tmp_path):
 
 
 def test_mixed_targets_match_the_mixed_images(tmp_path):
-    network = classifier(mixup=0.8, label_smoothing=0.1)
+    network = classifier(mixing=Mixing(mixup=0.8, label_smoothing=0.1))
     images = torch.stack([torch.full((3, 32, 32), float(value)) for value in (0, 1)])
     for _ in range(5):
         mixed, target = network.mix(images.clone(), torch.tensor([0, 1]))
         share = mixed[0, 0, 0, 0].item()  # of the second image in the first
         smooth = torch.tensor([0.1 / 3 + 0.9 * (1 - share), 0.1 / 3 + 0.9 * share, 0.1 / 3])
         torch.testing.assert_close(target[0], smooth, rtol=0, atol=1e-5)
-    trainer(tmp_path).fit(classifier(mixup=0.8, cutmix=1.0), Squares())
+    trainer(tmp_path).fit(classifier(mixing=Mixing(mixup=0.8, cutmix=1.0)), Squares())
 
 
 def test_mixing_needs_an_even_batch(tmp_path):
     with pytest.raises(ValueError, match="this batch has 7: set an even batch size"):
-        trainer(tmp_path).fit(classifier(cutmix=1.0), Squares(batch_size=7))
+        trainer(tmp_path).fit(classifier(mixing=Mixing(cutmix=1.0)), Squares(batch_size=7))
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 1, "max_steps": -1}, {"max_steps": 1}])
 def test_effective_batch_size_is_stated_and_scales_the_rate(tmp_path, caplog, limits):
-    network = classifier(lr=1e-3, lr_batch_size=8, warmup=0.0)
+    network = classifier(optimizer=optimizer(lr_batch_size=8, warmup=0.0))
     run = trainer(tmp_path, accumulate_grad_batches=3, **limits)
     with caplog.at_level("INFO"):
         run.fit(network, Squares())
@@ -266,7 +280,7 @@ def test_effective_batch_size_is_stated_and_scales_the_rate(tmp_path, caplog, li
 
 
 def test_steps_follow_warmup_and_cosine(tmp_path):
-    network = classifier(lr=1e-2, warmup=0.25, min_lr_ratio=0.1)
+    network = classifier(optimizer=optimizer(lr=1e-2, warmup=0.25, min_lr_ratio=0.1))
     seen = []
 
     class Watch(L.Callback):
@@ -328,7 +342,7 @@ def test_resumed_run_repeats_images_dropout_mixup_and_augmentation(tmp_path, lim
         run = trainer(tmp_path, callbacks=[record], **limits)
         augmentation = Augmentation(policy="randaugment", erasing=0.5)
         data = ImageFolder(root, labelled=True, batch_size=4, num_workers=0, augmentation=augmentation)
-        network = classifier(drop_path=0.5, mixup=0.8, cutmix=1.0, lr=1e-2)
+        network = classifier(drop_path=0.5, mixing=Mixing(0.8, 1.0), optimizer=optimizer(lr=1e-2))
         torch.manual_seed(5 if resume is None else 6)
         run.fit(network, data, ckpt_path=resume)
         return record
@@ -363,7 +377,7 @@ def test_strategy_that_shares_the_network_out_is_refused(tmp_path):
 def test_compiled_and_averaged_checkpoints_have_clean_keys(tmp_path, monkeypatch):
     # compiling takes a minute of C++; the eager backend takes the same path through the checkpoint
     monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
-    network = classifier(compile=True, gradient_checkpointing=True, channels_last=True)
+    network = classifier(execution=Execution(gradient_checkpointing=True, compile=True, channels_last=True))
     run = trainer(tmp_path, callbacks=[AveragedWeights(decay=0.5)])
     run.fit(network, Squares())
     run.save_checkpoint(tmp_path / "run.ckpt")
@@ -377,7 +391,7 @@ def test_a_compiled_network_trains_as_it_does_otherwise(tmp_path, monkeypatch):
     compile_network, weights = nn.Module.compile, []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_network(self, backend="eager"))
     for compiled in (False, True):
-        network = classifier(compile=compiled)
+        network = classifier(execution=Execution(compile=compiled))
         trainer(tmp_path, max_steps=2).fit(network, OrderedSquares())
         weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
     assert network.model._compiled_call_impl is not None
@@ -400,6 +414,6 @@ def test_repeats_of_a_distributed_sampler_and_unlabelled_images_are_not_counted(
         sampler = DistributedSampler(squares, num_replicas=4, rank=rank, shuffle=False)
         loader = DataLoader(squares, batch_size=2, sampler=sampler)
         for batch_idx, batch in enumerate(loader):
-            seen += batch["index"][ViTClassifier.counted(batch, batch_idx, [None, loader], 1)].tolist()
+            seen += batch["index"][counted_images(batch, batch_idx, [None, loader], 1)].tolist()
     # 10 images on 4 ranks make 3 rounds, whose last repeats images 0 and 1
     assert sorted(seen) == [0, 1, 2, 3, 5, 6, 7, 8, 9]

@@ -1,0 +1,76 @@
+"""The options of a `ViTClassifier` in plain values, as checkpoints, YAML and loggers hold them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from gmarpp.network.weights import Weights
+from gmarpp.training.execution import Execution
+from gmarpp.training.mixing import Mixing
+from gmarpp.training.optim import Optimization
+
+# Options of a `ViTClassifier` that are groups, with their classes.
+GROUPS: dict[str, type[Any]] = {"optimizer": Optimization, "mixing": Mixing, "execution": Execution}
+# The group of each option in one.
+GROUP_OF = {option.name: group for group, kind in GROUPS.items() for option in fields(kind)}
+
+
+def plain(**groups: Any) -> dict[str, dict[str, Any]]:
+    """Return groups as dicts of plain values, as checkpoints and YAML hold them.
+
+    Raises:
+        TypeError: a group is no instance of its class.
+    """
+    for name, group in groups.items():
+        if not isinstance(group, GROUPS[name]):
+            raise TypeError(f"{name}: expected an instance of {GROUPS[name].__name__}, got {group!r:.80}")
+    return {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(group).items()}
+        for name, group in groups.items()
+    }
+
+
+def arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a `ViTClassifier` whose options are given in plain values.
+
+    Raises:
+        TypeError: a group has no such option.
+        ValueError: an option is out of range.
+    """
+    return {
+        name: GROUPS[name](**value) if name in GROUPS and isinstance(value, Mapping) else value
+        for name, value in options.items()
+    }
+
+
+def in_groups(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a checkpoint holds; the first ones were written before there were groups."""
+    if GROUPS.keys() & options.keys():
+        return dict(options)
+    grouped: dict[str, Any] = {}
+    for name, value in options.items():
+        holder = grouped.setdefault(GROUP_OF[name], {}) if name in GROUP_OF else grouped
+        holder[name] = value
+    return grouped
+
+
+def moved_options(message: str) -> str:
+    """Return where the options that an error's message names were moved to, or nothing where it names no such one."""
+    names = [name for name in re.findall(r"\bmodel\.(\w+)", message) if name in GROUP_OF]
+    return ", ".join(f"--model.{name} is --model.{GROUP_OF[name]}.{name} now" for name in dict.fromkeys(names))
+
+
+def classifier_options(weights: Weights) -> dict[str, Any]:
+    """Return the options of a `ViTClassifier` that weights fit, in plain values.
+
+    Those of groups, such as the optimizer's, are there only where the file has them.
+    """
+    return in_groups(weights.training) or {
+        "architecture": weights.architecture,
+        "num_classes": weights.num_classes,
+        "image_size": None if weights.image_size is None else list(weights.image_size),
+        "pretrained": False,
+        "model_args": weights.model_args,
+        "preprocessing": weights.preprocessing,
+    }
