@@ -61,38 +61,11 @@ def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], c
     Returns:
         Markdown with YAML front matter: data, metrics, attribution metrics, recipe and versions.
     """
-    name, options = Path(checkpoint).stem, module.hparams
+    name, architecture, classes = Path(checkpoint).stem, module.hparams["architecture"], module.class_names
     data = "unnamed data" if trainer.datamodule is None else type(trainer.datamodule).__name__
-    architecture, classes = options["architecture"], module.class_names
     validation = {key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/")}
-    from_hub = options["pretrained"] and not options["weights"]
-    front = ModelCardData(
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "vision-transformer", "gmarpp"],
-        base_model=module.model.pretrained_cfg.get("hf_hub_id") if from_hub else None,
-        model_name=name,
-        eval_results=[
-            EvalResult("image-classification", data, f"{data}, validation in training", "accuracy", value)
-            for key, value in validation.items()
-            if key == "accuracy"
-        ],
-    )
-    recipe = {
-        "start": f"timm's {architecture}" if from_hub else Path(options["weights"] or "random weights").name,
-        "steps": trainer.global_step,
-        "processes": trainer.world_size,
-        "images per process and batch": getattr(trainer.train_dataloader, "batch_size", "unknown"),
-        "batches accumulated": trainer.accumulate_grad_batches,
-        "precision": trainer.precision,
-        **{
-            key: value
-            for key, value in options.items()
-            if key not in ("architecture", "weights", "pretrained") and not key.startswith("_")
-        },
-    }
     sections = [
-        f"---\n{front.to_yaml()}\n---",
+        f"---\n{_front_matter(name, data, module, validation).to_yaml()}\n---",
         f"# {name}: {architecture} on {data}",
         f"For {len(classes)} classes: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}. "
         "The checkpoint knows them and how images are prepared:",
@@ -108,12 +81,54 @@ def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], c
         _table(("metric", "value"), [(key, f"{value:.4g}") for key, value in validation.items()]),
         *_attribution(metrics),
         "## Recipe",
-        _table(("option", "value"), recipe.items()),
+        _table(("option", "value"), _recipe(trainer, module).items()),
         *_configuration(trainer),
         "## Versions",
         _table(("package", "version"), versions().items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _from_hub(options: Mapping[str, Any]) -> bool:
+    return bool(options["pretrained"] and not options["weights"])
+
+
+def _front_matter(name: str, data: str, module: Any, validation: Mapping[str, float]) -> ModelCardData:
+    results = [
+        EvalResult("image-classification", data, f"{data}, validation in training", "accuracy", value)
+        for key, value in validation.items()
+        if key == "accuracy"
+    ]
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "vision-transformer", "gmarpp"],
+        base_model=module.model.pretrained_cfg.get("hf_hub_id") if _from_hub(module.hparams) else None,
+        model_name=name,
+        eval_results=results,
+    )
+
+
+def _recipe(trainer: Any, module: Any) -> dict[str, Any]:
+    """Return what the network was trained from and how, by names for people; then its options."""
+    options = module.hparams
+    return {
+        "start": (
+            f"timm's {options['architecture']}"
+            if _from_hub(options)
+            else Path(options["weights"] or "random weights").name
+        ),
+        "steps": trainer.global_step,
+        "processes": trainer.world_size,
+        "images per process and batch": getattr(trainer.train_dataloader, "batch_size", "unknown"),
+        "batches accumulated": trainer.accumulate_grad_batches,
+        "precision": trainer.precision,
+        **{
+            key: value
+            for key, value in options.items()
+            if key not in ("architecture", "weights", "pretrained") and not key.startswith("_")
+        },
+    }
 
 
 def _attribution(metrics: Mapping[str, float]) -> list[str]:

@@ -35,6 +35,13 @@ STAGES: dict[str, tuple[Split, ...]] = {
 DEFAULT_AUGMENTATION = Augmentation()
 SEEDS = Range(0, 2**32 - 1)
 DROPPED = -2
+_RANGES = {
+    "batch_size": Range(1),
+    "num_workers": Range(0, 1024),
+    "images_per_class": Range(1),
+    "seed": SEEDS,
+    "only_classes": Range(1),
+}
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -83,13 +90,7 @@ class ImageDataModule(L.LightningDataModule):
                 "seed": seed,
                 "only_classes": only_classes if isinstance(only_classes, int) else None,
             },
-            {
-                "batch_size": Range(1),
-                "num_workers": Range(0, 1024),
-                "images_per_class": Range(1),
-                "seed": SEEDS,
-                "only_classes": Range(1),
-            },
+            _RANGES,
             "data: ",
         )
         if only_classes == []:
