@@ -23,14 +23,8 @@ class PatchSum(nn.Module):
 
 
 WEIGHTS = [[4.0, 1.0], [3.0, 2.0]]
-
-
 ONES = torch.ones(1, 3, 4, 4)
-
-
 TRUE_MAP = torch.tensor([WEIGHTS])
-
-
 CLASS_1 = torch.tensor([1])
 
 
