@@ -12,6 +12,7 @@ import yaml
 from full_disk import no_file_larger_than
 from noise import write_noise
 from PIL import Image
+from small_model import MODEL
 from squares import Squares
 
 from gmarpp import command
@@ -23,13 +24,6 @@ from gmarpp.network.save import save_weights
 from gmarpp.run.reader import load_explanations
 
 ROOT = Path(__file__).parents[2]
-MODEL = [
-    "--model.architecture=test_vit",
-    "--model.num_classes=3",
-    "--model.image_size=32",
-    "--model.pretrained=false",
-    "--model.model_args={depth: 2}",
-]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 FIT = ["fit", "--data=Squares", *MODEL, *QUIET, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
 
