@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 import yaml
+from quiet_trainer import quiet_trainer
 from squares import Squares
 
 from gmarpp.callbacks import AttributionMonitor, ModelCardCheckpoint
@@ -22,12 +23,8 @@ class Scores(L.Callback):
 
 def fit(folder, *callbacks, epochs=2, resume=None, **options):
     network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, mixup=0.8, lr=1e-3)
-    run = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    run = quiet_trainer(
+        folder,
         max_epochs=epochs,
         callbacks=[*callbacks, ModelCardCheckpoint(dirpath=folder, filename="best", **options)],
     )
