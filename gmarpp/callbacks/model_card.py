@@ -36,7 +36,7 @@ class ModelCardCheckpoint(ObservedCheckpoint):
 
     @override
     def on_file_saved(self, trainer: L.Trainer, filepath: str) -> None:
-        # on all ranks, since a metric that was not asked for yet is summed over them
+        # On all ranks, since a metric that was not asked for yet is summed over them.
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.model_card and trainer.is_global_zero and "://" not in filepath:
             text = describe_training(trainer, trainer.lightning_module, metrics, Path(filepath).name)
@@ -144,7 +144,7 @@ def _attribution(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _configuration(trainer: Any) -> list[str]:
-    """All options of the command line, where there was one."""
+    """Return all options of the command line, where there was one."""
     return [
         f"All options:\n\n```yaml\n{callback.parser.dump(callback.config)}```"
         for callback in trainer.callbacks

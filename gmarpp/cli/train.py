@@ -20,11 +20,11 @@ from gmarpp.training.module import ViTClassifier, classifier_options
 from gmarpp.training.resume import find_checkpoint
 from gmarpp.training.trainer import Trainer
 
-# what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
+# What a checkpoint fixes about how the network sees images: the command line's values, resolved.
 RESOLVED = ("image_size", "model_args", "preprocessing")
 
 
-# options of the machine, not of the network: a run may be resumed on another one
+# Options of the machine, not of the network: a run may be resumed on another one.
 MACHINE = ("gradient_checkpointing", "compile", "channels_last")
 
 
@@ -56,7 +56,7 @@ class TrainCLI(CommandLine):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Fit, validate and test; explaining is `explain.py`'s."""
+        """Return fit, validate and test; explaining is `explain.py`'s."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -142,7 +142,7 @@ def train_main(args: list[str] | None = None) -> TrainCLI:
 
 def _require_resumable(path: str, trainer: Any) -> None:
     if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
-        # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
+        # With both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little.
         raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
     if find_path(path).suffix != ".ckpt":
         raise ValueError(

@@ -119,7 +119,9 @@ def test_an_index_that_is_not_the_position_is_refused(tmp_path):
 
     data = SquaresData()
     data.dataset = Renumbered(11)
-    with pytest.raises(ValueError, match="must be the position in the data set"):
+    with pytest.raises(
+        ValueError, match=r"index: expected the positions of the images in the data set, \[0, 1\], got \[5, 6\]"
+    ):
         predict(tmp_path / "run", data)
 
 
@@ -138,7 +140,7 @@ def test_data_loaders_alone_can_be_explained_but_not_resumed(tmp_path):
     [
         ({"colormap": "rainbow"}, "rainbow.*inferno"),
         ({"figure_formats": ["bmp"]}, "bmp.*png, pdf, svg"),
-        ({"opacity": 50}, "opacity is 50"),
+        ({"opacity": 50}, r"write\.opacity: expected a number in \[0, 1\], got 50"),
         ({"shard_size": 0}, "shard_size"),
     ],
 )

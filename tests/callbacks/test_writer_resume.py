@@ -63,7 +63,7 @@ def test_a_limit_counts_from_the_beginning_also_after_an_interruption(tmp_path):
 
 
 def test_a_share_of_the_batches_is_not_resumed(tmp_path):
-    with pytest.raises(ValueError, match=r"limit_predict_batches is 0\.5.*number of batches"):
+    with pytest.raises(ValueError, match=r"limit_predict_batches: expected a number of batches.*got 0\.5, a share"):
         predict(tmp_path / "run", resume=True, limit=0.5)
 
 
