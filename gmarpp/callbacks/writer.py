@@ -79,11 +79,13 @@ class ExplanationWriter(BasePredictionWriter):
         super().__init__("batch")
         if colormap not in COLORMAPS:
             raise ValueError(f"unknown colormap {colormap!r}: choose from {', '.join(COLORMAPS)}")
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity: expected 0 to 1, got {opacity}")
         for unknown in set(figure_formats) - set(FIGURE_FORMATS):
             raise ValueError(f"unknown figure format {unknown!r}: choose from {', '.join(FIGURE_FORMATS)}")
         require_ranges(
-            {"opacity": opacity, "figure_images": figure_images, "shard_size": shard_size},
-            {"opacity": Range(0, 1), "figure_images": Range(0), "shard_size": Range(1)},
+            {"figure_images": figure_images, "shard_size": shard_size},
+            {"figure_images": Range(0), "shard_size": Range(1)},
             "write.",
         )
         self.output = OutputFolder(expand_path(output), resume, overwrite)

@@ -140,8 +140,8 @@ def test_data_loaders_alone_can_be_explained_but_not_resumed(tmp_path):
     [
         ({"colormap": "rainbow"}, "rainbow.*inferno"),
         ({"figure_formats": ["bmp"]}, "bmp.*png, pdf, svg"),
-        ({"opacity": 50}, r"write\.opacity: expected a number in \[0, 1\], got 50"),
-        ({"shard_size": 0}, "shard_size"),
+        ({"opacity": 50}, "opacity: expected 0 to 1, got 50"),
+        ({"shard_size": 0}, r"write\.shard_size: expected a number of at least 1, got 0"),
     ],
 )
 def test_options_out_of_range(options, message):

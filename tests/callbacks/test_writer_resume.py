@@ -23,11 +23,11 @@ def test_a_failed_run_resumes_to_the_same_files_and_explains_nothing_twice(tmp_p
 
 @pytest.mark.parametrize("stop", [SIGTERMException(), KeyboardInterrupt()])
 def test_a_run_that_is_told_to_stop_keeps_what_is_finished(tmp_path, stop):
-    def signalled():
+    def stopped():
         raise stop
 
     with pytest.raises((SIGTERMException, SystemExit)):
-        predict(tmp_path / "run", module=Disturbed(6, signalled))
+        predict(tmp_path / "run", module=Disturbed(6, stopped))
     assert finished_indices(tmp_path / "run") == {0, 1, 2, 3, 4, 5}
     assert not list((tmp_path / "run").rglob(".*"))
 

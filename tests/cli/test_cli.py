@@ -137,7 +137,7 @@ def test_validate_a_checkpoint(checkpoint, folder, suffix):
     (folder / "logs" / "config.yaml").unlink()
     run = train_main(["validate", "--data=Squares", *QUIET, "--ckpt_path", str(checkpoint), "--trainer.logger=false"])
     assert not (folder / "logs" / "config.yaml").exists()
-    assert run.model.class_names == ("Colour 0", "Colour 1", "Colour 2")
+    assert run.model.class_names == ("Color 0", "Color 1", "Color 2")
     assert set(run.trainer.callback_metrics) == {
         "val/loss",
         "val/accuracy",

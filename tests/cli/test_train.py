@@ -151,7 +151,7 @@ def other_rank(process):
     )
 
 
-def test_signalled_ranks_stop_at_the_same_step_and_resume(two_ranks, tmp_path, monkeypatch):
+def test_ranks_stop_at_the_same_step_after_a_signal_and_resume(two_ranks, tmp_path, monkeypatch):
     process, arguments = two_ranks
     os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate()[0].decode()

@@ -17,7 +17,7 @@ def hugging_face_folder(folder, **options):
     model = transformers.ViTForImageClassification(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3)  # the default initialisation hides swapped biases and norms
+            parameter.normal_(std=0.3)  # the default initialization hides swapped biases and norms
     model.save_pretrained(folder)
     return model
 
