@@ -26,7 +26,7 @@ _LABEL_POINTS = 8.5
 def short_name(name: str, width: int = 17, lines: int = 2) -> str:
     """Shorten a class name for a title: the first of its synonyms, wrapped.
 
-    Example:
+    Examples:
         >>> short_name("German shepherd, German shepherd dog, alsatian")
         'German shepherd'
     """

@@ -71,7 +71,7 @@ def rank_patches(maps: Tensor) -> Tensor:
     Returns:
         (..., h * w) long, a permutation of 0 … h * w - 1 in every map.
 
-    Example:
+    Examples:
         >>> rank_patches(torch.tensor([[[0.1, 0.9], [0.9, 0.3]]]))
         tensor([[3, 0, 1, 2]])
     """
@@ -99,7 +99,7 @@ def normalize_map(attribution: Tensor | Array) -> Array:
     Returns:
         float32 array of the same shape. A constant map becomes zeros; values that are not finite count as the minimum.
 
-    Example:
+    Examples:
         >>> normalize_map(torch.tensor([[1.0, 3.0], [2.0, 5.0]])).tolist()
         [[0.0, 0.5], [0.25, 1.0]]
     """

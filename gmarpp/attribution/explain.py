@@ -53,7 +53,7 @@ def explain(
         ValueError: for unusable images or targets, unknown methods, or logits that are not finite.
         UnsupportedNetworkError: if the network's attention cannot be followed.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2)
         >>> explanation = explain(vit, torch.randn(4, 3, 32, 32), methods=["gmarpp_l1", "rollout"])

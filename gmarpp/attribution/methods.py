@@ -231,7 +231,7 @@ def resolve_method(name: str) -> str:
     Raises:
         ValueError: if there is no such method; the message lists the names.
 
-    Example:
+    Examples:
         >>> resolve_method("gmar++")
         'gmarpp_l1'
     """

@@ -45,7 +45,7 @@ def pending_batches(images: int, batch_size: int, finished: Collection[int], ran
         ranks: processes that share the batches; a rank without any would stall the others, so that with fewer batches
             than ranks the last batch is repeated.
 
-    Example:
+    Examples:
         >>> pending_batches(7, 3, {0, 1, 2, 4})
         [[3, 5], [6]]
     """

@@ -15,7 +15,7 @@ def spread_over_classes(labels: NDArray[np.int64], size: int) -> NDArray[np.int6
         indices, shape (min(size, n),): a first image of as many classes as possible, spread over the classes, then a
         second one, and so on.
 
-    Example:
+    Examples:
         >>> spread_over_classes(np.array([0, 0, 0, 1, 1, 2]), 4).tolist()
         [0, 3, 5, 1]
     """

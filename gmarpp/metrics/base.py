@@ -51,7 +51,7 @@ class MeanOverImages(Metric):
         Returns:
             The figure and its axes.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from gmarpp.metrics import AverageDrop
             >>> metric = AverageDrop()

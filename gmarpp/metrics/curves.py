@@ -25,7 +25,7 @@ class InsertionAUC(_MeanScore):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> InsertionAUC()(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[0.0, 0.8, 1.0]]))
         tensor(0.6500)
@@ -47,7 +47,7 @@ class DeletionAUC(_MeanScore):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> DeletionAUC()(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[1.0, 0.2, 0.0]]))
         tensor(0.3500)
@@ -69,7 +69,7 @@ class InsertionDeletionGap(_MeanScore):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> curve = torch.tensor([[0.0, 0.8, 1.0]])
         >>> InsertionDeletionGap()(torch.tensor([0.0, 0.5, 1.0]), curve, curve.flip(1) / 2)
@@ -94,7 +94,7 @@ class ROAD(_MeanScore):
         order: `most_relevant_first`, `least_relevant_first`, or `combined`, half the difference of the two.
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ROAD()(torch.tensor([[0.4, 0.2]]), torch.tensor([[0.9, 0.7]]))
         tensor(0.2500)

@@ -15,7 +15,7 @@ class AverageDrop(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> AverageDrop()(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(25.)
@@ -39,7 +39,7 @@ class AverageIncrease(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> AverageIncrease()(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(50.)
@@ -63,7 +63,7 @@ class AverageGain(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> AverageGain()(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
         tensor(10.0000)

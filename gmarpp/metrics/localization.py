@@ -20,7 +20,7 @@ class PointingGame(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> PointingGame()(torch.eye(2)[None], torch.tensor([[[1, 1], [0, 0]]]))
         tensor(1.)
@@ -43,7 +43,7 @@ class EnergyInside(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> EnergyInside()(torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.7500)
@@ -67,7 +67,7 @@ class IoU(MeanOverImages):
         threshold: of the min-max map, in [0, 1]; None is the mean of each map.
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> IoU()(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.3333)
@@ -95,7 +95,7 @@ class PixelAccuracy(MeanOverImages):
         threshold: of the min-max map, in [0, 1]; None is the mean of each map.
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> PixelAccuracy()(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.5000)
@@ -122,7 +122,7 @@ class AveragePrecision(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> AveragePrecision()(torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.8333)

@@ -16,7 +16,7 @@ class Sparseness(MeanOverImages):
     Args:
         kwargs: of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Sparseness()(torch.tensor([[[0.0, 0.0], [0.0, 5.0]]]))
         tensor(0.7500)

@@ -15,7 +15,7 @@ def step_counts(patches: int, steps: int) -> list[int]:
     Raises:
         ValueError: fewer than one step.
 
-    Example:
+    Examples:
         >>> step_counts(10, 4)
         [0, 2, 5, 8, 10]
         >>> step_counts(3, 28)

@@ -60,7 +60,7 @@ def remove_run(folder: Path) -> None:
 def file_stem(index: int, path: str) -> str:
     """Return the name that an image's pictures have: unique by index, safe on any file system, short.
 
-    Example:
+    Examples:
         >>> file_stem(7, 'photos/Größe "<b>".jpg')
         '000007-Grosse-b'
     """

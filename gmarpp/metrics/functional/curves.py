@@ -30,7 +30,7 @@ def insertion_auc(fractions: Tensor, insertion: Tensor, reduction: Reduction = "
     Raises:
         ValueError: wrong shapes, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> insertion_auc(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[0.0, 0.8, 1.0]]))
         tensor(0.6500)
     """
@@ -48,7 +48,7 @@ def deletion_auc(fractions: Tensor, deletion: Tensor, reduction: Reduction = "me
     Raises:
         ValueError: wrong shapes, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> deletion_auc(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[1.0, 0.2, 0.0]]))
         tensor(0.3500)
     """
@@ -69,7 +69,7 @@ def insertion_deletion_gap(
     Raises:
         ValueError: wrong shapes, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> curve = torch.tensor([[0.0, 0.8, 1.0]])
         >>> insertion_deletion_gap(torch.tensor([0.0, 0.5, 1.0]), curve, curve.flip(1) / 2)
         tensor(0.3250)
@@ -94,7 +94,7 @@ def road(
     Raises:
         ValueError: wrong shapes, or an unknown order or reduction.
 
-    Example:
+    Examples:
         >>> road(torch.tensor([[0.4, 0.2]]), torch.tensor([[0.9, 0.7]]))
         tensor(0.2500)
     """

@@ -28,7 +28,7 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: boxes of a wrong shape.
 
-    Example:
+    Examples:
         >>> boxes_to_masks(torch.tensor([[1, 0, 3, 1]]), (2, 4)).int()
         tensor([[[0, 1, 1, 0],
                  [0, 0, 0, 0]]], dtype=torch.int32)
@@ -76,7 +76,7 @@ def pointing_game(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
     Raises:
         ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> pointing_game(torch.eye(2)[None], torch.tensor([[[1, 1], [0, 0]]]))
         tensor(1.)
     """
@@ -96,7 +96,7 @@ def energy_inside(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") ->
     Raises:
         ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> energy_inside(torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.7500)
     """
@@ -118,7 +118,7 @@ def iou(maps: Tensor, masks: Tensor, threshold: float | None = None, reduction: 
     Raises:
         ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> iou(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.3333)
     """
@@ -141,7 +141,7 @@ def pixel_accuracy(
     Raises:
         ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> pixel_accuracy(torch.tensor([[[3.0, 2.0], [0.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.5000)
     """
@@ -161,7 +161,7 @@ def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean"
     Raises:
         ValueError: wrong shapes, maps that are not finite, or an unknown reduction.
 
-    Example:
+    Examples:
         >>> average_precision(torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[1, 0], [1, 0]]]))
         tensor(0.8333)
     """

@@ -16,7 +16,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         (n,) in [-1, 1]; 0 where one of the two is constant, NaN where one holds NaN.
 
-    Example:
+    Examples:
         >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 7.0, 6.0]]]))
         tensor([0.5000], dtype=torch.float64)
     """
