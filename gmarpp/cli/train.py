@@ -20,11 +20,11 @@ from gmarpp.training.module import ViTClassifier, classifier_options
 from gmarpp.training.resume import find_checkpoint
 from gmarpp.training.trainer import Trainer
 
-# What a checkpoint fixes about how the network sees images: the command line's values, resolved.
+# what a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved
 RESOLVED = ("image_size", "model_args", "preprocessing")
 
 
-# Options of the machine, not of the network: a run may be resumed on another one.
+# options of the machine, not of the network: a run may be resumed on another one
 MACHINE = ("gradient_checkpointing", "compile", "channels_last")
 
 
@@ -56,7 +56,7 @@ class TrainCLI(CommandLine):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return fit, validate and test; explaining is `explain.py`'s."""
+        """Fit, validate and test; explaining is `explain.py`'s."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -11,7 +11,8 @@ from gmarpp.callbacks import writer
 from gmarpp.run.shards import finished_indices
 
 
-def test_a_damaged_part_is_named_and_its_images_are_explained_again(tmp_path, reference):
+def test_a_damaged_part_is_named_and_its_images_are_explained_again(tmp_path, monkeypatch, reference):
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 3600)
     fail_at(6, tmp_path / "run")
     (part,) = (tmp_path / "run" / "parts").glob("*.safetensors")
     data = bytearray(part.read_bytes())
@@ -81,6 +82,7 @@ def test_a_disk_that_is_full_at_the_end_stops_the_run_and_it_resumes(tmp_path, m
 
 
 def test_the_disk_has_what_a_file_vouches_for_before_that_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_FLUSH_SECONDS", 3600)
     found = []
 
     def look():
