@@ -46,10 +46,10 @@ def colormap_table(name: str) -> Array:
 def diverging_table() -> Array:
     """Return the 256 colors from blue, against the class, over white, zero, to red, for the class; uint8 (256, 3).
 
-    Each arm is a straight line in CIELAB between the colors of the map D1, `diverging_bwr_40-95_c42`, of Kovesi, "Good
-    Colour Maps: How to Design Them", arXiv 1509.03700, 2015: equal steps of relevance are equal steps of lightness, and
-    of color difference, and relevance of one size is equally light on both sides. Level 0, which would make one side
-    longer than the other, repeats level 1.
+    Each arm is a straight line in CIELAB between the colors of the map D1, `diverging_bwr_40-95_c42`, of
+    Kovesi 2015, arXiv 1509.03700: equal steps of relevance are equal steps of lightness, and of color difference, and
+    relevance of one size is equally light on both sides. Level 0, which would make one side longer than the other,
+    repeats level 1.
     """
     size = np.abs(_LEVEL_VALUES)
     hue = np.radians(np.where(_LEVEL_VALUES < 0, _AGAINST_HUE, _FOR_HUE))

@@ -146,13 +146,9 @@ class Explainer:
         explanation = explain(model, images, self.methods, self._target(batch), recompute=self.recompute)
         probabilities = self._probabilities(explanation.logits)
         predicted = explanation.logits.argmax(dim=1)
-        boxes, masks = batch.get("box"), batch.get("mask")
         # Maps cover the pixels that the network sees, so pictures and objects are cropped to these.
         height, width = explanation.images.shape[2:]
-        if boxes is not None:
-            boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
-        if masks is not None:
-            masks = fit_to_extent(masks, (height, width))
+        boxes, masks = _cropped(batch.get("box"), batch.get("mask"), (height, width))
         objects = masks if masks is not None or boxes is None else boxes_to_masks(boxes, (height, width))
         inputs = self._metric_inputs(model, images, explanation, objects)
         values = {
@@ -236,6 +232,13 @@ class Explainer:
         twin = getattr(functional, metric)
         value: Tensor = twin(**{name: given[name] for name in arguments}, reduction="none")
         return value.float()
+
+
+def _cropped(boxes: Tensor | None, masks: Tensor | None, size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    height, width = size
+    if boxes is not None:
+        boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
+    return boxes, None if masks is None else fit_to_extent(masks, size)
 
 
 def metric_inputs(metric: str) -> tuple[str, ...]:

@@ -17,12 +17,22 @@ if sys.platform != "win32":
     import fcntl
 
 
-SPECIAL_FILES = {
+_KINDS = {
+    stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def kind_of_file(mode: int) -> str:
+    """Return what a path that is no regular file leads to, with its article.
+
+    Args:
+        mode: of the path, `st_mode`.
+    """
+    return _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 def find_path(path: str | Path) -> Path:
@@ -41,7 +51,7 @@ def find_path(path: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise FileNotFoundError(f"there is no checkpoint {path}") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path} is {SPECIAL_FILES.get(stat.S_IFMT(mode), 'no file')}, expected a file: not opened")
+        raise ValueError(f"{path} is {kind_of_file(mode)}, expected a file: not opened")
     return source
 
 

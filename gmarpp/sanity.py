@@ -101,13 +101,17 @@ def sanity_check(
     with _restoring(model):
         for stage, parameters in _cascade(model, blocks):
             for parameter in parameters:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                spread = parameter.data.std() if parameter.numel() > 1 else parameter.data.abs().mean()
-                parameter.data = parameter.data.mean() + spread * noise
+                _randomize(parameter, generator)
             stages.append(stage)
             for method, maps in explained(target)[0].items():
                 correlations[method].append(rank_correlation(maps, trained[method]).float())
     return SanityCheck(tuple(stages), {method: torch.stack(each) for method, each in correlations.items()})
+
+
+def _randomize(parameter: nn.Parameter, generator: torch.Generator) -> None:
+    noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+    spread = parameter.data.std() if parameter.numel() > 1 else parameter.data.abs().mean()
+    parameter.data = parameter.data.mean() + spread * noise
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A data module for the tests of training: flat coloured squares, learnt in a few steps without a file."""
+"""A data module for the tests of training: flat colored squares, learned in a few steps without a file."""
 
 import lightning as L
 import torch
@@ -33,7 +33,7 @@ class Squares(L.LightningDataModule):
         super().__init__()
         self.batch_size, self.count, self.num_classes = batch_size, count, num_classes
         self.classes = tuple(f"{prefix}{index}" for index in range(num_classes))
-        self.class_names = tuple(f"Colour {index}" for index in range(num_classes))
+        self.class_names = tuple(f"Color {index}" for index in range(num_classes))
 
     def train_dataloader(self):
         return DataLoader(

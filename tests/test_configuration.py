@@ -47,10 +47,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def refusal(path="c.yaml"):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match=rf"--config {path}") as error:
         require_readable_configurations(["fit", "--config", path])
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     return str(error.value)
 
 
@@ -100,7 +100,7 @@ def test_limits_hold_for_values_of_the_command_line():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--x", type=dict)
     assert parser.parse_args(["--x={a: {b: 1}}"]).x == {"a": {"b": 1}}
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ArgumentError, match="x"):
         parser.parse_args([f"--x={BOMB}"])
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20

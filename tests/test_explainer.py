@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from signed_method import Downwards
+from small_networks import vit
 
 import gmarpp
 from gmarpp.attribution import methods
@@ -119,3 +120,22 @@ def test_bad_options_are_named(model):
     with pytest.raises(ValueError, match="unknown class 'do': did you mean dog"):
         Explainer(target="do")(model, batch())
     assert math.isfinite(Explainer().steps)
+
+
+def test_pictures_boxes_and_masks_are_cut_to_what_the_network_sees():
+    model, images = vit(img_size=30), torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(1))
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    explained = gmarpp.explain(model, images, "rollout")
+    torch.testing.assert_close(explained.images, (images[..., :24, :24] / 4 + 0.5).clamp(0, 1))
+    assert explained.overlay().size == (24, 24)
+    batch = {"image": images, "label": torch.zeros(2).long(), "index": torch.arange(2), "path": list("ab")}
+    explainer = Explainer(["rollout"], metrics=["energy_inside"])
+    found = explainer(model, {**batch, "box": torch.tensor([[8.0, 0, 30, 16], [0, 0, 24, 24]])})
+    assert found.images.shape == (2, 3, 24, 24)
+    assert found.boxes.tolist() == [[8, 0, 24, 16], [0, 0, 24, 24]]
+    assert found.values["rollout"]["energy_inside"][1] == 1
+    masks = torch.zeros(2, 30, 30, dtype=torch.bool)
+    masks[:, :16, 8:] = True
+    masked = explainer(model, {**batch, "mask": masks})
+    assert torch.equal(masked.masks, masks[:, :24, :24])
+    assert masked.values["rollout"]["energy_inside"][0] == found.values["rollout"]["energy_inside"][0]

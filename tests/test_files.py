@@ -1,4 +1,5 @@
 import errno
+import io
 import multiprocessing
 import os
 import stat
@@ -10,7 +11,7 @@ import torch
 from full_disk import no_file_larger_than
 from stored_run import run_description, shard
 
-from gmarpp.files import atomic_file, remove_leftovers, write_atomically
+from gmarpp.files import atomic_file, remove_leftovers, sha256, write_atomically
 from gmarpp.run.folder import MAPS, PARTS, file_stem, read_run, write_run
 from gmarpp.run.shards import finished_indices, merge_parts, read_shard, remove_parts, reopen_maps, shard_files
 
@@ -115,7 +116,7 @@ def test_leftovers_of_living_processes_stay(tmp_path):
     written = context.Event()
     writer = context.Process(target=write_slowly, args=(tmp_path / "last.ckpt", written))
     writer.start()
-    assert written.wait(30)
+    assert written.wait()
     remove_leftovers(tmp_path)
     (half,) = tmp_path.iterdir()
     assert half.read_bytes() == b"half"
@@ -232,3 +233,10 @@ def test_run_description_round_trip(tmp_path):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"run\.json.*another output folder"):
             read_run(tmp_path)
+
+
+def test_sha256():
+    file = io.BytesIO(b"abc")
+    # FIPS 180-2, appendix B.1
+    assert sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file.read() == b"abc"

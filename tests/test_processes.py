@@ -49,13 +49,13 @@ def test_a_process_whose_parent_was_killed_ends_in_silence():
     assert process.stdout.readline() == "ready\n"
     process.kill()
     # The streams end with the last process that holds them.
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate() == ("", "")
     assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_errors_of_a_process_whose_parent_lives_are_told():
-    output, errors = start("close").communicate(timeout=30)
+    output, errors = start("close").communicate()
     assert output == "ready\n"
     assert errors.count("Traceback") == 1
 

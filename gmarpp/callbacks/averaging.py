@@ -13,8 +13,8 @@ class AveragedWeights(ObservedAveraging):
     """Lightning's EMAWeightAveraging, for runs that are saved whenever they end or are interrupted.
 
     Validates, and keeps in checkpoints as the network's own, an exponential moving average of the weights. The trained
-    weights are kept beside it, so that a resumed run continues from them. Lightning's own callback saves one for the
-    other during validation, and the average alone at the end of a run.
+    weights are kept beside it, so that a resumed run continues from them. Lightning's own callback confuses the
+    two in a checkpoint made during validation, and saves the average alone at the end of a run.
 
     Args:
         decay: share of the average that a step keeps, in [0, 1).
@@ -42,7 +42,7 @@ class AveragedWeights(ObservedAveraging):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # checkpoint callbacks come last, when the trained weights are overwritten
+        # Checkpoint callbacks come last, when the trained weights are overwritten.
         for callback in trainer.checkpoint_callbacks:
             callback.on_train_end(trainer, pl_module)
         super().on_train_end(trainer, pl_module)

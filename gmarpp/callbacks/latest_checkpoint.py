@@ -23,7 +23,7 @@ class LatestCheckpoint(ObservedCheckpoint):
         self._in_training = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what was learned since the last checkpoint, when they are made every so many steps."""
+        """Save what was learned since the last checkpoint, where checkpoints are made after a number of steps."""
         super().on_train_end(trainer, pl_module)
         self._in_training = False
         if not self.is_saved(trainer):

@@ -28,7 +28,7 @@ class PeakLearningRateFinder(LearningRateFinder):
         early_stop_threshold: ends the search when the loss exceeds its minimum by this factor, > 1; None for never.
 
     Raises:
-        ValueError: an option is out of range, or no rate can be told from the losses seen.
+        ValueError: an option is out of range, or no rate stands out in the losses seen.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PeakLearningRateFinder(LearningRateFinder):
         found = self.optimal_lr.suggestion()
         if found is None:
             raise ValueError(
-                f"no learning rate can be told from the {len(self.optimal_lr.results['loss'])} losses of the search: "
+                f"no learning rate stands out in the {len(self.optimal_lr.results['loss'])} losses of the search: "
                 "raise its num_training_steps, or lower its min_lr"
             )
         factor = found / peaks[head]

@@ -37,7 +37,7 @@ class ModelCardCheckpoint(ObservedCheckpoint):
 
     @override
     def on_file_saved(self, trainer: L.Trainer, filepath: str) -> None:
-        # on all ranks, since a metric that was not asked for yet is summed over them
+        # On all ranks, since a metric that was not asked for yet is summed over them.
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.model_card and trainer.is_global_zero and "://" not in filepath:
             text = describe_training(trainer, trainer.lightning_module, metrics, Path(filepath).name)
@@ -62,38 +62,11 @@ def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], c
     Returns:
         Markdown with YAML front matter: data, metrics, attribution metrics, recipe and versions.
     """
-    name, options = Path(checkpoint).stem, module.hparams
+    name, architecture, classes = Path(checkpoint).stem, module.hparams["architecture"], module.class_names
     data = "unnamed data" if trainer.datamodule is None else type(trainer.datamodule).__name__
-    architecture, classes = options["architecture"], module.class_names
     validation = {key.removeprefix("val/"): value for key, value in metrics.items() if key.startswith("val/")}
-    from_hub = options["pretrained"] and not options["weights"]
-    front = ModelCardData(
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "vision-transformer", "gmarpp"],
-        base_model=module.model.pretrained_cfg.get("hf_hub_id") if from_hub else None,
-        model_name=name,
-        eval_results=[
-            EvalResult("image-classification", data, f"{data}, validation in training", "accuracy", value)
-            for key, value in validation.items()
-            if key == "accuracy"
-        ],
-    )
-    recipe = {
-        "start": f"timm's {architecture}" if from_hub else Path(options["weights"] or "random weights").name,
-        "steps": trainer.global_step,
-        "processes": trainer.world_size,
-        "images per process and batch": getattr(trainer.train_dataloader, "batch_size", "unknown"),
-        "batches accumulated": trainer.accumulate_grad_batches,
-        "precision": trainer.precision,
-        **{
-            key: value
-            for key, value in _by_full_name(options)
-            if key not in ("architecture", "weights", "pretrained") and not key.startswith("_")
-        },
-    }
     sections = [
-        f"---\n{front.to_yaml()}\n---",
+        f"---\n{_front_matter(name, data, module, validation).to_yaml()}\n---",
         f"# {name}: {architecture} on {data}",
         f"For {len(classes)} classes: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}. "
         "The checkpoint knows them and how images are prepared:",
@@ -109,12 +82,54 @@ def describe_training(trainer: Any, module: Any, metrics: Mapping[str, float], c
         _table(("metric", "value"), [(key, f"{value:.4g}") for key, value in validation.items()]),
         *_attribution(metrics),
         "## Recipe",
-        _table(("option", "value"), recipe.items()),
+        _table(("option", "value"), _recipe(trainer, module).items()),
         *_configuration(trainer),
         "## Versions",
         _table(("package", "version"), versions().items()),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _from_hub(options: Mapping[str, Any]) -> bool:
+    return bool(options["pretrained"] and not options["weights"])
+
+
+def _front_matter(name: str, data: str, module: Any, validation: Mapping[str, float]) -> ModelCardData:
+    results = [
+        EvalResult("image-classification", data, f"{data}, validation in training", "accuracy", value)
+        for key, value in validation.items()
+        if key == "accuracy"
+    ]
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "vision-transformer", "gmarpp"],
+        base_model=module.model.pretrained_cfg.get("hf_hub_id") if _from_hub(module.hparams) else None,
+        model_name=name,
+        eval_results=results,
+    )
+
+
+def _recipe(trainer: Any, module: Any) -> dict[str, Any]:
+    """Return what the network was trained from and how, by names for people; then its options."""
+    options = module.hparams
+    return {
+        "start": (
+            f"timm's {options['architecture']}"
+            if _from_hub(options)
+            else Path(options["weights"] or "random weights").name
+        ),
+        "steps": trainer.global_step,
+        "processes": trainer.world_size,
+        "images per process and batch": getattr(trainer.train_dataloader, "batch_size", "unknown"),
+        "batches accumulated": trainer.accumulate_grad_batches,
+        "precision": trainer.precision,
+        **{
+            key: value
+            for key, value in _by_full_name(options)
+            if key not in ("architecture", "weights", "pretrained") and not key.startswith("_")
+        },
+    }
 
 
 def _attribution(metrics: Mapping[str, float]) -> list[str]:
@@ -130,7 +145,7 @@ def _attribution(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _configuration(trainer: Any) -> list[str]:
-    """All options of the command line, where there was one."""
+    """Return all options of the command line, where there was one."""
     return [
         f"All options:\n\n```yaml\n{callback.parser.dump(callback.config)}```"
         for callback in trainer.callbacks

@@ -20,6 +20,7 @@ from gmarpp.explainer import ExplainedBatch, Explainer, metric_inputs
 from gmarpp.figures import comparison_figure, figure_bytes
 from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
+from gmarpp.options import Range, require_ranges
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import CurveSum
 from gmarpp.training.lightning_private import state_key
@@ -55,8 +56,11 @@ class AttributionMonitor(L.Callback):
         batch_size: int = 16,
         signed_maps: SignedMaps = "diverging",
     ) -> None:
-        if images < 0 or every_n_epochs < 1 or grid_images < 0 or batch_size < 1:
-            raise ValueError("images and grid_images must not be negative, every_n_epochs and batch_size at least 1")
+        require_ranges(
+            {"images": images, "every_n_epochs": every_n_epochs, "grid_images": grid_images, "batch_size": batch_size},
+            {"images": Range(0), "every_n_epochs": Range(1), "grid_images": Range(0), "batch_size": Range(1)},
+            "AttributionMonitor.",
+        )
         self.explainer = explainer or Explainer(steps=14)
         self.images = images
         self.every_n_epochs = every_n_epochs
@@ -142,7 +146,7 @@ class AttributionMonitor(L.Callback):
         if self._is_due(trainer):
             for method, collection in self._metrics.items():
                 for name, value in collection.compute().items():
-                    # the same on all ranks already: sync_dist only says so to Lightning
+                    # The same on all ranks already: sync_dist only tells Lightning so.
                     pl_module.log(f"attribution/{method}/{name}", value.to(pl_module.device), sync_dist=True)
             pl_module.log("attribution/seconds", self._seconds, sync_dist=True, reduce_fx="max")
             self._sum_curves(trainer, pl_module.device)

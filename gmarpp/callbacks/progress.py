@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import Callback
 
 
 class ProgressLines(Callback):
-    """Prints how far fit, validate, test or predict is, every so many seconds, where there is no progress bar.
+    """Prints how far fit, validate, test or predict is, at intervals, where there is no progress bar.
 
     It prints only where the standard output is no terminal, on rank 0, at the end of a batch:
     `fit: step 120 of 2100, loss 1.234, 85.3 images/s, 0:12:34 left`.
 
     Args:
-        seconds: from line to line, at least.
+        seconds: least time from one line to the next.
     """
 
     def __init__(self, seconds: float = 30.0) -> None:

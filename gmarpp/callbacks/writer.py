@@ -18,6 +18,7 @@ from gmarpp.data.module import chosen_batches
 from gmarpp.explainer import ExplainedBatch, metric_inputs
 from gmarpp.figures import FIGURE_FORMATS
 from gmarpp.files import expand_path, sync_disk
+from gmarpp.options import Range, require_ranges
 from gmarpp.processes import usable_cores
 from gmarpp.run.background import BackgroundTasks
 from gmarpp.run.description import describe_run, now, require_same_run
@@ -43,9 +44,9 @@ class ExplanationWriter(BasePredictionWriter):
 
     Nothing is written before the first batch is explained: a run that cannot start leaves no folder. From then on the
     folder is locked, and finished images are published every half minute in part files of their own; when all ranks are
-    done, rank 0 merges them. A run that was interrupted, however hard, goes on with ``resume`` and ends with the same
-    tables and maps as one that was not. All ranks must see the same folder. Pictures are drawn by processes of their
-    own: as with a data loader's workers, a script needs ``if __name__ == "__main__"`` where processes are not forked.
+    done, rank 0 merges them. A run that was interrupted, even by a kill, goes on with ``resume`` and ends with the same
+    tables and maps as an uninterrupted one. All ranks must see the same folder. Pictures are drawn by other processes:
+    as with a data loader's workers, a script needs ``if __name__ == "__main__"`` where processes are not forked.
 
     Args:
         output: folder of the results; created if missing. ``~`` and environment variables are expanded.
@@ -80,10 +81,13 @@ class ExplanationWriter(BasePredictionWriter):
         shard_size: int = 1024,
     ) -> None:
         super().__init__("batch")
-        if unknown := set(figure_formats) - set(FIGURE_FORMATS):
-            raise ValueError(f"unknown figure_formats {sorted(unknown)}: choose from {', '.join(FIGURE_FORMATS)}")
-        if shard_size < 1 or figure_images < 0:
-            raise ValueError(f"shard_size ({shard_size}) must be at least 1 and figure_images ({figure_images}) 0")
+        for unknown in set(figure_formats) - set(FIGURE_FORMATS):
+            raise ValueError(f"unknown figure format {unknown!r}: choose from {', '.join(FIGURE_FORMATS)}")
+        require_ranges(
+            {"figure_images": figure_images, "shard_size": shard_size},
+            {"figure_images": Range(0), "shard_size": Range(1)},
+            "write.",
+        )
         self.output = OutputFolder(expand_path(output), resume, overwrite)
         self.folder = self.output.path
         self.overlays = overlays
@@ -108,8 +112,8 @@ class ExplanationWriter(BasePredictionWriter):
         limit = trainer.limit_predict_batches
         if self.output.resume and isinstance(limit, float) and limit < 1:
             raise ValueError(
-                f"limit_predict_batches is {limit}, a share of the batches that are left: "
-                "resume with a number of batches, or with 1.0 for all"
+                "limit_predict_batches: expected a number of batches, or 1.0 for all, where a run is resumed, got "
+                f"{limit}, a share of the batches that are left"
             )
         self.output.check()
         data: Any = getattr(trainer, "datamodule", None)
@@ -124,8 +128,8 @@ class ExplanationWriter(BasePredictionWriter):
         """Return the batches that have images left to explain, of a loader of all."""
         if not isinstance(loader, DataLoader) or loader.batch_size is None:
             raise ValueError(
-                f"{type(trainer.datamodule).__name__}.predict_dataloader must give one DataLoader with a batch size, "  # type: ignore[attr-defined]
-                f"not {loader!r}"
+                f"{type(trainer.datamodule).__name__}.predict_dataloader: expected one DataLoader with a batch size, "  # type: ignore[attr-defined]
+                f"got {loader!r}"
             )
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError(
@@ -210,8 +214,8 @@ class ExplanationWriter(BasePredictionWriter):
         indices = prediction.index.tolist()
         if self._batches and batch_indices and indices != self._batches[batch_indices[0]]:
             raise ValueError(
-                f"the data set gives its images {self._batches[batch_indices[0]]} the indices {indices}: "
-                "'index' must be the position in the data set"
+                "index: expected the positions of the images in the data set, "
+                f"{self._batches[batch_indices[0]]}, got {indices}"
             )
         shard = stored_batch(prediction)
         if not self._opened:

@@ -17,7 +17,7 @@ from gmarpp.network.output import class_index
 from gmarpp.training.module import ViTClassifier, load_classifier
 from gmarpp.training.trainer import Trainer
 
-# what segmentation masks add to the metrics that need none
+# What segmentation masks add to the metrics that need none.
 MASK_METRICS = ("pixel_accuracy", "iou", "average_precision")
 
 
@@ -44,7 +44,7 @@ class ExplainCLI(CommandLine):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Predict alone; its results go to files, not back to the caller."""
+        """Return predict alone; its results go to files, not back to the caller."""
         return {"predict": LightningCLI.subcommands()["predict"] | {"return_predictions"}}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -39,6 +39,15 @@ class Command:
     every_option: bool = True
 
 
+def _evaluation(images: str, example: str) -> Command:
+    return Command(
+        summary=f"evaluate a trained network on the {images} images",
+        usage="--ckpt_path FILE --data CLASS [options]",
+        options={**_CHECKPOINT, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
+        example=example,
+    )
+
+
 COMMANDS = {
     "fit": Command(
         summary="train, with maps and their faithfulness at every validation",
@@ -59,18 +68,8 @@ COMMANDS = {
         },
         example="gmarpp configs configs && gmarpp fit --config configs/vit_small_tiny_imagenet.yaml",
     ),
-    "validate": Command(
-        summary="evaluate a trained network on the validation images",
-        usage="--ckpt_path FILE --data CLASS [options]",
-        options={**_CHECKPOINT, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
-        example="gmarpp validate --ckpt_path best.ckpt --data TinyImageNet --data.root data",
-    ),
-    "test": Command(
-        summary="evaluate a trained network on the test images",
-        usage="--ckpt_path FILE --data CLASS [options]",
-        options={**_CHECKPOINT, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
-        example="gmarpp test --ckpt_path best.ckpt --data Digits",
-    ),
+    "validate": _evaluation("validation", "gmarpp validate --ckpt_path best.ckpt --data TinyImageNet --data.root data"),
+    "test": _evaluation("test", "gmarpp test --ckpt_path best.ckpt --data Digits"),
     "predict": Command(
         summary="explain images: maps, overlays, metrics and a report",
         usage="--ckpt_path FILE --data CLASS [options]",

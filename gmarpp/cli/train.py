@@ -160,7 +160,7 @@ def train_main(args: list[str] | None = None) -> TrainCLI:
 
 def _require_resumable(path: str, trainer: Any) -> None:
     if trainer.max_epochs not in (None, -1) and trainer.max_steps != -1:
-        # with both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little
+        # With both limits Lightning 2.6 counts the epoch that the checkpoint ends twice, and trains too little.
         raise ValueError("a run is resumed up to --trainer.max_epochs or --trainer.max_steps, not both: set one to -1")
     if find_path(path).suffix != ".ckpt":
         raise ValueError(

@@ -29,8 +29,8 @@ class EpochSampler(DistributedSampler[Any]):
         self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Skips `start` keys, once."""
-        # hashed: the base class adds seed and epoch, so that seed 1 would repeat in its first epoch seed 0's second
+        """Yield the keys of the epoch, without the first `start` ones, once."""
+        # Hashed, because a sum, as in the base class, gives the first epoch of seed 1 the order of seed 0's second.
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) & 0xFFFFFFFF)
         order = torch.randperm(self.images, generator=generator)[: self.total_size][self.rank :: self.num_replicas]
         start, self.start = self.start, 0
@@ -59,7 +59,7 @@ def equal_batch_count(images: int, world_size: int, batch_size: int) -> int:
     """Return the batch size nearest to `batch_size`, rather smaller, that gives every rank as many batches.
 
     The ranks' shares differ by one image where nothing is repeated. A rank with one batch more than the others would
-    wait for them forever where a network synchronises buffers.
+    wait for them forever where a network synchronizes buffers.
 
     >>> equal_batch_count(9, world_size=2, batch_size=4)  # shares of 5 and 4 images: 2 and 1 batches of 4, but 2 of 3
     3
@@ -94,7 +94,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of the sampler's epoch that were not yet seen in it."""
         if not isinstance(self.sampler, EpochSampler):
-            # Lightning puts a sequential sampler in its place to overfit a few batches
+            # Lightning puts a sequential sampler in its place to overfit a few batches.
             yield from super().__iter__()
             return
         resumed, self._resumed = self._resumed, {}
@@ -113,7 +113,7 @@ class ResumableLoader(DataLoader[Any]):
         return self._handed_out if self.progress is None else int(self.progress.current.processed)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and images trained on in it over all ranks."""
+        """Return the epoch, and how many images all ranks have trained on in it."""
         batches = self._batches_done - self._batches_before
         return self._resumed or {
             "epoch": self._epoch,

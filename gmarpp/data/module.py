@@ -23,7 +23,7 @@ from gmarpp.network.preprocessing import Preprocessing
 from gmarpp.options import Range, require_ranges
 from gmarpp.processes import usable_cores
 
-# "selection" is what `fit` validates on, "val" what `validate` reports
+# "selection" is what `fit` validates on, "val" what `validate` reports.
 Split: TypeAlias = Literal["train", "selection", "val", "test", "predict"]
 Labels: TypeAlias = NDArray[np.int64]
 STAGES: dict[str, tuple[Split, ...]] = {
@@ -35,6 +35,13 @@ STAGES: dict[str, tuple[Split, ...]] = {
 DEFAULT_AUGMENTATION = Augmentation()
 SEEDS = Range(0, 2**32 - 1)
 DROPPED = -2
+_RANGES = {
+    "batch_size": Range(1),
+    "num_workers": Range(0, 1024),
+    "images_per_class": Range(1),
+    "seed": SEEDS,
+    "only_classes": Range(1),
+}
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -45,18 +52,18 @@ class ImageDataModule(L.LightningDataModule):
 
     Args:
         batch_size: images per batch and rank, at least 1.
-        num_workers: loader processes per rank, 0 for none of its own; None takes the CPUs that this process may use,
+        num_workers: loader processes per rank; 0 loads in the rank's own; None takes the CPUs that it may use,
             shared among the node's ranks, up to 8.
         pin_memory: stage batches in page-locked memory, where there is an accelerator to copy them to.
         persistent_workers: keep loader processes over epochs.
         preprocessing: what the network expects; None takes `preprocessing` from the trainer's LightningModule.
         augmentation: random changes of training images.
-        only_classes: the first so many classes, or a list of class ids; None keeps all.
+        only_classes: how many classes, the first ones, or a list of class ids; None keeps all.
         images_per_class: upper limit of training images per class, at least 1; None keeps all.
         seed: of the order and augmentation of training images, 0 to 2**32 - 1; None takes `seed_everything`'s.
 
     Attributes:
-        classes: class ids in the order of the labels, after `setup`; empty when the images are unlabelled.
+        classes: class ids in the order of the labels, after `setup`; empty when the images are unlabeled.
         class_names: the same for people.
         preprocessing: the one in use, after `setup`.
         predict_batches: chooses the batches of `predict_dataloader`; None for all images in their order.
@@ -83,13 +90,7 @@ class ImageDataModule(L.LightningDataModule):
                 "seed": seed,
                 "only_classes": only_classes if isinstance(only_classes, int) else None,
             },
-            {
-                "batch_size": Range(1),
-                "num_workers": Range(0, 1024),
-                "images_per_class": Range(1),
-                "seed": SEEDS,
-                "only_classes": Range(1),
-            },
+            _RANGES,
             "data: ",
         )
         if only_classes == []:
@@ -111,11 +112,11 @@ class ImageDataModule(L.LightningDataModule):
 
     @abstractmethod
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Ids of all classes in the order that `read_split` numbers them, and their names for people."""
+        """Return the ids of all classes in the order that `read_split` numbers them, and their names for people."""
 
     @abstractmethod
     def read_split(self, split: Split) -> tuple[Source, Labels]:
-        """Where a split's samples are read from, and their labels: -1 where unknown."""
+        """Return where a split's samples are read from, and their labels: -1 where unknown."""
 
     def setup(self, stage: str) -> None:
         """Open the splits of a stage ("fit", "validate", "test" or "predict").
@@ -127,7 +128,7 @@ class ImageDataModule(L.LightningDataModule):
         if self._follows_network:
             self.preprocessing = getattr(self._network, "preprocessing", self.preprocessing)
         if self.preprocessing is None:
-            raise ValueError(f"{type(self).__name__} needs preprocessing=... when no network's own is at hand")
+            raise ValueError(f"{type(self).__name__} needs preprocessing=... where no network brings its own")
         self._number_classes(*self.read_classes())
         for split in STAGES[stage]:
             dataset = self.open_split(split)
@@ -148,7 +149,7 @@ class ImageDataModule(L.LightningDataModule):
                 [row for k in np.unique(labels[rows]) for row in rows[labels[rows] == k][: self.images_per_class]]
             )
         if split == "selection":
-            # a monitor that looks at the first images sees many classes, also where the data is sorted by class
+            # A monitor that looks at the first images sees many classes, also where the data is sorted by class.
             rows = np.random.default_rng(0).permutation(rows)
         return ImageDataset(source, labels, self.transform(split), self.order_seed, rows)
 
@@ -171,25 +172,25 @@ class ImageDataModule(L.LightningDataModule):
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled and augmented, resumable within an epoch; incomplete batches are left out where possible."""
+        """Return shuffled, augmented batches, resumable within an epoch, without an incomplete one where possible."""
         dataset = self.datasets["train"]
         sampler = EpochSampler(dataset, self.world_size, self._rank, self.order_seed)
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            # mixup pairs images within a batch: an odd last batch would break it
+            # Mixup pairs images within a batch: an odd last batch would break it.
             drop_last=len(sampler) >= self.batch_size,
             progress=None if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress,
             **self._process_options(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In `fit` the selection split, in `validate` the split that is reported."""
+        """Return the selection split in `fit`, and in `validate` the split that is reported."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The split that is reported."""
+        """Return the split that is reported."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -228,7 +229,7 @@ class ImageDataModule(L.LightningDataModule):
             "worker_init_fn": prepare_worker,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
             "persistent_workers": self.persistent_workers and workers > 0,
-            # the loader's own draws leave the global generator alone: they would differ after a resume
+            # The loader's own draws leave the global generator alone: they would differ after a resume.
             "generator": torch.Generator().manual_seed(self.order_seed),
         }
 
@@ -253,7 +254,7 @@ class ImageDataModule(L.LightningDataModule):
             self._check_outputs()
         positions = {name: position for position, name in enumerate(self.classes)}
         chosen = set(kept)
-        # the last entry is read for label -1, unknown
+        # The last entry is read for label -1, unknown.
         self._numbers = np.array([positions[name] if name in chosen else DROPPED for name in ids] + [-1])
 
     def _chosen(self, ids: Sequence[str]) -> list[str]:
@@ -296,7 +297,7 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{type(self).__name__}: row {wrong[0]} of {split} has the label {labels[wrong[0]]}, expected 0 to "
                 f"{classes - 1} for {classes} classes, or -1 where it is unknown ({len(wrong)} of {len(labels)} labels "
-                f"are others{hint}): correct the labels, or set classes to all there are"
+                f"are outside{hint}): correct the labels, or set classes to all of them"
             )
         unknown = np.flatnonzero(labels == -1)
         if split == "train" and len(unknown):
@@ -322,8 +323,8 @@ def chosen_batches(data: L.LightningDataModule, choose: ChooseBatches) -> Iterat
     """Have a data module's `predict_dataloader` load chosen batches in this context.
 
     An `ImageDataModule` has `predict_batches` for it. Any other module, and one whose class has a `predict_dataloader`
-    of its own, need not know of it: what it returns, of whatever kind, is handed to `choose`, and then its batches are
-    loaded from its data set in its way.
+    of its own, need not know about it: whatever it returns is handed to `choose`, and the chosen batches are loaded
+    from its data set in its way.
     """
     module: Any = data
     name: str = "predict_batches"

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+from gmarpp.files import kind_of_file
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (
@@ -21,13 +23,6 @@ _RESULTS = {
 }
 # Links among folders multiply the ways to each of them; more ways than this come from circular links.
 MAX_WAYS = 64
-_KINDS = {
-    stat.S_IFIFO: "named pipe",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-    stat.S_IFDIR: "folder",
-}
 
 
 def require_regular_file(path: Path) -> None:
@@ -37,9 +32,9 @@ def require_regular_file(path: Path) -> None:
         FileNotFoundError: the path does not exist.
         ValueError: it is something else, which the message names.
     """
-    kind = stat.S_IFMT(path.stat().st_mode)
-    if kind != stat.S_IFREG:
-        raise ValueError(f"{path} is a {_KINDS.get(kind, 'special file')}, expected a file: remove or rename it")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {kind_of_file(mode)}, expected a file: remove or rename it")
 
 
 def files_in(folder: Path, suffixes: Collection[str]) -> list[str]:

@@ -16,6 +16,16 @@ from gmarpp.network.preprocessing import _pair, set_preprocessing
 FACTORY_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
+def _require_known(architecture: str) -> None:
+    try:
+        timm.get_pretrained_cfg(architecture, allow_unregistered=False)
+    except RuntimeError as error:
+        name = architecture.partition(".")[0]
+        known = timm.list_pretrained(f"{name}.*") if timm.is_model(name) else timm.list_models()
+        close = ", ".join(get_close_matches(architecture, known, cutoff=0.4)) or "see timm.list_models()"
+        raise ValueError(f"unknown architecture {architecture!r}; close names: {close}") from error
+
+
 def build_model(
     architecture: str,
     num_classes: int,
@@ -41,13 +51,7 @@ def build_model(
             f"model_args holds {', '.join(sorted(refused))}, which would read other files or the Hub: take it out, and "
             "name start weights with --model.weights"
         )
-    try:
-        timm.get_pretrained_cfg(architecture, allow_unregistered=False)
-    except RuntimeError as error:
-        name = architecture.partition(".")[0]
-        known = timm.list_pretrained(f"{name}.*") if timm.is_model(name) else timm.list_models()
-        close = ", ".join(get_close_matches(architecture, known, cutoff=0.4)) or "see timm.list_models()"
-        raise ValueError(f"unknown architecture {architecture!r}; close names: {close}") from error
+    _require_known(architecture)
     options = dict(model_args or {})
     epsilon = options.pop("layer_norm_eps", None)
     if epsilon is not None:

@@ -1,8 +1,9 @@
 """Insertion and deletion curves and kept-region scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
@@ -54,6 +55,32 @@ class PerturbationScores:
     insertion: dict[str, Tensor]
     deletion: dict[str, Tensor]
     kept: dict[str, Tensor]
+
+
+def _check_options(baseline: str, mask: str, kept: bool) -> None:
+    if baseline not in BASELINES:
+        raise ValueError(f"unknown baseline {baseline!r}: choose from {', '.join(BASELINES)}")
+    if mask not in get_args(KeptMask):
+        raise ValueError(f"unknown mask {mask!r}: choose from {', '.join(get_args(KeptMask))}")
+    if kept and mask == "soft" and baseline == "drop":
+        raise ValueError("mask 'soft' cannot drop half a token: use mask 'topk', or baseline 'blur', 'mean' or 'black'")
+
+
+def _intervals(counts: Sequence[int], curves: bool, topk: bool) -> list[list[tuple[int, int]]]:
+    """Return the ranks kept on the image itself, along insertion, along deletion, and of the kept region."""
+    patches = counts[-1]
+    inserted = [(0, count) for count in counts] if curves else []
+    deleted = [(count, patches) for count in counts] if curves else []
+    region = [(0, math.ceil(KEPT_SHARE * patches))] if topk else []
+    return [[(0, patches)], inserted, deleted, region]
+
+
+def _renderer(model: nn.Module, images: Tensor, baseline: str, grid: tuple[int, int], batch_size: int) -> Render:
+    if baseline == "drop":
+        return TokenDrop(model, images, grid, batch_size)
+    size = (images.shape[2], images.shape[3])
+    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
+    return composite(model, images, baseline_images(model, images, baseline), to_patch)
 
 
 def _rescaled(curves: Tensor, full: Tensor, empty: Tensor) -> Tensor:
@@ -113,50 +140,30 @@ def score_perturbations(
             over one output, `drop` for other networks or with `soft`, `black` without `pretrained_cfg`.
     """
     grid = check_maps(maps, images)
-    if baseline not in BASELINES:
-        raise ValueError(f"unknown baseline {baseline!r}: choose from {', '.join(BASELINES)}")
-    if mask not in get_args(KeptMask):
-        raise ValueError(f"unknown mask {mask!r}: choose from {', '.join(get_args(KeptMask))}")
-    if kept and mask == "soft" and baseline == "drop":
-        raise ValueError("mask 'soft' cannot drop half a token: use mask 'topk', or baseline 'blur', 'mean' or 'black'")
-
+    _check_options(baseline, mask, kept)
     stacked = torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()])
     ranks = rank_patches(stacked)
-    patches = ranks.shape[-1]
-    counts = step_counts(patches, steps)
-    intervals = [(0, patches)]
-    if curves:
-        intervals += [(0, count) for count in counts] + [(count, patches) for count in counts]
-    if kept and mask == "topk":
-        intervals.append((0, math.ceil(KEPT_SHARE * patches)))
-
+    counts = step_counts(ranks.shape[-1], steps)
+    intervals = _intervals(counts, curves, kept and mask == "topk")
     with evaluation_mode(model), torch.no_grad():
         objective = objective_of(model, images, target, score, batch_size)
-        render: Render
-        if baseline == "drop":
-            render = TokenDrop(model, images, grid, batch_size)
-        else:
-            size = (images.shape[2], images.shape[3])
-            to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
-            render = composite(model, images, baseline_images(model, images, baseline), to_patch)
-        scores = score_intervals(render, ranks, intervals, objective, batch_size, equal_sizes=baseline == "drop")
-        region = scores[..., -1]
+        render = _renderer(model, images, baseline, grid, batch_size)
+        scores = score_intervals(
+            render, ranks, list(chain(*intervals)), objective, batch_size, equal_sizes=baseline == "drop"
+        )
+        full, inserted, deleted, region = torch.split(scores, [len(each) for each in intervals], dim=-1)
         if kept and mask == "soft":
-            region = score_weighted(render, minmax(stacked).flatten(2), objective, batch_size)
-
-    full, empty = scores[0, :, 0], None
-    inserted, deleted = scores[..., 1 : 1 + len(counts)], scores[..., 1 + len(counts) : 1 + 2 * len(counts)]
-    if curves:
-        empty = inserted[0, :, 0]
-        if normalize:
-            inserted, deleted = (_rescaled(each, full, empty) for each in (inserted, deleted))
+            region = score_weighted(render, minmax(stacked).flatten(2), objective, batch_size)[..., None]
+    full, empty = full[0, :, 0], inserted[0, :, 0] if curves else None
+    if empty is not None and normalize:
+        inserted, deleted = (_rescaled(each, full, empty) for each in (inserted, deleted))
     return PerturbationScores(
-        fractions=torch.tensor(counts, dtype=torch.float32, device=images.device) / patches,
+        fractions=torch.tensor(counts, dtype=torch.float32, device=images.device) / counts[-1],
         full=full,
         empty=empty,
         insertion=dict(zip(maps, inserted, strict=True)) if curves else {},
         deletion=dict(zip(maps, deleted, strict=True)) if curves else {},
-        kept=dict(zip(maps, region, strict=True)) if kept else {},
+        kept=dict(zip(maps, region.squeeze(-1), strict=True)) if kept else {},
     )
 
 

@@ -46,7 +46,7 @@ def damaged_file(path: Path, fault: str, remedy: str = "delete it and run again 
 
 
 def require_file(path: Path, folder: Path) -> Path:
-    """Return the path of an ordinary file of a run, before anything opens it: reading a pipe would wait for ever.
+    """Return the path of an ordinary file of a run, before anything opens it: reading a pipe would wait forever.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -104,7 +104,7 @@ def parse_json(text: str) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"expected a finite number, got {text}")
     return number
 
 

@@ -28,7 +28,7 @@ _FREE = {
 
 
 def now() -> str:
-    """Time as an ISO 8601 string in UTC."""
+    """Return the time as an ISO 8601 string in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -91,7 +91,7 @@ def require_same_run(previous: Mapping[str, Any], run: Mapping[str, Any], folder
         if before.get(name) != after.get(name)
     ]
     if previous["classes"] != run["classes"]:
-        differences.append("the classes are others")
+        differences.append("the classes differ")
     if differences:
         raise ValueError(
             f"cannot resume the run in {folder}: {'; '.join(differences)}. "
@@ -100,7 +100,7 @@ def require_same_run(previous: Mapping[str, Any], run: Mapping[str, Any], folder
 
 
 def _compared(run: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a run's description that another run must share, by dotted name."""
+    """Return all of a run's description that another run must share, by dotted name."""
     found = {f"{section}.{name}": run.get(section, {}).get(name) for section, names in _SAME.items() for name in names}
     for section, options in (("explainer", run["explainer"]), ("data.options", run["data"].get("options", {}))):
         found |= {f"{section}.{name}": value for name, value in options.items() if name not in _FREE[section]}

@@ -20,15 +20,15 @@ _held: set[int] = set()
 class FolderLock:
     """Holds a folder from when it is made until `release` or the end of the process, however that ends.
 
-    The system forgets the lock of a killed process by itself, so that the next one takes over. File systems that know
-    no locks, and Windows, give a warning or nothing instead.
+    The system forgets the lock of a killed process by itself, so that the next one takes over. File systems
+    without locks give a warning instead, and on Windows nothing is locked.
 
     Args:
         folder: an existing folder.
 
     Raises:
         BlockingIOError: if another process holds the folder; the message names its host and number.
-        OSError: naming the file, if it cannot be made or is no ordinary file.
+        OSError: naming the file, if it cannot be made or is not an ordinary file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,7 +40,7 @@ class FolderLock:
             handle = self._open()
             try:
                 locked = self._lock(handle)
-                # The process that held it before may have deleted the file: a later one then has another file's lock.
+                # The process that held it before may have deleted the file: this lock is then on a file without a name.
                 if locked and _is_still_named(handle, self._path):
                     self._handle = handle
             finally:
@@ -66,7 +66,7 @@ class FolderLock:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise OSError(errno.EINVAL, "expected an ordinary file, delete it", str(self._path))
+            raise OSError(errno.EINVAL, "expected an ordinary file: delete this one", str(self._path))
         return handle
 
     def _lock(self, handle: int) -> bool:

@@ -34,7 +34,7 @@ class OutputFolder:
     def check(self) -> None:
         """Refuse a folder that holds something else, or a run that is neither to be resumed nor overwritten.
 
-        An interrupted run without a finished image is as good as none.
+        An interrupted run without a finished image counts as none.
 
         Raises:
             OSError: naming the folder, what it holds and the remedy; also if nothing can be written there.

@@ -159,7 +159,7 @@ class StoredRun:
                 }
 
     def class_name(self, number: int) -> str:
-        """Name of a class for people; its number where the run knows no names."""
+        """Return the name of a class for people; its number where the run knows no names."""
         names = self.run["class_names"]
         return str(names[number]) if names else str(number)
 
@@ -181,7 +181,7 @@ class StoredRun:
         Raises:
             KeyError: for an image that the run does not hold.
             FileNotFoundError: if its picture is missing.
-            ValueError: if it is no ordinary file of the run.
+            ValueError: if it is not an ordinary file of the run.
         """
         return Image.open(require_file(self.image_path(index), self.folder))
 
@@ -204,11 +204,11 @@ class StoredRun:
             raise damaged_file(path, str(error)) from error
 
     def image_path(self, index: int) -> Path:
-        """Path of the image as the network saw it, undone of normalization (JPEG)."""
+        """Return the path of the image as the network saw it, with its normalization undone (JPEG)."""
         return self.folder / IMAGES / f"{self._row(index)['file']}.jpg"
 
     def overlay_path(self, index: int, method: str) -> Path:
-        """Path of the map laid over its image (PNG)."""
+        """Return the path of the map laid over its image (PNG)."""
         return self.folder / OVERLAYS / method / f"{self._row(index)['file']}.png"
 
     def _row(self, index: int) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def load_explanations(folder: str | Path) -> StoredRun:
     run = read_run(folder)
     if run is None:
         raise FileNotFoundError(f"{folder} holds no explanations: give the output folder of a predict run")
-    # The index is missing from when a run to which images are added takes its maps apart until they are merged anew.
+    # While images are added to a run, its maps are taken apart, and have no index until they are merged again.
     if run["status"] != "complete" or not (folder / MAPS / MAPS_INDEX).exists():
         raise ValueError(f"the run in {folder} was interrupted: finish it by running it again with resume")
     return StoredRun(folder, run)

@@ -27,7 +27,7 @@ def write_results(
     """Write the tables, the figures and the report of a run into its folder, having read each of its shards once.
 
     Args:
-        explanations: the run; nothing of it is computed anew.
+        explanations: the run; its values are read, not computed again.
         figure_images: columns of the comparison figure, images spread evenly over the run; 0 for no figure.
         figure_formats: ``png``, ``pdf``, ``svg``.
         style: how maps are drawn in the figure, and in the report to begin with.
@@ -57,7 +57,7 @@ def write_results(
 
 
 def _passing(shards: Iterable[Shard], needed: Sequence[Callable[[Shard], None]]) -> Iterator[Shard]:
-    """Yield the shards, and show each of them to whatever else needs them."""
+    """Yield the shards, and hand each of them to everything else that needs it."""
     for shard in shards:
         for add in needed:
             add(shard)
@@ -65,7 +65,7 @@ def _passing(shards: Iterable[Shard], needed: Sequence[Callable[[Shard], None]])
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """Return so many of the indices, evenly spread."""
+    """Return `count` of the indices, evenly spread."""
     positions = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
     return [indices[position] for position in np.unique(positions)]
 

@@ -9,7 +9,7 @@ from gmarpp.maps import Array
 from gmarpp.metrics import METRICS
 
 FEWEST_IMAGES = 30
-"""Fewer images than these do not tell methods apart: their intervals are too narrow by far."""
+"""Fewer images than these cannot tell methods apart: their intervals are far too narrow."""
 
 
 _CELLS = 1 << 20

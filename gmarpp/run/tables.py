@@ -28,7 +28,7 @@ def write_csv(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 class _Lines:
-    """Ends rows with a line feed alone; told so itself, csv would leave carriage returns in fields without quotes."""
+    """Ends rows with a line feed alone: csv's own option would leave carriage returns in fields without quotes."""
 
     def __init__(self, text: TextIO) -> None:
         self._text = text

@@ -114,7 +114,7 @@ class Agreement:
             self.weakest_pair += [self._pairs[self._compared[choice]] for choice in among.argmin(axis=1)]
 
     def matrix(self) -> Array | None:
-        """Return the mean rank correlation of each two methods (methods, methods), or None for a single method."""
+        """Return the mean rank correlation of each pair of methods (methods, methods), or None for a single method."""
         if not self._pairs:
             return None
         matrix = np.eye(len(self._methods))

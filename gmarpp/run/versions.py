@@ -9,7 +9,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of gmarpp, Python and the libraries that train and build networks, by name."""
+    """Return the versions of gmarpp, Python and the libraries that train and build networks, by name."""
     return {
         "gmarpp": version("gmarpp"),
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from itertools import cycle
 
 import pytest
 import timm
@@ -340,7 +341,7 @@ def test_other_threads_run_their_networks_untouched(same):
     other, theirs = model if same else vit(seed=1, global_pool="avg"), images(5, seed=7)
     expected = other(theirs).detach()
     maps = gmarpp.explain(model, batch, gmarpp.METHODS, TARGET).maps
-    done, errors, runs = threading.Event(), [], []
+    done, errors, runs, explained = threading.Event(), [], [], 0
 
     def run():
         try:
@@ -353,12 +354,14 @@ def test_other_threads_run_their_networks_untouched(same):
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        for options in ({}, {"recompute": True}) * 4:
+        for options in cycle([{}, {"recompute": True}]):
             found = gmarpp.explain(model, batch, gmarpp.METHODS, TARGET, **options).maps
             assert all(relative_error(found[name], maps[name]) < 1e-5 for name in maps)
+            explained += 1
+            if errors or (explained >= 8 and len(runs) > 10):
+                break
     finally:
         done.set()
         thread.join()
     assert not errors
-    assert len(runs) > 10
     assert max(runs) < 1e-4 * expected.abs().max()

@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from squares import OrderedSquares
 
 from gmarpp.callbacks import AveragedWeights
@@ -28,12 +29,8 @@ def fit(folder, watch, resume=None, **checkpoint):
     network = ViTClassifier(
         "test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, drop_path=0.2, optimizer=Optimization(1e-2)
     )
-    run = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    run = quiet_trainer(
+        folder,
         max_epochs=3,
         callbacks=[
             AveragedWeights(decay=0.5),

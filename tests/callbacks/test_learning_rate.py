@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from squares import ColouredSquares, Squares
 from torch.utils.data import DataLoader
 
@@ -30,13 +31,9 @@ def fit(folder, lr, *finder, resume=None, **options):
         optimizer=Optimization(lr=lr, lr_batch_size=16, layer_decay=0.5, warmup=0.3),
     )  # fmt: skip
     steps = Steps()
-    run = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    run = quiet_trainer(
+        folder,
         enable_checkpointing=False,
-        default_root_dir=folder,
         callbacks=[steps, *finder],
         **{"max_epochs": 2, **options},
     )

@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 import yaml
+from quiet_trainer import quiet_trainer
 from squares import Squares
 
 from gmarpp.callbacks import AttributionMonitor, ModelCardCheckpoint
@@ -23,12 +24,8 @@ class Scores(L.Callback):
 
 def fit(folder, *callbacks, epochs=2, resume=None, **options):
     network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, mixing=Mixing(mixup=0.8))
-    run = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    run = quiet_trainer(
+        folder,
         max_epochs=epochs,
         callbacks=[*callbacks, ModelCardCheckpoint(dirpath=folder, filename="best", **options)],
     )
@@ -60,7 +57,7 @@ def test_card_says_what_the_run_was(tmp_path):
     assert result["dataset"]["type"] == "Squares"
     assert result["metrics"] == [{"type": "accuracy", "value": pytest.approx(logged["val/accuracy"])}]
     assert "test_vit on Squares" in text
-    assert "For 3 classes: Colour 0, Colour 1, Colour 2." in text
+    assert "For 3 classes: Color 0, Color 1, Color 2." in text
     assert cells(text, "training") == ["24"]
     assert cells(text, "validation") == ["23"]
     assert float(cells(text, "accuracy")[0]) == pytest.approx(logged["val/accuracy"], rel=1e-3)
@@ -74,7 +71,7 @@ def test_card_says_what_the_run_was(tmp_path):
     assert cells(text, "mixing.mixup") == ["0.8"]
     assert cells(text, "start") == ["random weights"]
     assert cells(text, "lightning") == [L.__version__]
-    assert load_model(tmp_path / "best.ckpt").class_names == ("Colour 0", "Colour 1", "Colour 2")
+    assert load_model(tmp_path / "best.ckpt").class_names == ("Color 0", "Color 1", "Color 2")
 
 
 def test_card_is_of_the_best_checkpoint(tmp_path):

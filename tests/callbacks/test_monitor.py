@@ -182,7 +182,7 @@ def test_what_cannot_be_monitored_says_so(tmp_path):
         trainer(tmp_path, AttributionMonitor(Explainer(metrics=["pointing_game"]), images=3)).validate(
             classifier(), Squares(), verbose=False
         )
-    with pytest.raises(ValueError, match="images and grid_images must not be negative"):
+    with pytest.raises(ValueError, match=r"AttributionMonitor\.images: expected a number of at least 0, got -1"):
         AttributionMonitor(images=-1)
 
 
@@ -218,7 +218,7 @@ def test_two_processes_equal_one(tmp_path):
     script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
     for devices in ("1", "2"):
         command = [sys.executable, str(script), devices]
-        done = subprocess.run(command, check=True, cwd=tmp_path, timeout=200, stderr=subprocess.PIPE)
+        done = subprocess.run(command, check=True, cwd=tmp_path, stderr=subprocess.PIPE)
         assert b"sync_dist" not in done.stderr
     (alone, curves), (shared, shared_curves) = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     compared = [tag for tag in alone if tag.startswith("attribution") and not tag.endswith("seconds")]

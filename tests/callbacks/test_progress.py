@@ -27,7 +27,9 @@ def test_every_stage_says_how_far_it_is(tmp_path, module, capsys):
     lines = capsys.readouterr().out.splitlines()
     steps = [line for line in lines if line.startswith("fit: step")]
     assert [line.split(",")[0] for line in steps] == [f"fit: step {step} of 6" for step in range(1, 7)]
-    assert all(re.fullmatch(r"fit: step . of 6, loss [\d.]+, [\d.]+ images/s, 0:00:\d\d left", line) for line in steps)
+    assert all(
+        re.fullmatch(r"fit: step . of 6, loss [\d.]+, [\d.]+ images/s, \d:\d\d:\d\d left", line) for line in steps
+    )
     assert steps[-1].endswith("0:00:00 left")
     for stage, loop in (("validate", run.validate), ("test", run.test)):
         loop(module, Squares(), verbose=False)
@@ -38,7 +40,7 @@ def test_every_stage_says_how_far_it_is(tmp_path, module, capsys):
     assert "predict: batch 3 of 3, " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{"seconds": 60.0}, {"seconds": 0.0, "enable_progress_bar": True}])
+@pytest.mark.parametrize("options", [{"seconds": 3600.0}, {"seconds": 0.0, "enable_progress_bar": True}])
 def test_no_line_before_its_time_or_beside_a_bar(tmp_path, module, capsys, options):
     trainer(tmp_path, **options).fit(module, Squares())
     assert "fit: step" not in capsys.readouterr().out

@@ -12,6 +12,7 @@ import yaml
 from full_disk import no_file_larger_than
 from noise import write_noise
 from PIL import Image
+from small_model import MODEL
 from squares import Squares
 
 from gmarpp import command
@@ -23,13 +24,6 @@ from gmarpp.network.save import save_weights
 from gmarpp.run.reader import load_explanations
 
 ROOT = Path(__file__).parents[2]
-MODEL = [
-    "--model.architecture=test_vit",
-    "--model.num_classes=3",
-    "--model.image_size=32",
-    "--model.pretrained=false",
-    "--model.model_args={depth: 2}",
-]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 FIT = ["fit", "--data=Squares", *MODEL, *QUIET, "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
 
@@ -143,7 +137,7 @@ def test_validate_a_checkpoint(checkpoint, folder, suffix):
     (folder / "logs" / "config.yaml").unlink()
     run = train_main(["validate", "--data=Squares", *QUIET, "--ckpt_path", str(checkpoint), "--trainer.logger=false"])
     assert not (folder / "logs" / "config.yaml").exists()
-    assert run.model.class_names == ("Colour 0", "Colour 1", "Colour 2")
+    assert run.model.class_names == ("Color 0", "Color 1", "Color 2")
     assert set(run.trainer.callback_metrics) == {
         "val/loss",
         "val/accuracy",

@@ -274,7 +274,7 @@ def labelled(monkeypatch, labels):
 
 def test_labels_that_count_from_one(monkeypatch):
     labelled(monkeypatch, [1, 2, 3, 3])
-    message = r"row 2 of val has the label 3, expected 0 to 2 .*\(2 of 4 labels are others, and seem to count from 1\)"
+    message = r"row 2 of val has the label 3, expected 0 to 2 .*\(2 of 4 labels are outside, and seem to count from 1\)"
     with pytest.raises(ValueError, match=message):
         points("validate")
 

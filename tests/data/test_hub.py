@@ -10,6 +10,7 @@ import pytest
 import torch
 from miniature import PLAIN, WNIDS, picture, tiny_imagenet, trainer
 from PIL import Image
+from quiet_trainer import quiet_trainer
 
 from gmarpp.callbacks import ExplanationWriter
 from gmarpp.data import Augmentation, HubDataset, TinyImageNet
@@ -314,15 +315,7 @@ def test_schedule_of_a_streamed_run_needs_a_number_of_steps(tmp_path):
     files = parquet(tmp_path / "hub", {"train": ten(), "valid": ten(50)})
 
     def fit(**limits):
-        run = L.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            **limits,
-        )
+        run = quiet_trainer(tmp_path, enable_checkpointing=False, **limits)
         optimizer = Optimization(lr=1e-3)
         network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, optimizer=optimizer)
         run.fit(network, HubDataset("parquet", data_files=files, num_workers=0, batch_size=4, streaming=True))
@@ -413,12 +406,7 @@ def test_streamed_images_are_not_explained_before_anything_is_written(tmp_path):
 
     files = parquet(tmp_path / "hub", {"valid": ten()})
     data = HubDataset("parquet", data_files=files, preprocessing=PLAIN, num_workers=0, streaming=True)
-    run = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[ExplanationWriter(tmp_path / "results")],
-    )
+    run = quiet_trainer(tmp_path, callbacks=[ExplanationWriter(tmp_path / "results")])
     with pytest.raises(ValueError, match=r"streamed images have no numbers .*--data\.streaming false"):
         run.predict(Explaining(), data, return_predictions=False)
     assert not (tmp_path / "results").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from miniature import PLAIN
+from quiet_trainer import quiet_trainer
 from torch.utils.data import Dataset
 
 from gmarpp.data import ImageDataModule
@@ -145,13 +146,9 @@ class Recorder(L.LightningModule):
 def fit(folder, resume=None, workers=0, **checkpoint):
     torch.manual_seed(11)
     module = Recorder()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        folder,
         max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
         num_sanity_val_steps=0,
         val_check_interval=checkpoint.pop("val_check_interval", 1.0),
         overfit_batches=checkpoint.pop("overfit_batches", 0),

@@ -64,8 +64,7 @@ def test_submitting_blocks_while_the_queue_is_full(tasks, tmp_path):
     fourth.join(0.2)
     assert fourth.is_alive()
     gate.touch()
-    fourth.join(10)
-    assert not fourth.is_alive()
+    fourth.join()
 
 
 def test_an_error_reaches_the_caller_with_its_file(tasks):
@@ -155,17 +154,14 @@ def test_the_processes_end_with_one_that_is_killed(tmp_path):
         "    for number in range(2):\n"
         "        tasks.submit(write_process, folder / f'{number}.process')\n"
         "        tasks.submit(wait_for, folder / 'never')\n"
-        "    time.sleep(60)\n"
+        "    tasks.wait()\n"
     )
     parent = subprocess.Popen([sys.executable, script, Path(__file__).parent, tmp_path])
-    deadline = time.monotonic() + 60
     while not (files := list(tmp_path.glob("*.process"))):
         assert parent.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     processes = [int(path.read_text()) for path in files]
     parent.kill()
     parent.wait()
     while not all(map(has_ended, processes)):
-        assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -62,5 +62,5 @@ def test_other_data_is_named(previous, name, value):
 
 
 def test_other_classes_are_another_run(previous):
-    with pytest.raises(ValueError, match="the classes are others"):
+    with pytest.raises(ValueError, match="the classes differ"):
         require_same_run(previous, {**previous, "classes": ["z"]}, "results")

@@ -62,7 +62,7 @@ def test_a_lock_file_that_is_none_of_ours_neither_blocks_nor_leads_elsewhere(tmp
     assert other.read_text() == "precious"
     Path(folder / LOCK_FILE).unlink()
     os.mkfifo(folder / LOCK_FILE)
-    with pytest.raises(OSError, match=r"ordinary file, delete it.*run/\.lock"):
+    with pytest.raises(OSError, match=r"ordinary file: delete this one.*run/\.lock"):
         FolderLock(folder)
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -26,20 +24,6 @@ VALUES = [
     None, True, [], {}, "", "../../secret", "/etc/passwd", "..", "a\0b", "x" * 5000, -1, 0, 2**70, 1e999, -0.5, [[]],
     {"a": 1},
 ]  # fmt: skip
-
-
-@contextmanager
-def seconds(limit):
-    def expired(*_):
-        raise AssertionError("it hangs")
-
-    previous = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(limit)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +66,7 @@ def outcome(folder):
     secret = folder.parent / "secret"
     names = sorted(path.name for path in folder.parent.iterdir())
     try:
-        with seconds(30):
-            found = use(folder)
+        found = use(folder)
     except (ValueError, OSError) as error:
         return str(error)
     finally:
@@ -208,7 +191,7 @@ def survey(runs, folder, rounds, seed=0):
     return outcomes
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs alarms and pipes")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 def test_damaged_runs_end_in_what_was_stored_or_in_an_error_that_names_the_folder(runs, tmp_path):
     outcomes = survey(runs, tmp_path, 32)
     assert sum(isinstance(found, str) for each in outcomes.values() for _, _, found in each) >= 20

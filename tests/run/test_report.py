@@ -323,4 +323,4 @@ def browse(page):
     # The browser puts a socket into its profile, whose path must be short.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = ["chromium", *options, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -144,12 +144,12 @@ def test_checkpoint_carries_classes_size_and_preprocessing(tmp_path):
         ViTClassifier.load_from_checkpoint(tmp_path / "run.ckpt").eval(),
     ):
         assert loaded.classes == ("class0", "class1", "class2")
-        assert loaded.class_names == loaded.model.class_names == ("Colour 0", "Colour 1", "Colour 2")
+        assert loaded.class_names == loaded.model.class_names == ("Color 0", "Color 1", "Color 2")
         assert loaded.preprocessing == network.preprocessing
         assert torch.equal(loaded(images), network.eval()(images))
     model = load_model(tmp_path / "run.ckpt")
     assert torch.equal(model(images), network.eval()(images))
-    assert model.class_names == ("Colour 0", "Colour 1", "Colour 2")
+    assert model.class_names == ("Color 0", "Color 1", "Color 2")
 
 
 def test_classes_of_checkpoint_and_data_must_agree(tmp_path):

@@ -15,7 +15,7 @@ def _check(full: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Compute Average Drop in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(Y - O) / Y)`.
+    """Compute Average Drop in percent: `100 * mean(ReLU(Y - O) / Y)`.
 
     Source: Chattopadhyay et al. 2018. Lower is better. A score of 0 cannot drop: its drop is 0.
     Relative to a negative score (a logit) the drop is undefined: NaN, left out of the mean.
@@ -38,7 +38,7 @@ def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
 
 
 def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Compute Average Increase in percent: :math:`100 \cdot \text{mean}[O > Y]`.
+    """Compute Average Increase in percent: `100 * mean(O > Y)`.
 
     Source: Chattopadhyay et al. 2018. Higher is better. NaN where a score is NaN.
 
@@ -60,7 +60,7 @@ def average_increase(full: Tensor, kept: Tensor, reduction: Reduction = "mean") 
 
 
 def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Compute Average Gain in percent: :math:`100 \cdot \text{mean}(\text{ReLU}(O - Y) / (1 - Y))`.
+    """Compute Average Gain in percent: `100 * mean(ReLU(O - Y) / (1 - Y))`.
 
     Source: Zhang et al. 2024. Higher is better. A probability of 1 cannot gain: its gain is 0.
     Above 1 (a logit) the gain is undefined: NaN, left out of the mean.

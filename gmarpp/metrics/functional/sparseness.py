@@ -8,10 +8,9 @@ from gmarpp.metrics.functional.reduction import Reduction, reduce_images
 
 
 def sparseness(maps: Tensor, reduction: Reduction = "mean") -> Tensor:
-    r"""Compute the Gini index of absolute relevance (Chalasani et al. 2020): 0 if even, near 1 for a single patch.
+    """Compute the Gini index of absolute relevance (Chalasani et al. 2020): 0 if even, near 1 for a single patch.
 
-    .. math::
-        G = \frac{\sum_{k=1}^{n} (2k - n - 1) v_k}{n \sum_k v_k}, \quad v_1 \le \dots \le v_n
+    With the absolute values sorted, v_1 <= … <= v_n, it is `sum_k (2k - n - 1) v_k / (n sum_k v_k)`.
 
     Relevance against the class, which is negative, counts by its size. A map of zeros is even, so its index is 0.
 

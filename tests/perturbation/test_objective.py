@@ -1,29 +1,15 @@
-"""What curves score: every target that `gmarpp.explain` takes, in every unit, under any ambient settings."""
+"""What is scored: every target that `gmarpp.explain` takes, in every unit."""
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from small_networks import vit
 
 import gmarpp
-from gmarpp.explainer import Explainer, metric_inputs
-from gmarpp.metrics import METRICS
-from gmarpp.metrics.functional import boxes_to_masks
-from gmarpp.network.extent import grid_extent
-from gmarpp.perturbation import baseline_images, perturbation_curves, rank_patches, road_scores, score_perturbations
-from gmarpp.perturbation.masks import patch_extent, pixel_to_patch
+from gmarpp.explainer import Explainer
+from gmarpp.perturbation import perturbation_curves, rank_patches, road_scores, score_perturbations
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
-
-
-def vit(**options):
-    torch.manual_seed(0)
-    defaults = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
-    network = timm.create_model("vit_tiny_patch16_224", **(defaults | options)).eval()
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return network
 
 
 @pytest.fixture(scope="module")
@@ -192,109 +178,3 @@ class TestOneOutput:
         torch.testing.assert_close(found.curves["rollout"].deletion[:, 0], logits.sigmoid())
         unknown = Explainer(["rollout"], score="logit", metrics=())(binary, batch)
         assert unknown.target_probability.isnan().all()
-
-
-def test_scores_that_are_not_finite_are_not_left_out(images, maps):
-    class Overflow(nn.Module):
-        def forward(self, pictures):
-            bright = pictures.flatten(1).std(1) < 0.5
-            return torch.stack([bright / ~bright, torch.ones(len(pictures))], 1)
-
-    with pytest.raises(ValueError, match=r"NaN or infinite scores of perturbed images at image positions \[0, 1, 2\]"):
-        perturbation_curves(Overflow(), images, maps, 0, 4, "mean", score="logit")
-    with pytest.raises(ValueError, match="NaN or infinite scores"):
-        score_perturbations(Overflow(), 0.1 * images, {"a": maps}, 0, mask="soft", score="logit", curves=False)
-
-
-@pytest.fixture
-def bfloat16_by_default():
-    torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def everything(model, images, maps):
-    maps = {"a": maps, "b": maps.flip(2)}
-    hard = score_perturbations(model, images, maps, 1, steps=5, baseline="mean", normalize=True)
-    soft = score_perturbations(model, images, maps, 1, mask="soft", curves=False)
-    dropped = score_perturbations(model, images, maps, 1, steps=5, baseline="drop")
-    road = road_scores(model, images, maps, 1, fractions=(0.3, 0.6), noise=0.5)
-    boxes = torch.tensor([[3.0, 300.0, 290.0, 301.0]], dtype=torch.float32)
-    masks = boxes_to_masks(boxes, (320, 320))
-    inputs = {"maps": maps["a"][:1].float(), "masks": masks, "full": hard.full, "kept": hard.kept["a"]}
-    metrics = []
-    for name in ("energy_inside", "iou", "pixel_accuracy", "average_precision", "sparseness", "average_drop"):
-        metric = METRICS[name]()
-        for _ in range(5):
-            metric.update(**{key: inputs[key] for key in metric_inputs(name)})
-        metrics.append(metric.compute())
-    return (hard, soft, dropped, road), masks, torch.stack(metrics)
-
-
-def test_the_ambient_default_dtype_changes_nothing(model, images, maps, request):
-    expected = everything(model, images, maps)
-    request.getfixturevalue("bfloat16_by_default")
-    found = everything(model, images, maps)
-    assert torch.equal(found[1], expected[1])
-    torch.testing.assert_close(found[2], expected[2], equal_nan=True)
-    for one, other in zip(found[0], expected[0], strict=True):
-        for name, values in vars(other).items():
-            torch.testing.assert_close(getattr(one, name), values, atol=1e-3, rtol=1e-3, equal_nan=True)
-
-
-class TestPatchesThatDoNotDivideTheImage:
-    """Of 30 pixels, patches of 8 leave six out, or are padded by two."""
-
-    @pytest.mark.parametrize("side", [30, 31])
-    def test_pixels_belong_to_the_patches_that_the_network_cuts(self, side):
-        model = vit(img_size=side)
-        assert patch_extent(model, (side, side), (3, 3)) == (24, 24)
-        found = pixel_to_patch((3, 3), (side, side), torch.device("cpu"), (24, 24)).view(side, side)
-        seen = torch.arange(9).view(3, 3).repeat_interleave(8, 0).repeat_interleave(8, 1)
-        assert torch.equal(found[:24, :24], seen)
-
-    def test_padded_patches(self):
-        model = vit(dynamic_img_size=True, dynamic_img_pad=True)
-        assert patch_extent(model, (30, 30), (4, 4)) == (32, 32)
-        assert patch_extent(model, (9, 30), (2, 4)) == (16, 32)
-        found = pixel_to_patch((4, 4), (30, 30), torch.device("cpu"), (32, 32)).view(30, 30)
-        seen = torch.arange(16).view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)[:30, :30]
-        assert torch.equal(found, seen)
-        explained = gmarpp.explain(model, torch.rand(1, 3, 30, 30), "rollout")
-        assert explained.images.shape == (1, 3, 32, 32)
-
-    def test_maps_of_other_networks_and_grids_span_the_image(self):
-        assert patch_extent(vit(), (32, 32), (3, 3)) == (32, 32)
-        assert patch_extent(nn.Identity(), (30, 30), (3, 3)) == (30, 30)
-        layout = gmarpp.Architecture(grid=lambda height, width: (3, 3), prefix_tokens=1)
-        assert grid_extent(layout, 30, 30) == (30, 30)
-
-    @torch.no_grad()
-    def test_curves_replace_whole_patches(self):
-        model, image = vit(img_size=30), torch.randn(1, 3, 30, 30, generator=torch.Generator().manual_seed(1))
-        relevance = torch.arange(9.0).view(1, 3, 3)
-        found = perturbation_curves(model, image, relevance, 2, 9, "mean", score="logit").deletion[0]
-        kept = image.clone()
-        for step, patch in enumerate([8, 7, 6, 5], start=1):
-            row, column = divmod(patch, 3)
-            area = (..., slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
-            kept[area] = baseline_images(model, image, "mean").expand_as(image)[area]
-            torch.testing.assert_close(found[step], model(kept)[0, 2])
-
-    def test_pictures_boxes_and_masks_are_cut_to_what_the_network_sees(self):
-        model, images = vit(img_size=30), torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(1))
-        model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-        explained = gmarpp.explain(model, images, "rollout")
-        torch.testing.assert_close(explained.images, (images[..., :24, :24] / 4 + 0.5).clamp(0, 1))
-        assert explained.overlay().size == (24, 24)
-        batch = {"image": images, "label": torch.zeros(2).long(), "index": torch.arange(2), "path": list("ab")}
-        explainer = Explainer(["rollout"], metrics=["energy_inside"])
-        found = explainer(model, {**batch, "box": torch.tensor([[8.0, 0, 30, 16], [0, 0, 24, 24]])})
-        assert found.images.shape == (2, 3, 24, 24)
-        assert found.boxes.tolist() == [[8, 0, 24, 16], [0, 0, 24, 24]]
-        assert found.values["rollout"]["energy_inside"][1] == 1
-        masks = torch.zeros(2, 30, 30, dtype=torch.bool)
-        masks[:, :16, 8:] = True
-        masked = explainer(model, {**batch, "mask": masks})
-        assert torch.equal(masked.masks, masks[:, :24, :24])
-        assert masked.values["rollout"]["energy_inside"][0] == found.values["rollout"]["energy_inside"][0]

@@ -1,0 +1,14 @@
+"""A trainer that prints and logs nothing."""
+
+import lightning as L
+
+
+def quiet_trainer(folder, **options):
+    return L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
