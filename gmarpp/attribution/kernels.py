@@ -36,6 +36,13 @@ def _head(image_stride, head_stride, image_head, heads, group, UNIT: tl.constexp
 
 
 @triton.jit
+def _place(tokens, SIZE: tl.constexpr):
+    """Return the image's head that this program works on, and the positions of its block of SIZE tokens."""
+    blocks = tl.cdiv(tokens, SIZE)
+    return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
 def _tokens(head, stride, positions, tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
     """Load tokens of one head, (positions, BLOCK); BLOCK is SIZE, or the power of two above it, filled with zeros."""
     channels = tl.arange(0, BLOCK)
@@ -81,6 +88,26 @@ def _relu(tile):
     return tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _powers(scores, highest):
+    """Return the maximum of all scores so far, the factor of sums with the last one, and `2^(scores - maximum)`."""
+    higher = tl.maximum(highest, tl.max(scores, axis=1))
+    # The maximum of a query that has attended to nothing so far is -inf, and -inf - -inf would be NaN.
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, tl.exp2(highest - shift), tl.exp2(scores - shift[:, None])
+
+
+@triton.jit
+def _store_norms(norms, l1, positive_l1, squares, positive_squares):
+    """Store a block's part of the norms, in the order of `statistics_kernel`."""
+    norms += tl.program_id(0)
+    programs = tl.num_programs(0).to(tl.int64)
+    tl.store(norms, tl.sum(l1))
+    tl.store(norms + programs, tl.sum(positive_l1))
+    tl.store(norms + 2 * programs, tl.sum(squares))
+    tl.store(norms + 3 * programs, tl.sum(positive_squares))
+
+
 # Triton recompiles a kernel for each value that it is specialized on, and each pattern of divisibility.
 _STRIDES = [f"{name}_{axis}" for name in ("query", "key", "value", "outer") for axis in ("image", "head", "token")]
 _ROWS = [
@@ -106,9 +133,7 @@ def statistics_kernel(
     `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the log-sum-exp. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
     Σ ReLU(G)².
     """
-    blocks = tl.cdiv(queries, QUERIES)
-    image_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    q = block * QUERIES + tl.arange(0, QUERIES)
+    image_head, q = _place(queries, QUERIES)
     key += _head(key_image, key_head, image_head, heads, group, UNIT)
     if mask is not None:
         mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
@@ -127,11 +152,8 @@ def statistics_kernel(
         bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
         key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
         scores = _scores(query_tile, key_tile, bias, scale, PRECISION)
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        # The maximum of a query that has attended to nothing so far is -inf, and -inf - -inf would be NaN.
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, powers = tl.exp2(highest - shift), tl.exp2(scores - shift[:, None])
-        total, highest = total * shrink + tl.sum(powers, axis=1), higher
+        highest, shrink, powers = _powers(scores, highest)
+        total = total * shrink + tl.sum(powers, axis=1)
         if outer is not None:
             value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
             gradient = _gradient(outer_tile, value_tile, bias, factor, PRECISION)
@@ -145,12 +167,7 @@ def statistics_kernel(
     tl.store(log_sum_exp + row, (highest + tl.log2(total)) / LOG2_E, mask=q < queries)
     if outer is not None:
         tl.store(product_rows + row, product / tl.where(total == 0.0, 1.0, total), mask=q < queries)
-        norms += tl.program_id(0)
-        programs = tl.num_programs(0).to(tl.int64)
-        tl.store(norms, tl.sum(l1))
-        tl.store(norms + programs, tl.sum(positive_l1))
-        tl.store(norms + 2 * programs, tl.sum(squares))
-        tl.store(norms + 3 * programs, tl.sum(positive_squares))
+        _store_norms(norms, l1, positive_l1, squares, positive_squares)
 
 
 @triton.jit
@@ -199,9 +216,7 @@ def carry_kernel(
     """
     ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
     DIFFERENTIATES: tl.constexpr = product_rows is not None or gradient_rows is not None
-    blocks = tl.cdiv(keys, KEYS)
-    image_head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    n = block * KEYS + tl.arange(0, KEYS)
+    image_head, n = _place(keys, KEYS)
     if mask is not None:
         mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
     if ATTENDS:
