@@ -20,6 +20,7 @@ class Method(ABC):
         needs_gradient: whether the score's gradient must be propagated through all layers.
         needs_local_gradient: whether each layer's own score must be differentiated.
         gradient_rule: how the score is propagated, if it is; methods with the same rule share a backward pass.
+        signed: whether maps have negative values, for what speaks against the score.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Method(ABC):
     needs_gradient: ClassVar[bool] = True
     needs_local_gradient: ClassVar[bool] = False
     gradient_rule: ClassVar[str] = "plain"
+    signed: ClassVar[bool] = False
 
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
         """Return the row above the top layer, shape (B, Q); by default the readout, whose rows sum to 1."""
