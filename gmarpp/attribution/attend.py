@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gmarpp.attribution.balanced import shared
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.fused_layer import is_fused
@@ -45,6 +46,10 @@ class Inputs(NamedTuple):
         """Return the original function's output, (B, H, Q, dv)."""
         grouped = self.query.shape[1] != self.key.shape[1]
         return fused_attention(*self[:3], self.mask, scale=self.scale, enable_gqa=grouped)
+
+    def shared(self, descent: Descent) -> "Inputs":
+        """Let queries and keys have their share of a balanced gradient."""
+        return self._replace(query=shared(self.query, descent), key=shared(self.key, descent))
 
     def ungrouped(self) -> "Inputs":
         """Repeat keys and values for every head of the queries."""
@@ -122,13 +127,14 @@ def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     return visited
 
 
-def repeated(descent: Descent) -> Handler:
+def repeated(descent: Descent, is_shared: bool) -> Handler:
     """Return a handler that answers the calls of a block that runs again, as in the forward pass but unrecorded."""
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         inputs = Inputs.of(*args, **kwargs)
         query = inputs.query if inputs.query.requires_grad else inputs.query.detach().requires_grad_()
         call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], False, True)
-        return attended(inputs._replace(query=query), call, descent)
+        inputs = inputs._replace(query=query)
+        return attended(inputs.shared(descent) if is_shared else inputs, call, descent)
 
     return attend

@@ -12,6 +12,7 @@ from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
 from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 
@@ -63,7 +64,8 @@ class ForwardPass:
     Attributes:
         calls: the attention calls, from the input upward.
         outputs: of each call, where its output stands in the graph.
-        leaves: the queries in which the graph starts.
+        leaves: the queries in which the graph starts, or would if no method needed the first block's tokens.
+        first_tokens: those tokens, (B, N, D), in which the graph starts then.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         dtype: in which the network attends.
@@ -79,13 +81,15 @@ class ForwardPass:
         self.plan, self.descent = plan, descent
         self.calls: list[AttentionCall] = []
         self.outputs: list[GradientEdge | Tensor | None] = []
-        self.leaves: list[Tensor] = []
+        self.leaves: list[GradientEdge | Tensor] = []
+        self.first_tokens: Tensor | None = None
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
         self.dtype = torch.float32
         self.unseen = UnseenAttention()
         self._batch = batch
         self._block: int | None = None
+        self._entered: Entered | None = None
 
     @property
     def token_counts(self) -> set[int]:
@@ -100,14 +104,26 @@ class ForwardPass:
             return self.last_tokens
         return self.outputs[-1]
 
-    def enter_block(self, position: int) -> None:
-        """Note the block that the next attention calls belong to."""
+    def enter_block(self, position: int, tokens: Tensor) -> Tensor:
+        """Note the block that the next attention calls belong to, and return the tokens that it starts with."""
         self._block = position
+        if position == 0:
+            # The graph starts here: nothing below the first layer is needed.
+            tokens = tokens.detach()
+        if self.plan.follows_tokens:
+            if position == 0:
+                self.first_tokens = tokens.requires_grad_()
+            self._entered = watch_tokens(tokens, position, self.descent)
+        return tokens
 
-    def leave_block(self, position: int, run: BlockRun) -> Tensor:
-        """Record what left a block, and return the tokens that the network continues with."""
+    def leave_block(self, position: int, entered: Tensor, run: BlockRun) -> Tensor:
+        """Record what left a block that was entered by tokens, and return those that the network continues with."""
         self._block = None
         tokens = run.output
+        made = self.outputs[-1] if self.calls and self.calls[-1].block == position else None
+        if self.plan.needs_residuals and isinstance(made, GradientEdge) and entered.requires_grad:
+            assert self._entered is not None
+            watch_addition(tokens, entered, made, self._entered, self.descent)
         if position == len(self.plan.layout.blocks) - 1:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
@@ -123,10 +139,13 @@ class ForwardPass:
         if not self.plan.gradients:
             return self._kept(call, inputs)
         query = inputs.query
-        if not query.requires_grad or not self.leaves:
+        if query.requires_grad and not self.leaves and self.first_tokens is not None:
+            self.leaves.append(get_gradient_edge(query))
+        elif not query.requires_grad or not self.leaves:
             query = query.detach().requires_grad_()
             self.leaves.append(query)
-        output = attended(inputs._replace(query=query), call, self.descent)
+        inputs = inputs._replace(query=query)
+        output = attended(inputs.shared(self.descent) if self.plan.is_balanced else inputs, call, self.descent)
         self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)
         if self.plan.local_scores:
             call.prefix = self._prefix(output)

@@ -19,7 +19,10 @@ class Method(ABC):
         label: name for people.
         needs_gradient: whether the score's gradient must be propagated through all layers.
         needs_local_gradient: whether each layer's own score must be differentiated.
-        gradient_rule: how the score is propagated, if it is; methods with the same rule share a backward pass.
+        gradient_rule: how the score is propagated, if it is: `plain`, or `balanced` (`gmarpp.attribution.balanced`), of
+            which the score is the class's margin. Methods with the same rule share a backward pass.
+        needs_tokens: whether it takes the relevance of the tokens that enter each block (`receive`).
+        needs_residual: whether it takes each layer's `residual`.
         signed: whether maps have negative values, for what speaks against the score.
     """
 
@@ -28,6 +31,8 @@ class Method(ABC):
     needs_gradient: ClassVar[bool] = True
     needs_local_gradient: ClassVar[bool] = False
     gradient_rule: ClassVar[str] = "plain"
+    needs_tokens: ClassVar[bool] = False
+    needs_residual: ClassVar[bool] = False
     signed: ClassVar[bool] = False
 
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
@@ -37,3 +42,10 @@ class Method(ABC):
     @abstractmethod
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         """Carry the row (B, Q) down through one layer, and return (B, N)."""
+
+    def receive(self, row: Tensor, relevance: Tensor, prefix_tokens: int) -> Tensor:
+        """Return the row (B, N) below a block, given the relevance `x · ds/dx` (B, N) of the tokens x that entered it.
+
+        It follows the block's `step`; called if `needs_tokens`.
+        """
+        return row

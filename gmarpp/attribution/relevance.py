@@ -18,9 +18,12 @@ class Relevance:
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
         images: (B, 3, H, W).
         tokens: number N of tokens.
+        prefix_tokens: how many of them come before the patch tokens.
     """
 
-    def __init__(self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int) -> None:
+    def __init__(
+        self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int, prefix_tokens: int
+    ) -> None:
         products = sorted(
             (method for method in methods if isinstance(method, RowProduct)),
             key=lambda method: method.relevance != "attention",
@@ -32,6 +35,9 @@ class Relevance:
         # Above the top layer a row has an entry per query, below it one per token.
         self._above = torch.stack(starts[: len(products)], dim=1) if products else None  # (B, M, Q)
         self._rows = readout.new_empty(len(readout), len(products), tokens)
+        self._summed = [position for position, method in enumerate(products) if method.is_summed]
+        self._sums = readout.new_zeros(len(readout), len(self._summed), tokens)
+        self._prefix_tokens = prefix_tokens
         self._other_rows = [(start, readout.new_empty(len(readout), tokens)) for start in starts[len(products) :]]
 
     def step(self, part: slice, layer: AttentionLayer) -> None:
@@ -40,10 +46,19 @@ class Relevance:
             assert self._above is not None
             rows = self._above if layer.is_top else self._rows
             self._rows[part] = self._products.step(rows[part], layer)
+            if self._summed and not layer.is_pool:
+                self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
             rows[part] = method.step((above if layer.is_top else rows)[part], layer)
 
+    def receive(self, relevance: Tensor) -> None:
+        """Hand on the relevance (B, N) of the tokens that enter a block, once its layer was stepped through."""
+        for method, (_, rows) in zip(self._others, self._other_rows, strict=True):
+            if method.needs_tokens:
+                rows.copy_(method.receive(rows, relevance, self._prefix_tokens))
+
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""
+        self._rows[:, self._summed] = self._sums
         rows = (*self._rows.unbind(dim=1), *(rows for _, rows in self._other_rows))
         return dict(zip(self._names, rows, strict=True))

@@ -10,7 +10,9 @@ from torch import Tensor
 from gmarpp.attribution.forward import CUT, ForwardPass
 from gmarpp.attribution.head import readout_of
 from gmarpp.attribution.method import Method
+from gmarpp.attribution.operations import next_sequence_number, require_known
 from gmarpp.attribution.own_scores import OwnScores
+from gmarpp.attribution.plan import rule_of
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.target import Score
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -30,20 +32,24 @@ class WayDown:
 
     def __init__(self, passed: ForwardPass, output: Any, images: Tensor) -> None:
         self._passed, self._output, self._images = passed, output, images
+        self._end_of_network = next_sequence_number()
         self._own_scores = OwnScores(passed, output) if passed.plan.local_scores else None
 
-    def rows(self, score: Score, last: bool) -> Rows:
-        """Return the rows of all methods for a score; after the last one the graph is gone."""
+    def rows(self, score: Score, margin: Score, last: bool) -> Rows:
+        """Return the rows of all methods for a score and its margin; after the last one the graph is gone."""
         groups = self._passed.plan.groups
         found: Rows = {}
         for position, methods in enumerate(groups):
-            found |= self._rows(methods, score, keep=not last or position < len(groups) - 1)
+            found |= self._rows(methods, score, margin, keep=not last or position < len(groups) - 1)
         return found
 
-    def _rows(self, methods: Sequence[Method], score: Score, keep: bool) -> Rows:
+    def _rows(self, methods: Sequence[Method], score: Score, margin: Score, keep: bool) -> Rows:
         """Go down for methods that share a backward pass; float16 scales its gradients automatically."""
         is_half = self._passed.dtype == torch.float16
-        total = score(self._output)
+        is_balanced = rule_of(methods) == "balanced"
+        total = (margin if is_balanced else score)(self._output)
+        if is_balanced:
+            require_known(total, self._end_of_network)
         self._passed.unseen.require_none(total, self._passed.token_counts)
         scale = _largest_scale(total, self._passed.score_start) if is_half else 1.0
         rows = self._descend(methods, score, total, scale, keep=keep or is_half)
@@ -58,13 +64,18 @@ class WayDown:
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
-        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
-        passed.descent.begin(relevance, local, scale, passed.calls)
+        relevance = Relevance(
+            methods, readout, self._images, passed.calls[-1].keys, passed.plan.layout.prefix_tokens
+        )
+        passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
-            torch.autograd.grad(total.float().sum() * scale, passed.leaves, retain_graph=keep, allow_unused=True)
+            tokens = passed.first_tokens if any(method.needs_tokens for method in methods) else None
+            ends = passed.leaves if tokens is None else [tokens]
+            torch.autograd.grad(total.float().sum() * scale, ends, retain_graph=keep, allow_unused=True)
             self._check_visited()
         else:
             self._replay(keep)
+        passed.descent.end()
         return relevance.rows()
 
     def _replay(self, keep: bool) -> None:
