@@ -117,7 +117,7 @@ class _Visited(torch.autograd.Function):
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     """Return the output of attention, (B, H, Q, d); the backward pass will hand the layer to the descent."""
-    if not is_fused(inputs.query):
+    if descent.needs_attention and not is_fused(inputs.query):
         query, key, value, mask, _ = inputs.ungrouped()
         output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
         return output

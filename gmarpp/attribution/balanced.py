@@ -37,7 +37,7 @@ _ACTIVATIONS = {F.gelu, F.silu, F.mish, F.hardswish, F.hardtanh, F.relu6, F.soft
     *(F.relu, torch.relu, Tensor.relu, F.elu, F.selu, torch.selu, F.celu, torch.celu, F.leaky_relu, F.hardshrink),
     *(torch.tanh, Tensor.tanh),
 }
-_IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+_IN_PLACE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **dict.fromkeys((torch.relu_, Tensor.relu_), torch.relu),
     **dict.fromkeys((torch.tanh_, Tensor.tanh_), torch.tanh),
     **{F.elu_: F.elu, F.selu_: F.selu, F.celu_: F.celu, F.leaky_relu_: F.leaky_relu, F.hardtanh_: F.hardtanh},
@@ -175,7 +175,8 @@ class BalancedRule(TorchFunctionMode):
         **options: Any,
     ) -> Tensor:
         def scale(values: Tensor) -> Tensor:
-            return torch.native_layer_norm(values, shape, None, None, eps)[2]
+            _, _, factor = torch.native_layer_norm(values, shape, None, None, eps)
+            return factor
 
         shape = tuple(normalized_shape)
         output = function(tokens, normalized_shape, weight, bias, eps, *others, **options)
@@ -209,9 +210,7 @@ class BalancedRule(TorchFunctionMode):
         if weight is not None and weight.requires_grad:
             # A weight that depends on the tokens is a product that the rule does not know.
             return output
-        normed: Tensor = _Norm.apply(
-            output, tokens, weight, scale, tuple(range(-dims, 0)), is_centered, self._descent
-        )
+        normed: Tensor = _Norm.apply(output, tokens, weight, scale, tuple(range(-dims, 0)), is_centered, self._descent)
         return normed
 
     def _activation(self, function: Callable[..., Tensor], entered: Tensor, *args: Any, **options: Any) -> Tensor:

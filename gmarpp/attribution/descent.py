@@ -30,9 +30,13 @@ class Descent:
         depth: number of self-attention layers.
         visited: positions of the layers visited so far.
         received: positions of the blocks whose tokens' relevance was seen so far.
+
+    Args:
+        needs_attention: whether a method takes anything of the layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needs_attention: bool) -> None:
+        self.needs_attention = needs_attention
         self.relevance: Relevance | None = None
         self.local: Sequence[Tensor] = ()
         self.gradient_scale = 1.0
@@ -88,9 +92,11 @@ class Descent:
             gradients: filled with those of query, key and value, if the layer computes them.
         """
         assert self.relevance is not None
+        self.visited.append(call.index)
+        if not self.needs_attention:
+            return
         local = None if call.block is None or not self.local else self.local[call.block]
         residual = None if call.block is None else self.residuals.pop(call.block, None)
-        self.visited.append(call.index)
         kind = FusedLayer if is_fused(query) else AttentionLayer
         for part in _parts(query, key):
             layer = kind(

@@ -64,8 +64,8 @@ class ForwardPass:
     Attributes:
         calls: the attention calls, from the input upward.
         outputs: of each call, where its output stands in the graph.
-        leaves: the queries in which the graph starts, or would if no method needed the first block's tokens.
-        first_tokens: those tokens, (B, N, D), in which the graph starts then.
+        leaves: the queries in which the graph starts, or would start if no method followed tokens.
+        first_tokens: the first block's tokens, in which it starts then.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         dtype: in which the network attends.
@@ -81,8 +81,8 @@ class ForwardPass:
         self.plan, self.descent = plan, descent
         self.calls: list[AttentionCall] = []
         self.outputs: list[GradientEdge | Tensor | None] = []
-        self.leaves: list[GradientEdge | Tensor] = []
-        self.first_tokens: Tensor | None = None
+        self.leaves: list[GradientEdge] = []
+        self.first_tokens: GradientEdge | None = None
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
         self.dtype = torch.float32
@@ -112,7 +112,9 @@ class ForwardPass:
             tokens = tokens.detach()
         if self.plan.follows_tokens:
             if position == 0:
-                self.first_tokens = tokens.requires_grad_()
+                self.first_tokens = get_gradient_edge(tokens.requires_grad_())
+                # Blocks may not change a tensor in place in which a graph starts.
+                tokens = tokens.clone()
             self._entered = watch_tokens(tokens, position, self.descent)
         return tokens
 
@@ -139,11 +141,11 @@ class ForwardPass:
         if not self.plan.gradients:
             return self._kept(call, inputs)
         query = inputs.query
-        if query.requires_grad and not self.leaves and self.first_tokens is not None:
-            self.leaves.append(get_gradient_edge(query))
-        elif not query.requires_grad or not self.leaves:
+        starts_here = not query.requires_grad or (not self.leaves and self.first_tokens is None)
+        if starts_here:
             query = query.detach().requires_grad_()
-            self.leaves.append(query)
+        if starts_here or not self.leaves:
+            self.leaves.append(get_gradient_edge(query))
         inputs = inputs._replace(query=query)
         output = attended(inputs.shared(self.descent) if self.plan.is_balanced else inputs, call, self.descent)
         self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)

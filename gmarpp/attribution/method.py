@@ -21,6 +21,8 @@ class Method(ABC):
         needs_local_gradient: whether each layer's own score must be differentiated.
         gradient_rule: how the score is propagated, if it is: `plain`, or `balanced` (`gmarpp.attribution.balanced`), of
             which the score is the class's margin. Methods with the same rule share a backward pass.
+        needs_attention: whether `step` takes anything of a layer; if not, it hands on the row as it is, (B, N) from
+            the start.
         needs_tokens: whether it takes the relevance of the tokens that enter each block (`receive`).
         needs_residual: whether it takes each layer's `residual`.
         signed: whether maps have negative values, for what speaks against the score.
@@ -31,6 +33,7 @@ class Method(ABC):
     needs_gradient: ClassVar[bool] = True
     needs_local_gradient: ClassVar[bool] = False
     gradient_rule: ClassVar[str] = "plain"
+    needs_attention: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
     signed: ClassVar[bool] = False

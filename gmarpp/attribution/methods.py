@@ -5,7 +5,7 @@ A method carries one row vector per image, shape (B, N), from the readout to the
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -120,7 +120,7 @@ class BalancedRollout(RowProduct):
 
     name: str = "gmarpp_balanced"
     label: str = "GMAR++ (balanced)"
-    alpha: ClassVar[float] = 0.0
+    alpha: float = field(default=0.0, init=False, repr=False)
     relevance: ClassVar[Literal["attention", "product"]] = "product"
     gradient_rule: ClassVar[str] = "balanced"
     needs_residual: ClassVar[bool] = True
@@ -135,8 +135,8 @@ class BalancedRollout(RowProduct):
 class TokenRelevance(Method):
     """What each token says for the class or against it, in all layers: `Σ_l R_l(j) / Σ_j' |R_l(j')|`, signed.
 
-    `R_l(j) = x_lj · ds/dx_lj` for the tokens x_l that enter block l, with the balanced gradient of the class's margin s;
-    j and j' are patch tokens.
+    `R_l(j) = x_lj · ds/dx_lj` for the tokens x_l that enter block l, with the balanced gradient of the class's margin
+    s; j and j' are patch tokens.
 
     Args:
         name: key of the map.
@@ -146,6 +146,7 @@ class TokenRelevance(Method):
     name: str = "token_relevance"
     label: str = "Token relevance"
     gradient_rule: ClassVar[str] = "balanced"
+    needs_attention: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
@@ -235,6 +236,7 @@ class RandomMap(Method):
     label: str = "Random"
     seed: int = 0
     needs_gradient: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
 
     @override
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:

@@ -13,15 +13,19 @@ from torch import Tensor
 
 from gmarpp.network.errors import UnsupportedNetworkError
 
-_LINEAR = frozenset(
-    # Choosing the largest entry is linear where it is differentiable.
-    "Add Sub Rsub Neg Sum Mean Cumsum Lerp View UnsafeView ReshapeAlias Reshape Alias Clone Copy ToCopy Contiguous "
-    "Transpose T Permute Select Slice Split SplitWithSizes Unbind Chunk Cat Stack Expand Repeat Squeeze "
-    "Unsqueeze Flip Roll Index IndexSelect IndexPut Gather Where MaskedFill MaskedScatter Diagonal Tril Triu "
-    "ConstantPadNd ReflectionPad2D Unfold Unfold2D Im2Col Col2Im PixelShuffle PixelUnshuffle AvgPool2D "
-    "AdaptiveAvgPool2D UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D Amax Max Min Amin MaxPool2DWithIndices "
-    "AccumulateGrad".split()
-)
+_LINEAR = {
+    # Arithmetic; the largest or smallest entry is linear where it is differentiable.
+    *("Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cumsum", "Lerp", "Amax", "Amin", "Max", "Min"),
+    # Views, copies and rearrangement.
+    *("View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Copy", "ToCopy", "Transpose", "T", "Permute", "Select"),
+    *("Slice", "Split", "SplitWithSizes", "Unbind", "Cat", "Stack", "Expand", "Repeat", "Squeeze", "Unsqueeze", "Flip"),
+    *("Roll", "Index", "IndexSelect", "IndexPut", "Gather", "Where", "MaskedFill", "Diagonal", "Tril", "Triu"),
+    # On grids of patches.
+    *("ConstantPadNd", "ReflectionPad2D", "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle", "AvgPool2D"),
+    *("AdaptiveAvgPool2D", "MaxPool2DWithIndices", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D"),
+    # Where a graph starts.
+    "AccumulateGrad",
+}
 _FACTORS = {"Mul": (0, 1), "Div": (0, 1), "Addcmul": (1, 2)}
 _LAYERS = {"Mm": (0, 1), "Bmm": (0, 1), "Mv": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Addmv": (1, 2)} | {
     "Linear": (0, 1),

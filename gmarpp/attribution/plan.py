@@ -64,6 +64,11 @@ class Plan:
         return any(rule_of(group) == "balanced" for group in self.groups)
 
     @property
+    def needs_attention(self) -> bool:
+        """Whether a method takes anything of the attention layers."""
+        return any(method.needs_attention for group in self.groups for method in group)
+
+    @property
     def needs_residuals(self) -> bool:
         """Whether the residual's share is wanted of each layer."""
         return any(method.needs_residual for group in self.groups for method in group)

@@ -38,7 +38,12 @@ class Relevance:
         self._summed = [position for position, method in enumerate(products) if method.is_summed]
         self._sums = readout.new_zeros(len(readout), len(self._summed), tokens)
         self._prefix_tokens = prefix_tokens
-        self._other_rows = [(start, readout.new_empty(len(readout), tokens)) for start in starts[len(products) :]]
+        others = zip(self._others, starts[len(products) :], strict=True)
+        # Without a method that needs attention no layer is stepped through.
+        self._other_rows = [
+            (start, readout.new_empty(len(readout), tokens) if method.needs_attention else start)
+            for method, start in others
+        ]
 
     def step(self, part: slice, layer: AttentionLayer) -> None:
         """Carry the rows of the images of a part through their layer; the layers of an image come from the top down."""

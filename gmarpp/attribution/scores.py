@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution.target import NO_CLASS, ClassTarget, Contrast, Score, Target, class_score, margin_score, resolve_target
+from gmarpp.attribution.target import (
+    NO_CLASS,
+    ClassTarget,
+    Contrast,
+    Score,
+    Target,
+    class_score,
+    margin_score,
+    resolve_target,
+)
 from gmarpp.network.output import check_finite, logits_of
 
 
@@ -36,6 +45,7 @@ class Scores:
             ValueError: for unusable targets, or logits or scores that are not finite.
         """
         functions: tuple[Score, ...]
+        margins: tuple[Score, ...]
         if callable(target):
             logits, functions = _own_scores(output, target, batch)[:, None], (target,)
             margins = functions

@@ -34,7 +34,8 @@ class Entered:
                 "copy of them, or leave out token_relevance and gmarpp_balanced"
             )
         tokens = self.tokens[:, : gradient.shape[1]]
-        return torch.linalg.vecdot(tokens.float(), gradient.float())
+        products: Tensor = torch.linalg.vecdot(tokens.float(), gradient.float())
+        return products
 
 
 def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> Entered:
@@ -46,7 +47,7 @@ def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> Entered:
     # The hook must not refer to the graph that it hangs on.
     entered = Entered(tokens.detach(), tokens._version, block)
     if tokens.requires_grad:
-        tokens.register_hook(see)
+        tokens.register_hook(see)  # type: ignore[no-untyped-call]
     return entered
 
 
@@ -102,8 +103,8 @@ def _above(top: Any, bottom: Any) -> dict[Any, list[Any]]:
 def _leading_to(target: Any, nodes: dict[Any, list[Any]]) -> set[Any]:
     """Return the nodes from which a path leads to a target."""
     above: dict[Any, list[Any]] = {}
-    for node, belows in nodes.items():
-        for below in belows:
+    for node, next_nodes in nodes.items():
+        for below in next_nodes:
             above.setdefault(below, []).append(node)
     found, waiting = set(), [target]
     while waiting:

@@ -64,13 +64,12 @@ class WayDown:
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
-        relevance = Relevance(
-            methods, readout, self._images, passed.calls[-1].keys, passed.plan.layout.prefix_tokens
-        )
+        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, passed.plan.layout.prefix_tokens)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
-            tokens = passed.first_tokens if any(method.needs_tokens for method in methods) else None
-            ends = passed.leaves if tokens is None else [tokens]
+            ends = passed.leaves
+            if passed.first_tokens is not None and any(method.needs_tokens for method in methods):
+                ends = [passed.first_tokens]
             torch.autograd.grad(total.float().sum() * scale, ends, retain_graph=keep, allow_unused=True)
             self._check_visited()
         else:
