@@ -44,7 +44,7 @@ class Block:
         tokens = self.passing.enter_block(self.position, tokens)
         output = self._run(tokens, others, options)
         run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output))
-        tokens = self.passing.leave_block(self.position, tokens, run)
+        tokens = self.passing.leave_block(self.position, run)
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
     def _run(self, tokens: Tensor, others: Sequence[Any], options: dict[str, Any]) -> Any:

@@ -90,6 +90,7 @@ class ForwardPass:
         self._batch = batch
         self._block: int | None = None
         self._entered: Entered | None = None
+        self._entrance: GradientEdge | None = None
 
     @property
     def token_counts(self) -> set[int]:
@@ -115,17 +116,15 @@ class ForwardPass:
                 self.first_tokens = get_gradient_edge(tokens.requires_grad_())
                 # Blocks may not change a tensor in place in which a graph starts.
                 tokens = tokens.clone()
-            self._entered = watch_tokens(tokens, position, self.descent)
+            self._entered, self._entrance = watch_tokens(tokens, position, self.descent)
         return tokens
 
-    def leave_block(self, position: int, entered: Tensor, run: BlockRun) -> Tensor:
-        """Record what left a block that was entered by tokens, and return those that the network continues with."""
+    def leave_block(self, position: int, run: BlockRun) -> Tensor:
+        """Record what left a block, and return the tokens that the network continues with."""
         self._block = None
         tokens = run.output
-        made = self.outputs[-1] if self.calls and self.calls[-1].block == position else None
-        if self.plan.needs_residuals and isinstance(made, GradientEdge) and entered.requires_grad:
-            assert self._entered is not None
-            watch_addition(tokens, entered, made, self._entered, self.descent)
+        if self.plan.needs_residuals:
+            self._watch_addition(tokens, position)
         if position == len(self.plan.layout.blocks) - 1:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
@@ -133,6 +132,12 @@ class ForwardPass:
         if self.plan.local_scores:
             self.runs.append(run)
         return tokens
+
+    def _watch_addition(self, output: Tensor, block: int) -> None:
+        made = self.outputs[-1] if self.calls and self.calls[-1].block == block else None
+        # Where the graph or the attention is missing, `check_calls` says so.
+        if isinstance(made, GradientEdge) and self._entrance is not None and self._entered is not None:
+            watch_addition(output, self._entrance, made, self._entered, self.descent)
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer an attention call, and record it."""

@@ -38,27 +38,34 @@ class Entered:
         return products
 
 
-def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> Entered:
-    """Let a way down see the relevance of the tokens that enter a block."""
+def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> tuple[Entered, GradientEdge | None]:
+    """Let a way down see the relevance of the tokens that enter a block.
+
+    Returns:
+        the tokens, and where they stand in the graph, if it reaches so far down.
+    """
 
     def see(gradient: Tensor) -> None:
         descent.receive(entered.block, entered.relevance(gradient))
 
     # The hook must not refer to the graph that it hangs on.
     entered = Entered(tokens.detach(), tokens._version, block)
-    if tokens.requires_grad:
-        tokens.register_hook(see)  # type: ignore[no-untyped-call]
-    return entered
+    if not tokens.requires_grad:
+        return entered, None
+    tokens.register_hook(see)  # type: ignore[no-untyped-call]
+    return entered, get_gradient_edge(tokens)
 
 
-def watch_addition(output: Tensor, tokens: Tensor, attended: GradientEdge, entered: Entered, descent: Descent) -> None:
+def watch_addition(
+    output: Tensor, edge: GradientEdge, attended: GradientEdge, entered: Entered, descent: Descent
+) -> None:
     """Let a way down see the residual share `x · ds/dm`, m behind the addition of attention to a block's tokens x.
 
     Args:
         output: of the block.
-        tokens: x, with their graph.
-        attended: the output of the block's attention call.
-        entered: the same tokens.
+        edge: where x stands in the graph.
+        attended: where the output of the block's attention call does.
+        entered: x.
         descent: the way down.
 
     Raises:
@@ -68,7 +75,6 @@ def watch_addition(output: Tensor, tokens: Tensor, attended: GradientEdge, enter
     def see(gradients: Any) -> None:
         descent.residuals[entered.block] = entered.relevance(gradients[0])
 
-    edge = get_gradient_edge(tokens)
     start = (edge.node, edge.output_nr)
     nodes = _above(output.grad_fn, edge.node)
     from_attention = _leading_to(attended.node, nodes)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import warnings
 
 import naive_balanced
 import open_clip
@@ -316,6 +317,12 @@ def square_of_view(x):
     return x
 
 
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.GELU())
+
+
 UNKNOWN = {
     "softplus": (F.softplus, "Softplus"),
     "squared relu": (lambda x: F.relu(x).pow(2), "Pow"),
@@ -326,7 +333,7 @@ UNKNOWN = {
     "relu times relu": (lambda x: F.relu(x) * F.relu(x.flip(-1)), "Mul"),
     "glu": (lambda x: F.glu(x).repeat(1, 1, 2), "Glu"),
     "in a view": (square_of_view, "AsStrided"),
-    "scripted": (torch.jit.script(nn.GELU()), "Gelu"),
+    "scripted": (scripted(), "Gelu"),
     "function of one's own": (lambda x: OwnFunction.apply(x), "OwnFunction"),
 }
 
@@ -364,7 +371,7 @@ class InOrder(nn.Module):
             x = block.norm1(self.norm2(x + attended(x)))
             return block.norm2(x + block.mlp(x))
         if self.kind == "in place":
-            x += attended(block.norm1(x))
+            x += attended(block.norm1(x.clone()))
             return x + block.mlp(block.norm2(x))
         if self.kind == "scaled":
             x = 0.5 * x + attended(block.norm1(x))
@@ -447,10 +454,9 @@ def test_autocast_and_half_weights_agree_with_float32(dtype):
         assert torch.corrcoef(torch.stack((found[name].flatten(), expected[name].flatten())))[0, 1] > 0.98
 
 
-@pytest.mark.parametrize("methods", [BOTH, ("token_relevance", *gmarpp.METHODS)])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_of_the_rule_remains(methods, recompute, fails):
+def test_nothing_of_the_rule_remains(recompute, fails):
     def score(logits):
         if fails:
             raise ZeroDivisionError
@@ -463,7 +469,7 @@ def test_nothing_of_the_rule_remains(methods, recompute, fails):
     gc.disable()
     try:
         with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
-            gmarpp.explain(model, batch, methods, score, recompute=recompute)
+            gmarpp.explain(model, batch, (*BOTH, *gmarpp.METHODS), score, recompute=recompute)
         if fails:
             gc.collect()  # of the traceback, which holds its frames
         assert not [each for each in gc.get_objects() if type(each) in (Descent, Entered)]
