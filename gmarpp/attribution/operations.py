@@ -15,11 +15,12 @@ from gmarpp.network.errors import UnsupportedNetworkError
 
 _LINEAR = {
     # Arithmetic; the largest or smallest entry is linear where it is differentiable.
-    *("Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cumsum", "Lerp", "Amax", "Amin", "Max", "Min"),
+    *("Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cumsum", "Amax", "Amin", "Max", "Min"),
     # Views, copies and rearrangement.
     *("View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Copy", "ToCopy", "Transpose", "T", "Permute", "Select"),
     *("Slice", "Split", "SplitWithSizes", "Unbind", "Cat", "Stack", "Expand", "Repeat", "Squeeze", "Unsqueeze", "Flip"),
     *("Roll", "Index", "IndexSelect", "IndexPut", "Gather", "Where", "MaskedFill", "Diagonal", "Tril", "Triu"),
+    *("ViewAsReal", "ViewAsComplex"),
     # On grids of patches.
     *("ConstantPadNd", "ReflectionPad2D", "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle", "AvgPool2D"),
     *("AdaptiveAvgPool2D", "MaxPool2DWithIndices", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D"),
@@ -57,6 +58,8 @@ def is_linear(node: Any) -> bool:
     if factors is not None:
         first, second = (not _is_constant(node.next_functions[each][0]) for each in factors)
         return not second if name == "Div" else not (first and second)
+    if name == "NativeBatchNorm":
+        return not node._saved_training
     return hasattr(node, "followed") or name in _LINEAR or _ATTENTION.fullmatch(name) is not None
 
 

@@ -1,6 +1,8 @@
 """From a score down to the input tokens: once for each score and gradient rule."""
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ from gmarpp.attribution.plan import rule_of
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.target import Score
 from gmarpp.network.errors import UnsupportedNetworkError
+
+DILUTED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "rollout")
+"""Methods whose maps say little where the head reads all tokens; see docs/methods.md."""
 
 Rows = dict[str, Tensor]
 """By method, a row (B, N) for the input tokens."""
@@ -63,6 +68,8 @@ class WayDown:
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
+        if not passed.calls[-1].is_pool and any(method.name in DILUTED for method in methods):
+            _warn_where_all_are_read(readout[:, passed.plan.layout.prefix_tokens :])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, passed.plan.layout.prefix_tokens)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
@@ -71,7 +78,7 @@ class WayDown:
             if passed.first_tokens is not None and any(method.needs_tokens for method in methods):
                 ends = [passed.first_tokens]
             torch.autograd.grad(total.float().sum() * scale, ends, retain_graph=keep, allow_unused=True)
-            self._check_visited()
+            self._check_visited(methods)
         else:
             self._replay(keep)
         passed.descent.end()
@@ -86,12 +93,33 @@ class WayDown:
                 if not keep:
                     call.inputs = None
 
-    def _check_visited(self) -> None:
-        missing = {call.index for call in self._passed.calls} - set(self._passed.descent.visited)
+    def _check_visited(self, methods: Sequence[Method]) -> None:
+        passed, descent = self._passed, self._passed.descent
+        missing = {call.index for call in passed.calls} - set(descent.visited)
         if missing:
             raise UnsupportedNetworkError(
                 f"no gradient of the score reaches attention layers {sorted(missing)}, which these methods need: {CUT}"
             )
+        blocks, received = list(range(len(passed.plan.layout.blocks))), sorted(descent.received)
+        if any(method.needs_tokens for method in methods) and received != blocks:
+            raise UnsupportedNetworkError(
+                f"expected a gradient of the score at the tokens that enter each of blocks {blocks}, got {received}: {CUT}"
+            )
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "the network's head reads all of its tokens, as average pooling does: the maps of "
+        f"{', '.join(DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced or token_relevance",
+        stacklevel=2,
+    )
+
+
+def _warn_where_all_are_read(patches: Tensor) -> None:
+    """Warn once per process if the readout gives shares to all patch tokens, (B, n)."""
+    if bool((patches > 0).all()):
+        _warn_once()
 
 
 def _largest_scale(total: Tensor, start: Any) -> float:
