@@ -103,7 +103,7 @@ class WayDown:
         blocks, received = list(range(len(passed.plan.layout.blocks))), sorted(descent.received)
         if any(method.needs_tokens for method in methods) and received != blocks:
             raise UnsupportedNetworkError(
-                f"expected a gradient of the score at the tokens that enter each of blocks {blocks}, got {received}: {CUT}"
+                f"expected a gradient of the score at the tokens of each of blocks {blocks}, got {received}: {CUT}"
             )
 
 
