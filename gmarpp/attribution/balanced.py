@@ -62,13 +62,14 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dims, ctx.is_centered, ctx.descent, ctx.followed = scale, dims, is_centered, descent, (1,)
         ctx.save_for_backward(tokens, weight)
+        ctx.set_materialize_grads(False)
         # A view could not be changed in place, as some networks do.
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (outer,) = gradients
-        if not ctx.descent.is_balanced:
+        if outer is None or not ctx.descent.is_balanced:
             return (outer, *[None] * 6)
         tokens, weight = ctx.saved_tensors
         with torch.autocast(outer.device.type, enabled=False):
@@ -84,23 +85,29 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, entered: Tensor, function: Callable[[Tensor], Tensor], descent: Descent
+        ctx: Any,
+        output: Tensor,
+        entered: Tensor,
+        function: Callable[[Tensor], Tensor],
+        gate_at_zero: float,
+        descent: Descent,
     ) -> Tensor:
-        ctx.function, ctx.descent, ctx.followed, ctx.is_activation = function, descent, (1,), True
+        ctx.function, ctx.gate_at_zero, ctx.descent = function, gate_at_zero, descent
+        ctx.followed, ctx.is_activation = (1,), True
         ctx.save_for_backward(entered)
+        ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (outer,) = gradients
-        if not ctx.descent.is_balanced:
-            return outer, None, None, None
+        if outer is None or not ctx.descent.is_balanced:
+            return (outer, *[None] * 4)
         (entered,) = ctx.saved_tensors
         with torch.autocast(outer.device.type, enabled=False):
             values = entered.float()
-            at_zero = float(ctx.function(values.new_full((1,), _NEAR_ZERO))) / _NEAR_ZERO
-            gate = ctx.function(values).div_(values).nan_to_num_(at_zero)
-            return None, gate.mul_(outer).to(entered.dtype), None, None
+            gate = ctx.function(values).div_(values).nan_to_num_(ctx.gate_at_zero)
+            return (None, gate.mul_(outer).to(entered.dtype), *[None] * 3)
 
 
 class _Share(torch.autograd.Function):
@@ -109,13 +116,14 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, share: float, descent: Descent) -> Tensor:
         ctx.share, ctx.descent, ctx.followed = share, descent, (0,) if share else ()
+        ctx.set_materialize_grads(False)
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (outer,) = gradients
-        if ctx.descent.is_balanced:
-            return outer * ctx.share if ctx.share else None, None, None
+        if outer is not None and ctx.descent.is_balanced:
+            outer = outer * ctx.share if ctx.share else None
         return outer, None, None
 
 
@@ -222,9 +230,13 @@ class BalancedRule(TorchFunctionMode):
         def apply(values: Tensor) -> Tensor:
             return function(values, *args, **options)
 
+        # On the CPU, for no GPU should wait for a number.
+        near_zero = float(apply(torch.tensor([_NEAR_ZERO], dtype=torch.float32)))
         # What is changed in place afterwards must not be what the backward pass needs.
         values = entered.clone() if is_in_place else entered
-        output: Tensor = _Gate.apply(apply(values), values, apply, self._descent)
+        output = apply(values)
+        if abs(near_zero) < 1000 * _NEAR_ZERO:
+            output = _Gate.apply(output, values, apply, near_zero / _NEAR_ZERO, self._descent)
         return entered.copy_(output) if is_in_place else output
 
 

@@ -64,11 +64,21 @@ class Descent:
         """End a pass; what is differentiated between passes is by the plain rule."""
         self.relevance, self.is_balanced = None, False
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the relevance of tokens that enter blocks is wanted."""
+        return self.relevance is not None and self.relevance.needs_tokens
+
+    @property
+    def needs_residuals(self) -> bool:
+        """Whether `residuals` are wanted."""
+        return self.relevance is not None and self.relevance.needs_residuals
+
     def receive(self, block: int, relevance: Tensor) -> None:
         """Take the relevance (B, N), times `gradient_scale`, of the tokens that enter a block."""
-        if self.relevance is not None:
-            self.received.append(block)
-            self.relevance.receive(relevance)
+        assert self.relevance is not None
+        self.received.append(block)
+        self.relevance.receive(relevance)
 
     def visit(
         self,

@@ -13,6 +13,10 @@ from gmarpp.attribution.products import RowProduct, RowProducts
 class Relevance:
     """The rows of some methods in one pass from the top down; it holds nothing else.
 
+    Attributes:
+        needs_tokens: whether a method takes the relevance of tokens that enter blocks.
+        needs_residuals: whether a method takes the layers' `residual`.
+
     Args:
         methods: the methods that the rows belong to.
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
@@ -24,6 +28,8 @@ class Relevance:
     def __init__(
         self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int, prefix_tokens: int
     ) -> None:
+        self.needs_tokens = any(method.needs_tokens for method in methods)
+        self.needs_residuals = any(method.needs_residual for method in methods)
         products = sorted(
             (method for method in methods if isinstance(method, RowProduct)),
             key=lambda method: method.relevance != "attention",

@@ -46,7 +46,8 @@ def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> tuple[Entered,
     """
 
     def see(gradient: Tensor) -> None:
-        descent.receive(entered.block, entered.relevance(gradient))
+        if descent.needs_tokens:
+            descent.receive(entered.block, entered.relevance(gradient))
 
     # The hook must not refer to the graph that it hangs on.
     entered = Entered(tokens.detach(), tokens._version, block)
@@ -73,7 +74,8 @@ def watch_addition(
     """
 
     def see(gradients: Any) -> None:
-        descent.residuals[entered.block] = entered.relevance(gradients[0])
+        if descent.needs_residuals:
+            descent.residuals[entered.block] = entered.relevance(gradients[0])
 
     start = (edge.node, edge.output_nr)
     nodes = _above(output.grad_fn, edge.node)

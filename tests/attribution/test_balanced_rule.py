@@ -103,6 +103,8 @@ ACTIVATIONS = {
     "relu in place by position": (in_place(lambda x: F.relu(x, True)), held(F.relu)),
     "mish": (nn.Mish(), held(F.mish)),
     "hardswish": (nn.Hardswish(), held(F.hardswish)),
+    "relu6": (nn.ReLU6(), held(F.relu6)),
+    "zeros": (lambda x: F.silu(x.masked_fill(x < 0, 0)), lambda x: held(F.silu)(x.masked_fill(x < 0, 0))),
     "elu": (nn.ELU(1.0), held(F.elu)),
     "leaky relu": (nn.LeakyReLU(0.1), held(lambda x: F.leaky_relu(x, 0.1))),
     "tanh": (torch.tanh, held(torch.tanh)),
@@ -145,6 +147,7 @@ def scripted():
 UNKNOWN = {
     "softplus": (F.softplus, "Softplus"),
     "squared relu": (lambda x: F.relu(x).pow(2), "Pow"),
+    "clamped away from zero": (nn.Hardtanh(0.1, 1.0), "Hardtanh"),
     "sigmoid": (torch.sigmoid, "Sigmoid"),
     "reciprocal": (lambda x: 1 / (x * x + 1), "Reciprocal"),
     "square": (lambda x: x * x, r"Mul \(of two branches, neither of them activated\)"),
