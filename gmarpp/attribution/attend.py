@@ -47,10 +47,6 @@ class Inputs(NamedTuple):
         grouped = self.query.shape[1] != self.key.shape[1]
         return fused_attention(*self[:3], self.mask, scale=self.scale, enable_gqa=grouped)
 
-    def shared(self, descent: Descent) -> "Inputs":
-        """Let queries and keys have their share of a balanced gradient."""
-        return self._replace(query=shared(self.query, descent), key=shared(self.key, descent))
-
     def ungrouped(self) -> "Inputs":
         """Repeat keys and values for every head of the queries."""
         group = self.query.shape[1] // self.key.shape[1]
@@ -117,6 +113,8 @@ class _Visited(torch.autograd.Function):
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     """Return the output of attention, (B, H, Q, d); the backward pass will hand the layer to the descent."""
+    if descent.may_balance:
+        inputs = inputs._replace(query=shared(inputs.query, descent), key=shared(inputs.key, descent))
     if descent.needs_attention and not is_fused(inputs.query):
         query, key, value, mask, _ = inputs.ungrouped()
         output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
@@ -127,14 +125,13 @@ def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     return visited
 
 
-def repeated(descent: Descent, is_shared: bool) -> Handler:
+def repeated(descent: Descent) -> Handler:
     """Return a handler that answers the calls of a block that runs again, as in the forward pass but unrecorded."""
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         inputs = Inputs.of(*args, **kwargs)
         query = inputs.query if inputs.query.requires_grad else inputs.query.detach().requires_grad_()
         call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], False, True)
-        inputs = inputs._replace(query=query)
-        return attended(inputs.shared(descent) if is_shared else inputs, call, descent)
+        return attended(inputs._replace(query=query), call, descent)
 
     return attend

@@ -240,6 +240,6 @@ class BalancedRule(TorchFunctionMode):
         return entered.copy_(output) if is_in_place else output
 
 
-def ruled(descent: Descent, is_balanced: bool) -> AbstractContextManager[object]:
-    """Give the context in which a network runs, with the rule or without."""
-    return BalancedRule(descent) if is_balanced else nullcontext()
+def ruled(descent: Descent) -> AbstractContextManager[object]:
+    """Give the context in which a network runs, with the rule if some passes are balanced."""
+    return BalancedRule(descent) if descent.may_balance else nullcontext()

@@ -56,8 +56,8 @@ class Block:
         # The backward pass reaches the last block before it has freed anything.
         if not plan.recompute or self.position == len(plan.layout.blocks) - 1:
             return forward(tokens, *others, **options)
-        descent, is_balanced, first = self.passing.descent, plan.is_balanced, True
-        attend_again = repeated(descent, is_balanced)
+        descent, first = self.passing.descent, True
+        attend_again = repeated(descent)
 
         def run(tokens: Tensor) -> Any:
             nonlocal first
@@ -65,7 +65,7 @@ class Block:
                 first = False
                 return forward(tokens, *others, **options)
             # The backward pass may run this in another thread.
-            with answered_by(attend_again), ruled(descent, is_balanced):
+            with answered_by(attend_again), ruled(descent):
                 return forward(tokens, *others, **options)
 
         # The recomputed function must not refer to the graph, not even through `self`.

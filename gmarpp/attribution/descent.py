@@ -33,10 +33,11 @@ class Descent:
 
     Args:
         needs_attention: whether a method takes anything of the layers.
+        may_balance: whether some passes are balanced.
     """
 
-    def __init__(self, needs_attention: bool) -> None:
-        self.needs_attention = needs_attention
+    def __init__(self, needs_attention: bool, may_balance: bool) -> None:
+        self.needs_attention, self.may_balance = needs_attention, may_balance
         self.relevance: Relevance | None = None
         self.local: Sequence[Tensor] = ()
         self.gradient_scale = 1.0

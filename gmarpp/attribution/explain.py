@@ -94,13 +94,13 @@ def _explained_errors() -> Iterator[None]:
 
 def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
     """Run the network once, and each score and gradient rule once down through its layers."""
-    passed = ForwardPass(plan, Descent(plan.needs_attention), len(images))
+    passed = ForwardPass(plan, Descent(plan.needs_attention, plan.is_balanced), len(images))
     with intercepted(model):
         with (
             answered_by(passed.attend),
             wrapped(plan.layout.blocks, passed),
             passed.unseen,
-            ruled(passed.descent, plan.is_balanced),
+            ruled(passed.descent),
         ):
             output = model(images)
         passed.check_calls()

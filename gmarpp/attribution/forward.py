@@ -151,8 +151,7 @@ class ForwardPass:
             query = query.detach().requires_grad_()
         if starts_here or not self.leaves:
             self.leaves.append(get_gradient_edge(query))
-        inputs = inputs._replace(query=query)
-        output = attended(inputs.shared(self.descent) if self.plan.is_balanced else inputs, call, self.descent)
+        output = attended(inputs._replace(query=query), call, self.descent)
         self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)
         if self.plan.local_scores:
             call.prefix = self._prefix(output)

@@ -19,12 +19,11 @@ class Method(ABC):
         label: name for people.
         needs_gradient: whether the score's gradient must be propagated through all layers.
         needs_local_gradient: whether each layer's own score must be differentiated.
-        gradient_rule: how the score is propagated, if it is: `plain`, or `balanced` (`gmarpp.attribution.balanced`), of
-            which the score is the class's margin. Methods with the same rule share a backward pass.
         needs_attention: whether `step` takes anything of a layer; if not, it hands on the row as it is, (B, N) from
             the start.
         needs_tokens: whether it takes the relevance of the tokens that enter each block (`receive`).
         needs_residual: whether it takes each layer's `residual`.
+        gradient_rule: how the score is propagated, if it is; methods with the same rule share a backward pass.
         signed: whether maps have negative values, for what speaks against the score.
     """
 
@@ -32,10 +31,10 @@ class Method(ABC):
     label: str
     needs_gradient: ClassVar[bool] = True
     needs_local_gradient: ClassVar[bool] = False
-    gradient_rule: ClassVar[str] = "plain"
     needs_attention: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
+    gradient_rule: ClassVar[str] = "plain"
     signed: ClassVar[bool] = False
 
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:

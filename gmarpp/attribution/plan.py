@@ -10,7 +10,10 @@ from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 
 GRADIENT_RULES = ("plain", "balanced")
-"""How a score's gradient may be propagated: `plain` leaves it unchanged, `balanced` is `attribution.balanced`."""
+"""How a score's gradient may be propagated: `plain`, unchanged, or `balanced` (`gmarpp.attribution.balanced`).
+
+The balanced one is that of a class's margin, the plain one that of its logit.
+"""
 
 
 def _is_hooked(module: nn.Module) -> bool:
