@@ -45,9 +45,13 @@ class Method(ABC):
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         """Carry the row (B, Q) down through one layer, and return (B, N)."""
 
-    def receive(self, row: Tensor, relevance: Tensor, prefix_tokens: int) -> Tensor:
-        """Return the row (B, N) below a block, given the relevance `x · ds/dx` (B, N) of the tokens x that entered it.
+    def receive(self, row: Tensor, relevance: Tensor, patches: slice) -> Tensor:
+        """Return the row (B, N) below a block, after its `step`; called if `needs_tokens`.
 
-        It follows the block's `step`; called if `needs_tokens`.
+        Args:
+            row: (B, N).
+            relevance: `x · ds/dx`, (B, N), of the tokens x that entered the block, by the method's gradient rule and up
+                to a positive factor.
+            patches: where among them the patch tokens are.
         """
         return row

@@ -159,8 +159,8 @@ class TokenRelevance(Method):
         return row
 
     @override
-    def receive(self, row: Tensor, relevance: Tensor, prefix_tokens: int) -> Tensor:
-        total = relevance[:, prefix_tokens:].abs().sum(dim=1, keepdim=True)
+    def receive(self, row: Tensor, relevance: Tensor, patches: slice) -> Tensor:
+        total = relevance[:, patches].abs().sum(dim=1, keepdim=True)
         return row + relevance / total.where(total > 0, 1.0)
 
 

@@ -22,12 +22,10 @@ class Relevance:
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
         images: (B, 3, H, W).
         tokens: number N of tokens.
-        prefix_tokens: how many of them come before the patch tokens.
+        patches: where among them the patch tokens are.
     """
 
-    def __init__(
-        self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int, prefix_tokens: int
-    ) -> None:
+    def __init__(self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int, patches: slice) -> None:
         self.needs_tokens = any(method.needs_tokens for method in methods)
         self.needs_residuals = any(method.needs_residual for method in methods)
         products = sorted(
@@ -43,7 +41,7 @@ class Relevance:
         self._rows = readout.new_empty(len(readout), len(products), tokens)
         self._summed = [position for position, method in enumerate(products) if method.is_summed]
         self._sums = readout.new_zeros(len(readout), len(self._summed), tokens)
-        self._prefix_tokens = prefix_tokens
+        self._patches = patches
         others = zip(self._others, starts[len(products) :], strict=True)
         # Without a method that needs attention no layer is stepped through.
         self._other_rows = [
@@ -66,7 +64,7 @@ class Relevance:
         """Hand on the relevance (B, N) of the tokens that enter a block, once its layer was stepped through."""
         for method, (_, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_tokens:
-                rows.copy_(method.receive(rows, relevance, self._prefix_tokens))
+                rows.copy_(method.receive(rows, relevance, self._patches))
 
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""

@@ -64,14 +64,14 @@ class WayDown:
         return rows
 
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
-        passed = self._passed
+        passed, patches = self._passed, slice(self._passed.plan.layout.prefix_tokens, None)
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
         if not passed.calls[-1].is_pool and any(method.name in DILUTED for method in methods):
-            _warn_where_all_are_read(readout[:, passed.plan.layout.prefix_tokens :])
+            _warn_where_all_are_read(readout[:, patches])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
-        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, passed.plan.layout.prefix_tokens)
+        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, patches)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
             ends = passed.leaves

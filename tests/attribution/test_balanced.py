@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import threading
 import warnings
 
 import open_clip
@@ -20,7 +21,6 @@ from naive_balanced import (
 )
 from test_explain import images, logit_of, relative_error, vit
 from test_families import NETWORKS, shares, sharpened, timm_network
-from torch import nn
 
 import gmarpp
 from gmarpp.attribution import Method, balanced, way_down
@@ -182,7 +182,7 @@ def shares_of_biases(model, batch, score):
 def test_relevance_and_biases_add_up_to_the_score_in_every_layer(name, options, monkeypatch):
     monkeypatch.setattr(balanced, "QUERY_KEY_SHARE", 0.0)
     seen = []
-    monkeypatch.setattr(Relevance, "receive", lambda self, relevance: seen.append(relevance.sum()))
+    monkeypatch.setattr(Relevance, "receive", lambda _, relevance: seen.append(relevance.sum()))
     model, batch, score = vit(name, **options), images(), logit_of(TARGET)
     for parameter in model.parameters():
         if parameter.dim() == 1 and not parameter.any():
@@ -192,65 +192,6 @@ def test_relevance_and_biases_add_up_to_the_score_in_every_layer(name, options, 
     for relevance, of_biases in zip(reversed(seen), shares_of_biases(model, batch, score), strict=True):
         assert abs(of_biases) > 1e-3 * abs(total)
         torch.testing.assert_close(relevance + of_biases, total, rtol=1e-4, atol=1e-4)
-
-
-class InOrder(nn.Module):
-    """A block that adds in another way than most."""
-
-    def __init__(self, block, kind):
-        super().__init__()
-        self.block, self.norm2, self.kind = block, nn.Identity(), kind
-
-    def forward(self, x):
-        block, attended = self.block, self.block.attn
-        if self.kind == "post-norm":
-            x = block.norm1(self.norm2(x + attended(x)))
-            return block.norm2(x + block.mlp(x))
-        if self.kind == "in place":
-            x += attended(block.norm1(x.clone()))
-            return x + block.mlp(block.norm2(x))
-        if self.kind == "scaled":
-            x = 0.5 * x + attended(block.norm1(x))
-        elif self.kind == "twice":
-            y = attended(block.norm1(x))
-            return x + y + (x + y.tanh())
-        else:
-            x = attended(block.norm1(x))
-        return x + block.mlp(block.norm2(x))
-
-
-def in_order(kind):
-    model = vit(depth=2)
-    model.blocks = nn.Sequential(*(InOrder(block, kind) for block in model.blocks))
-    return model
-
-
-def test_blocks_with_norms_behind_the_additions_are_explained():
-    model, batch = in_order("post-norm"), images()
-    found = gmarpp.explain(model, batch, BOTH, TARGET).maps
-    assert_equals_the_reference(found, reference(in_order("post-norm"), batch, TARGET), shares(17, [0]), 1)
-
-
-def test_blocks_that_change_their_tokens_in_place_are_named():
-    for methods in BOTH:
-        with pytest.raises(gmarpp.UnsupportedNetworkError, match="block 1 changes the tokens it was given in place"):
-            gmarpp.explain(in_order("in place"), images(), methods, TARGET)
-
-
-@pytest.mark.parametrize(("kind", "places"), [("scaled", 0), ("none", 0), ("twice", 2)])
-def test_a_residual_that_cannot_be_found_is_named(kind, places):
-    model, batch = in_order(kind), images()
-    with pytest.raises(gmarpp.UnsupportedNetworkError, match=f"to its tokens in one place, got {places}"):
-        gmarpp.explain(model, batch, BOTH, TARGET)
-    assert gmarpp.explain(model, batch, "token_relevance", TARGET).maps["token_relevance"].std() > 0
-
-
-def test_networks_without_known_blocks_are_named():
-    model, layout = vit(), gmarpp.Architecture(lambda height, width: (height // 8, width // 8), prefix_tokens=1)
-    with pytest.raises(
-        gmarpp.UnsupportedNetworkError, match="token_relevance, gmarpp_balanced: the network's blocks are"
-    ):
-        gmarpp.explain(model, images(), ("rollout", *BOTH), architecture=layout)
 
 
 class OwnProduct(Method):
@@ -330,3 +271,36 @@ def test_a_head_that_reads_all_tokens_is_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gmarpp.explain(model, batch, ("rollout", "gmarpp_sum"))
+
+
+@pytest.mark.parametrize("methods", [BOTH, (*BOTH, "gmarpp_l1")])
+def test_every_module_gives_what_it_gives_without_the_rule(methods):
+    model, batch, seen = timm_network("eva02_tiny_patch14_224", mlp_ratio=2), images(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda _, args, output: seen.append(output.detach().clone()))
+    gmarpp.explain(model, batch, "gmarpp_l1", TARGET)
+    expected = seen[:]
+    seen.clear()
+    gmarpp.explain(model, batch, methods, TARGET)
+    assert len(seen) == len(expected)
+    assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
+
+
+def test_other_threads_have_the_plain_gradient():
+    model, other, batch = vit(), vit(seed=1), images()
+    expected = torch.autograd.grad(other(batch)[:, 0].sum(), other.pos_embed)[0]
+    runs, done = [], threading.Event()
+
+    def train():
+        while not done.is_set():
+            runs.append(torch.autograd.grad(other(batch)[:, 0].sum(), other.pos_embed)[0])
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        while len(runs) < 5:
+            gmarpp.explain(model, batch, BOTH, TARGET)
+    finally:
+        done.set()
+        thread.join()
+    assert all(relative_error(run, expected) < 1e-4 for run in runs)
