@@ -68,10 +68,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (outer,) = gradients
+        # Recomputation lets go of what was taken, so it is taken even if it is not needed.
+        (outer,), (tokens, weight) = gradients, ctx.saved_tensors
         if outer is None or not ctx.descent.is_balanced:
             return (outer, *[None] * 6)
-        tokens, weight = ctx.saved_tensors
         with torch.autocast(outer.device.type, enabled=False):
             found = outer.float() if weight is None else outer.float() * weight.float()
             if ctx.is_centered:
@@ -100,10 +100,9 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (outer,) = gradients
+        (outer,), (entered,) = gradients, ctx.saved_tensors
         if outer is None or not ctx.descent.is_balanced:
             return (outer, *[None] * 4)
-        (entered,) = ctx.saved_tensors
         with torch.autocast(outer.device.type, enabled=False):
             values = entered.float()
             gate = ctx.function(values).div_(values).nan_to_num_(ctx.gate_at_zero)

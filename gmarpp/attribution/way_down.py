@@ -19,7 +19,7 @@ from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.target import Score
 from gmarpp.network.errors import UnsupportedNetworkError
 
-DILUTED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "rollout")
+_DILUTED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "rollout")
 """Methods whose maps say little where the head reads all tokens; see docs/methods.md."""
 
 Rows = dict[str, Tensor]
@@ -68,7 +68,7 @@ class WayDown:
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
-        if not passed.calls[-1].is_pool and any(method.name in DILUTED for method in methods):
+        if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
             _warn_where_all_are_read(readout[:, patches])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, patches)
@@ -111,7 +111,7 @@ class WayDown:
 def _warn_once() -> None:
     warnings.warn(
         "the network's head reads all of its tokens, as average pooling does: the maps of "
-        f"{', '.join(DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced or token_relevance",
+        f"{', '.join(_DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced or token_relevance",
         stacklevel=2,
     )
 
