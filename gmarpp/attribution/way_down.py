@@ -110,8 +110,8 @@ class WayDown:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "the network's head reads all of its tokens, as average pooling does: the maps of "
-        f"{', '.join(_DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced or token_relevance",
+        "the network's head reads all of its tokens, as average pooling does, and the maps of "
+        f"{', '.join(_DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced",
         stacklevel=2,
     )
 
