@@ -20,6 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import gmarpp
 
+BALANCED = ("token_relevance", "gmarpp_balanced")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -59,10 +61,10 @@ class Measured:
         with autocast(self.precision, self.device):
             run_job(job, self.model, self.images, classes)
 
-    def alone(self, method: str) -> None:
-        """Make the maps of one method."""
+    def maps(self, *methods: str) -> None:
+        """Make the maps of some methods."""
         with autocast(self.precision, self.device):
-            gmarpp.explain(self.model, self.images, method, 0)
+            gmarpp.explain(self.model, self.images, methods, 0)
 
     def kernels(self, job: str) -> tuple[int, float]:
         """Count the kernels of a job, and the milliseconds that they keep the GPU busy."""
@@ -81,7 +83,9 @@ def times(measured: Measured, classes: list[int], repeats: int) -> dict[str, str
         f"{count} methods" + (f", {each} classes" if each > 1 else ""): partial(measured.job, "kept", each)
         for each in classes
     }
-    jobs |= {f"`{method}`": partial(measured.alone, method) for method in ("gmarpp_l1", "legrad", "rollout")}
+    alone, every = ("gmarpp_l1", "legrad", "rollout", *BALANCED), (*gmarpp.METHODS, *gmarpp.VARIANTS)
+    jobs |= {f"`{method}`": partial(measured.maps, method) for method in alone}
+    jobs |= {"both balanced": partial(measured.maps, *BALANCED), f"all {len(every)}": partial(measured.maps, *every)}
     jobs[f"{count}, recomputed"] = partial(measured.job, "recomputed")
     timings = alternate(jobs, measured.forward, repeats, device=measured.device)
     forward = statistics.median(run.forward for runs in timings.values() for run in runs)

@@ -28,6 +28,10 @@ four through ReLU(G) ⊙ A.
 
 Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks run without a graph, q, k and v are
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.
+
+Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter
+block 3 and the addition behind its attention have hooks (`stream`), which bring `x · ds/dm` and `x · ds/dx`, (B, 197)
+each, before and after step 6.
 """
 
 from gmarpp.attribution.explain import explain
@@ -37,12 +41,14 @@ from gmarpp.attribution.methods import (
     GMAR,
     METHODS,
     VARIANTS,
+    BalancedRollout,
     Chefer,
     GMARPlusPlus,
     LastAttention,
     LeGrad,
     RandomMap,
     Rollout,
+    TokenRelevance,
     resolve_method,
 )
 from gmarpp.attribution.target import Contrast
@@ -56,6 +62,7 @@ __all__ = [
     "METHOD_LABELS",
     "VARIANTS",
     "Architecture",
+    "BalancedRollout",
     "Chefer",
     "Contrast",
     "Explanation",
@@ -65,6 +72,7 @@ __all__ = [
     "Method",
     "RandomMap",
     "Rollout",
+    "TokenRelevance",
     "UnsupportedNetworkError",
     "architecture_of",
     "explain",

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gmarpp.attribution.balanced import shared
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.fused_layer import is_fused
@@ -112,7 +113,9 @@ class _Visited(torch.autograd.Function):
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     """Return the output of attention, (B, H, Q, d); the backward pass will hand the layer to the descent."""
-    if not is_fused(inputs.query):
+    if descent.may_balance:
+        inputs = inputs._replace(query=shared(inputs.query, descent), key=shared(inputs.key, descent))
+    if descent.needs_attention and not is_fused(inputs.query):
         query, key, value, mask, _ = inputs.ungrouped()
         output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
         return output

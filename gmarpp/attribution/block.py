@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gmarpp.attribution.attend import repeated
+from gmarpp.attribution.balanced import ruled
 from gmarpp.attribution.forward import BlockRun, ForwardPass, tokens_of
 from gmarpp.attribution.seam import answered_by, is_intercepted
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -40,7 +41,7 @@ class Block:
                 f"block {self.position} takes its tokens by keyword ({', '.join(options)}): pass them by position"
             )
         tokens, *others = inputs
-        self.passing.enter_block(self.position)
+        tokens = self.passing.enter_block(self.position, tokens)
         output = self._run(tokens, others, options)
         run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output))
         tokens = self.passing.leave_block(self.position, run)
@@ -52,13 +53,11 @@ class Block:
             # The graphs of the layers' own scores also start after the block has run.
             with torch.no_grad():
                 return forward(tokens, *others, **options)
-        if self.position == 0:
-            # The graph starts here: nothing below the first layer is needed.
-            tokens = tokens.detach()
         # The backward pass reaches the last block before it has freed anything.
         if not plan.recompute or self.position == len(plan.layout.blocks) - 1:
             return forward(tokens, *others, **options)
-        attend_again, first = repeated(self.passing.descent), True
+        descent, first = self.passing.descent, True
+        attend_again = repeated(descent)
 
         def run(tokens: Tensor) -> Any:
             nonlocal first
@@ -66,7 +65,7 @@ class Block:
                 first = False
                 return forward(tokens, *others, **options)
             # The backward pass may run this in another thread.
-            with answered_by(attend_again):
+            with answered_by(attend_again), ruled(descent):
                 return forward(tokens, *others, **options)
 
         # The recomputed function must not refer to the graph, not even through `self`.

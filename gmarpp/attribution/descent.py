@@ -23,25 +23,63 @@ class Descent:
         relevance: the rows of this pass.
         local: gradients of the layers' own scores, (B, H, R, dv), by block; empty when no method needs them.
         gradient_scale: factor of all gradients.
+        is_balanced: whether the backward pass is that of the balanced gradient.
+        residuals: by block, `x · ds/dm` times `gradient_scale` (see `AttentionLayer.residual`), until its layer is
+            visited.
         layers: number of layers.
         depth: number of self-attention layers.
         visited: positions of the layers visited so far.
+        received: positions of the blocks whose tokens' relevance was seen so far.
+
+    Args:
+        needs_attention: whether a method takes anything of the layers.
+        may_balance: whether some passes are balanced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needs_attention: bool, may_balance: bool) -> None:
+        self.needs_attention, self.may_balance = needs_attention, may_balance
         self.relevance: Relevance | None = None
         self.local: Sequence[Tensor] = ()
         self.gradient_scale = 1.0
+        self.is_balanced = False
+        self.residuals: dict[int, Tensor] = {}
         self.layers = self.depth = 0
         self.visited: list[int] = []
+        self.received: list[int] = []
 
     def begin(
-        self, relevance: Relevance, local: Sequence[Tensor], gradient_scale: float, calls: Sequence[AttentionCall]
+        self,
+        relevance: Relevance,
+        local: Sequence[Tensor],
+        gradient_scale: float,
+        calls: Sequence[AttentionCall],
+        is_balanced: bool,
     ) -> None:
         """Start a pass."""
         self.relevance, self.local, self.gradient_scale = relevance, local, gradient_scale
+        self.is_balanced, self.residuals = is_balanced, {}
         self.layers, self.depth = len(calls), sum(not call.is_pool for call in calls)
-        self.visited = []
+        self.visited, self.received = [], []
+
+    def end(self) -> None:
+        """End a pass; what is differentiated between passes is by the plain rule."""
+        self.relevance, self.is_balanced = None, False
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the relevance of tokens that enter blocks is wanted."""
+        return self.relevance is not None and self.relevance.needs_tokens
+
+    @property
+    def needs_residuals(self) -> bool:
+        """Whether `residuals` are wanted."""
+        return self.relevance is not None and self.relevance.needs_residuals
+
+    def receive(self, block: int, relevance: Tensor) -> None:
+        """Take the relevance (B, N), times `gradient_scale`, of the tokens that enter a block."""
+        assert self.relevance is not None
+        self.received.append(block)
+        self.relevance.receive(relevance)
 
     def visit(
         self,
@@ -65,8 +103,11 @@ class Descent:
             gradients: filled with those of query, key and value, if the layer computes them.
         """
         assert self.relevance is not None
-        local = None if call.block is None or not self.local else self.local[call.block]
         self.visited.append(call.index)
+        if not self.needs_attention:
+            return
+        local = None if call.block is None or not self.local else self.local[call.block]
+        residual = None if call.block is None else self.residuals.pop(call.block, None)
         kind = FusedLayer if is_fused(query) else AttentionLayer
         for part in _parts(query, key):
             layer = kind(
@@ -81,6 +122,7 @@ class Descent:
                 is_top=call.index == self.layers - 1,
                 is_pool=call.is_pool,
                 depth=self.depth,
+                residual=None if residual is None else residual[part] / self.gradient_scale,
             )
             self.relevance.step(part, layer)
             if gradients is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from gmarpp.attribution.balanced import ruled
 from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
@@ -94,15 +95,21 @@ def _explained_errors() -> Iterator[None]:
 
 def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
     """Run the network once, and each score and gradient rule once down through its layers."""
-    passed = ForwardPass(plan, Descent(), len(images))
+    passed = ForwardPass(plan, Descent(plan.needs_attention, plan.is_balanced), len(images))
     with intercepted(model):
-        with answered_by(passed.attend), wrapped(plan.layout.blocks, passed), passed.unseen:
+        with (
+            answered_by(passed.attend),
+            wrapped(plan.layout.blocks, passed),
+            passed.unseen,
+            ruled(passed.descent),
+        ):
             output = model(images)
         passed.check_calls()
         grid = _grid(plan, images, passed.calls[-1].keys)
         scores = Scores.of(output, target, model, len(images))
         way = WayDown(passed, output, images)
-        columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
+        pairs = list(zip(scores.functions, scores.margins, strict=True))
+        columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     first_patch = plan.layout.prefix_tokens
     shape = (*scores.indices.shape, *grid)
     maps = {

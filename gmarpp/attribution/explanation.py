@@ -21,7 +21,8 @@ class Explanation:
         target: class explained, long, (B,) or (B, K); -1 where a function was explained instead of a class.
         logits: the network's output, (B, C); the scores (B, 1) where the target was a function.
         scores: what was explained, float32, (B,) or (B, K): the logit of each class, the difference of a `Contrast`, or
-            the value of a function.
+            the value of a function. Of a class, methods of the balanced gradient explain the margin instead, its logit
+            less the log-sum-exp of the others.
         images: the part of the images that the network's patches cover, float32 in [0, 1] for display, (B, 3, H, W).
         class_names: names of the classes for people; empty if the network carries none.
         signed_methods: names of the methods whose maps are signed, negative for what speaks against the score.

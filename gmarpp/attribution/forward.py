@@ -12,6 +12,7 @@ from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
 from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 
@@ -63,7 +64,8 @@ class ForwardPass:
     Attributes:
         calls: the attention calls, from the input upward.
         outputs: of each call, where its output stands in the graph.
-        leaves: the queries in which the graph starts.
+        leaves: the queries in which the graph starts, or would start if no method followed tokens.
+        first_tokens: the first block's tokens, in which it starts then.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         dtype: in which the network attends.
@@ -79,13 +81,16 @@ class ForwardPass:
         self.plan, self.descent = plan, descent
         self.calls: list[AttentionCall] = []
         self.outputs: list[GradientEdge | Tensor | None] = []
-        self.leaves: list[Tensor] = []
+        self.leaves: list[GradientEdge] = []
+        self.first_tokens: GradientEdge | None = None
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
         self.dtype = torch.float32
         self.unseen = UnseenAttention()
         self._batch = batch
         self._block: int | None = None
+        self._entered: Entered | None = None
+        self._entrance: GradientEdge | None = None
 
     @property
     def token_counts(self) -> set[int]:
@@ -100,14 +105,26 @@ class ForwardPass:
             return self.last_tokens
         return self.outputs[-1]
 
-    def enter_block(self, position: int) -> None:
-        """Note the block that the next attention calls belong to."""
+    def enter_block(self, position: int, tokens: Tensor) -> Tensor:
+        """Note the block that the next attention calls belong to, and return the tokens that it starts with."""
         self._block = position
+        if position == 0:
+            # The graph starts here: nothing below the first layer is needed.
+            tokens = tokens.detach()
+        if self.plan.follows_tokens:
+            if position == 0:
+                self.first_tokens = get_gradient_edge(tokens.requires_grad_())
+                # Blocks may not change a tensor in place in which a graph starts.
+                tokens = tokens.clone()
+            self._entered, self._entrance = watch_tokens(tokens, position, self.descent)
+        return tokens
 
     def leave_block(self, position: int, run: BlockRun) -> Tensor:
         """Record what left a block, and return the tokens that the network continues with."""
         self._block = None
         tokens = run.output
+        if self.plan.needs_residuals:
+            self._watch_addition(tokens, position)
         if position == len(self.plan.layout.blocks) - 1:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
@@ -116,6 +133,12 @@ class ForwardPass:
             self.runs.append(run)
         return tokens
 
+    def _watch_addition(self, output: Tensor, block: int) -> None:
+        made = self.outputs[-1] if self.calls and self.calls[-1].block == block else None
+        # Where the graph or the attention is missing, `check_calls` says so.
+        if isinstance(made, GradientEdge) and self._entrance is not None and self._entered is not None:
+            watch_addition(output, self._entrance, made, self._entered, self.descent)
+
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer an attention call, and record it."""
         inputs = Inputs.of(*args, **kwargs)
@@ -123,9 +146,11 @@ class ForwardPass:
         if not self.plan.gradients:
             return self._kept(call, inputs)
         query = inputs.query
-        if not query.requires_grad or not self.leaves:
+        starts_here = not query.requires_grad or (not self.leaves and self.first_tokens is None)
+        if starts_here:
             query = query.detach().requires_grad_()
-            self.leaves.append(query)
+        if starts_here or not self.leaves:
+            self.leaves.append(get_gradient_edge(query))
         output = attended(inputs._replace(query=query), call, self.descent)
         self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)
         if self.plan.local_scores:

@@ -30,6 +30,8 @@ class AttentionLayer:
         local: gradient of the layer's own score (see `LeGrad`) with respect to the first R rows of the output, times
             `gradient_scale`, (B, H, R, dv); `None` when no requested method needs it, and in an attention-pool head.
         gradient_scale: power of two that keeps small gradients from vanishing in float16.
+        residual: `x · ds/dm`, (B, Q), for the tokens x that enter the layer's block, m behind the addition of attention
+            to them; `None` when no requested method needs it, and in an attention-pool head.
         is_top: whether this is the last layer of the network, which is visited first.
         is_pool: whether the layer is an attention-pool head, whose queries are not tokens.
         depth: number of self-attention layers of the network, an attention-pool head not counted.
@@ -46,6 +48,7 @@ class AttentionLayer:
     is_top: bool
     is_pool: bool
     depth: int
+    residual: Tensor | None = None
 
     @cached_property
     def attention(self) -> Tensor:

@@ -19,6 +19,10 @@ class Method(ABC):
         label: name for people.
         needs_gradient: whether the score's gradient must be propagated through all layers.
         needs_local_gradient: whether each layer's own score must be differentiated.
+        needs_attention: whether `step` takes anything of a layer; if not, it hands on the row as it is, (B, N) from
+            the start.
+        needs_tokens: whether it takes the relevance of the tokens that enter each block (`receive`).
+        needs_residual: whether it takes each layer's `residual`.
         gradient_rule: how the score is propagated, if it is; methods with the same rule share a backward pass.
         signed: whether maps have negative values, for what speaks against the score.
     """
@@ -27,6 +31,9 @@ class Method(ABC):
     label: str
     needs_gradient: ClassVar[bool] = True
     needs_local_gradient: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
+    needs_residual: ClassVar[bool] = False
     gradient_rule: ClassVar[str] = "plain"
     signed: ClassVar[bool] = False
 
@@ -37,3 +44,14 @@ class Method(ABC):
     @abstractmethod
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         """Carry the row (B, Q) down through one layer, and return (B, N)."""
+
+    def receive(self, row: Tensor, relevance: Tensor, patches: slice) -> Tensor:
+        """Return the row (B, N) below a block, after its `step`; called if `needs_tokens`.
+
+        Args:
+            row: (B, N).
+            relevance: `x · ds/dx`, (B, N), of the tokens x that entered the block, by the method's gradient rule and up
+                to a positive factor.
+            patches: where among them the patch tokens are.
+        """
+        return row

@@ -5,7 +5,7 @@ A method carries one row vector per image, shape (B, N), from the readout to the
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -106,6 +106,65 @@ class GMARPlusPlus(Rollout):
 
 
 @dataclass(frozen=True)
+class BalancedRollout(RowProduct):
+    """Rollout of positive balanced gradients times attention, `E = Σ_h ReLU(G_h) ⊙ A_h`, in each layer's own balance.
+
+    `M = rownorm(E + diag(a))`, where `a_i = ReLU(x_i · ds/dm_i)` is what the residual connection keeps of token i: x
+    enters the layer's block, m is behind the addition of attention. A row without either is handed on as it is. The
+    map is the sum of the rows below all layers. The score s is the margin of the class.
+
+    Args:
+        name: key of the map.
+        label: name for people.
+    """
+
+    name: str = "gmarpp_balanced"
+    label: str = "GMAR++ (balanced)"
+    alpha: float = field(default=0.0, init=False, repr=False)
+    relevance: ClassVar[Literal["attention", "product"]] = "product"
+    gradient_rule: ClassVar[str] = "balanced"
+    needs_residual: ClassVar[bool] = True
+    is_summed: ClassVar[bool] = True
+
+    @override
+    def head_weights(self, layer: AttentionLayer) -> Tensor:
+        return torch.ones_like(layer.equal_shares)
+
+
+@dataclass(frozen=True)
+class TokenRelevance(Method):
+    """What each token says for the class or against it, in all layers: `Σ_l R_l(j) / Σ_j' |R_l(j')|`, signed.
+
+    `R_l(j) = x_lj · ds/dx_lj` for the tokens x_l that enter block l, with the balanced gradient of the class's margin
+    s; j and j' are patch tokens.
+
+    Args:
+        name: key of the map.
+        label: name for people.
+    """
+
+    name: str = "token_relevance"
+    label: str = "Token relevance"
+    gradient_rule: ClassVar[str] = "balanced"
+    needs_attention: ClassVar[bool] = False
+    needs_tokens: ClassVar[bool] = True
+    signed: ClassVar[bool] = True
+
+    @override
+    def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
+        return readout.new_zeros(len(readout), tokens)
+
+    @override
+    def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
+        return row
+
+    @override
+    def receive(self, row: Tensor, relevance: Tensor, patches: slice) -> Tensor:
+        total = relevance[:, patches].abs().sum(dim=1, keepdim=True)
+        return row + relevance / total.where(total > 0, 1.0)
+
+
+@dataclass(frozen=True)
 class Chefer(Rollout):
     """Relevance propagation by gradients only: `M = I + mean_h ReLU(G ⊙ A)`, rows not normalized.
 
@@ -177,6 +236,7 @@ class RandomMap(Method):
     label: str = "Random"
     seed: int = 0
     needs_gradient: ClassVar[bool] = False
+    needs_attention: ClassVar[bool] = False
 
     @override
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
@@ -212,7 +272,9 @@ _PUBLISHED = _by_name(
     RandomMap(),
 )
 # Found to be more faithful than the published rule: docs/study.md.
-_VARIANTS = _by_name(GMARPlusPlus(name="gmarpp_sum", label="GMAR++ (sum)", norm=None))
+_VARIANTS = _by_name(
+    GMARPlusPlus(name="gmarpp_sum", label="GMAR++ (sum)", norm=None), BalancedRollout(), TokenRelevance()
+)
 _REGISTERED = _PUBLISHED | _VARIANTS
 _ALIASES = {"gmar++": "gmarpp_l1", "gmar": "gmar_l1"}
 

@@ -9,8 +9,11 @@ from gmarpp.attribution.method import Method
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 
-GRADIENT_RULES = ("plain",)
-"""How a score's gradient may be propagated: `plain` leaves it unchanged."""
+GRADIENT_RULES = ("plain", "balanced")
+"""How a score's gradient may be propagated: `plain`, unchanged, or `balanced` (`gmarpp.attribution.balanced`).
+
+The balanced one is that of a class's margin, the plain one that of its logit.
+"""
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -29,6 +32,11 @@ def _by_rule(methods: Sequence[Method]) -> tuple[tuple[Method, ...], ...]:
     first = next(iter(used))
     rules = [method.gradient_rule if method.needs_gradient else first for method in methods]
     return tuple(tuple(each for each, own in zip(methods, rules, strict=True) if own == rule) for rule in used)
+
+
+def rule_of(methods: Sequence[Method]) -> str:
+    """Return the gradient rule of a group of methods."""
+    return next((method.gradient_rule for method in methods if method.needs_gradient), GRADIENT_RULES[0])
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,26 @@ class Plan:
     tails_again: bool
     recompute: bool
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether a backward pass is that of the balanced gradient."""
+        return any(rule_of(group) == "balanced" for group in self.groups)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a method takes anything of the attention layers."""
+        return any(method.needs_attention for group in self.groups for method in group)
+
+    @property
+    def needs_residuals(self) -> bool:
+        """Whether the residual's share is wanted of each layer."""
+        return any(method.needs_residual for group in self.groups for method in group)
+
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether the tokens that enter blocks are followed."""
+        return self.needs_residuals or any(method.needs_tokens for group in self.groups for method in group)
+
     @staticmethod
     def of(methods: Sequence[Method], layout: Architecture, recompute: bool) -> "Plan":
         """Plan a call.
@@ -75,6 +103,12 @@ class Plan:
             raise UnsupportedNetworkError(
                 "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
                 "gmarpp.Architecture(..., blocks=..., head=...)"
+            )
+        followed = [method.name for method in methods if method.needs_tokens or method.needs_residual]
+        if followed and not layout.blocks:
+            raise UnsupportedNetworkError(
+                f"{', '.join(followed)}: the network's blocks are needed: pass them in "
+                "gmarpp.Architecture(..., blocks=...)"
             )
         names = tuple(method.name for method in methods)
         return Plan(names, _by_rule(methods), layout, gradients, local_scores, tails_again, recompute)

@@ -4,6 +4,8 @@ A method of this kind carries a row r from the readout to the input, `r_{l-1} = 
 
     M = rownorm(Σ_h w_h R_h + alpha I),   R_h = A_h  or  ReLU(G_h) ⊙ A_h
 
+The balanced rollout has the residual's own share a, a number for each row, instead of alpha.
+
 No matrix M is made. Row i of M is divided by its sum `t_i = Σ_h w_h s_hi + alpha`, s_h the row sums of R_h, so that
 `r M = Σ_h (w_h r / t) R_h + alpha r / t`: the layer is asked for the product of rows (w_h r / t) with its R_h.
 """
@@ -27,11 +29,14 @@ class RowProduct(Method):
         alpha: weight of the residual connection beside the relevance, 0 or more.
         relevance: R, either the `attention` A or the positive `product` ReLU(G) ⊙ A.
         normalized: whether rows of M are divided by their sum.
+        needs_residual: whether alpha is replaced by the positive part of `AttentionLayer.residual`.
+        is_summed: whether the map is the sum of the rows below all layers, and not the lowest row.
     """
 
     alpha: float
     relevance: ClassVar[Literal["attention", "product"]] = "attention"
     normalized: ClassVar[bool] = True
+    is_summed: ClassVar[bool] = False
 
     @abstractmethod
     def head_weights(self, layer: AttentionLayer) -> Tensor:
@@ -59,8 +64,9 @@ class RowProducts:
         self._normalized = torch.tensor(normalized, device=device)[:, None]
         # Rows of M that are not normalized are divided by 0 times their sum, plus 1.
         self._share_of_sum = self._normalized.float()
-        self._added = torch.where(self._normalized, self._alpha, torch.ones_like(self._alpha))
-        self._may_be_empty = min(alphas) == 0
+        self._has_share = torch.tensor([method.needs_residual for method in methods], device=device)[:, None]
+        self._needs_share = any(method.needs_residual for method in methods)
+        self._may_be_empty = self._needs_share or min(alphas) == 0
 
     def step(self, rows: Tensor, layer: AttentionLayer) -> Tensor:
         """Carry rows (B, M, Q), one for each method, through a layer, and return (B, M, N)."""
@@ -68,8 +74,9 @@ class RowProducts:
         sums = self._row_sums(weights, layer)  # (B, M, Q)
         if layer.is_pool:
             return self._through_pool(rows, weights, sums, layer)
-        total = torch.addcmul(self._added, self._share_of_sum, sums)
-        residual = self._alpha
+        residual = self._residual(layer)
+        added = torch.where(self._normalized, residual, 1.0)
+        total = torch.addcmul(added, self._share_of_sum, sums)
         if self._may_be_empty:
             # A row without relevance and residual passes unchanged.
             empty = total == 0
@@ -84,6 +91,13 @@ class RowProducts:
         # Without any relevance every key counts alike.
         lost = self._normalized & (carried.sum(dim=-1, keepdim=True) == 0)
         return carried.masked_fill(lost, 1 / carried.shape[-1])
+
+    def _residual(self, layer: AttentionLayer) -> Tensor:
+        """Return what stays in the residual, (M, 1) or (B, M, Q)."""
+        if not self._needs_share:
+            return self._alpha
+        assert layer.residual is not None
+        return torch.where(self._has_share, layer.residual.relu()[:, None], self._alpha)
 
     def _row_sums(self, weights: Tensor, layer: AttentionLayer) -> Tensor:
         """Return `Σ_h w_h s_h`, (B, M, Q); rows of attention sum to 1."""

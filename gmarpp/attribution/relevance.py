@@ -13,14 +13,21 @@ from gmarpp.attribution.products import RowProduct, RowProducts
 class Relevance:
     """The rows of some methods in one pass from the top down; it holds nothing else.
 
+    Attributes:
+        needs_tokens: whether a method takes the relevance of tokens that enter blocks.
+        needs_residuals: whether a method takes the layers' `residual`.
+
     Args:
         methods: the methods that the rows belong to.
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
         images: (B, 3, H, W).
         tokens: number N of tokens.
+        patches: where among them the patch tokens are.
     """
 
-    def __init__(self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int) -> None:
+    def __init__(self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int, patches: slice) -> None:
+        self.needs_tokens = any(method.needs_tokens for method in methods)
+        self.needs_residuals = any(method.needs_residual for method in methods)
         products = sorted(
             (method for method in methods if isinstance(method, RowProduct)),
             key=lambda method: method.relevance != "attention",
@@ -32,7 +39,15 @@ class Relevance:
         # Above the top layer a row has an entry per query, below it one per token.
         self._above = torch.stack(starts[: len(products)], dim=1) if products else None  # (B, M, Q)
         self._rows = readout.new_empty(len(readout), len(products), tokens)
-        self._other_rows = [(start, readout.new_empty(len(readout), tokens)) for start in starts[len(products) :]]
+        self._summed = [position for position, method in enumerate(products) if method.is_summed]
+        self._sums = readout.new_zeros(len(readout), len(self._summed), tokens)
+        self._patches = patches
+        others = zip(self._others, starts[len(products) :], strict=True)
+        # Without a method that needs attention no layer is stepped through.
+        self._other_rows = [
+            (start, readout.new_empty(len(readout), tokens) if method.needs_attention else start)
+            for method, start in others
+        ]
 
     def step(self, part: slice, layer: AttentionLayer) -> None:
         """Carry the rows of the images of a part through their layer; the layers of an image come from the top down."""
@@ -40,10 +55,19 @@ class Relevance:
             assert self._above is not None
             rows = self._above if layer.is_top else self._rows
             self._rows[part] = self._products.step(rows[part], layer)
+            if self._summed and not layer.is_pool:
+                self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
             rows[part] = method.step((above if layer.is_top else rows)[part], layer)
 
+    def receive(self, relevance: Tensor) -> None:
+        """Hand on the relevance (B, N) of the tokens that enter a block, once its layer was stepped through."""
+        for method, (_, rows) in zip(self._others, self._other_rows, strict=True):
+            if method.needs_tokens:
+                rows.copy_(method.receive(rows, relevance, self._patches))
+
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""
+        self._rows[:, self._summed] = self._sums
         rows = (*self._rows.unbind(dim=1), *(rows for _, rows in self._other_rows))
         return dict(zip(self._names, rows, strict=True))

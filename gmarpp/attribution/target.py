@@ -88,3 +88,20 @@ def class_indices(target: Any, model: nn.Module) -> Any:
 def class_score(indices: Tensor) -> Score:
     """Score each image by the logit of its class; indices of shape (B,)."""
     return lambda output: logits_of(output).gather(1, indices[:, None]).squeeze(1)
+
+
+def margin_score(indices: Tensor) -> Score:
+    """Score each image by the logit of its class less the log-sum-exp of the others; indices of shape (B,).
+
+    It is the log-odds of the class, in float32. The logit of a network with one class has no margin, and stays.
+    """
+
+    def score(output: Any) -> Tensor:
+        logits = logits_of(output).float()
+        logit = logits.gather(1, indices[:, None])
+        if logits.shape[1] == 1:
+            return logit.squeeze(1)
+        others = logits.scatter(1, indices[:, None], float("-inf"))
+        return logit.squeeze(1) - others.logsumexp(dim=1)
+
+    return score

@@ -1,6 +1,8 @@
 """From a score down to the input tokens: once for each score and gradient rule."""
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +12,15 @@ from torch import Tensor
 from gmarpp.attribution.forward import CUT, ForwardPass
 from gmarpp.attribution.head import readout_of
 from gmarpp.attribution.method import Method
+from gmarpp.attribution.operations import next_sequence_number, require_known
 from gmarpp.attribution.own_scores import OwnScores
+from gmarpp.attribution.plan import rule_of
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.target import Score
 from gmarpp.network.errors import UnsupportedNetworkError
+
+_DILUTED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "rollout")
+"""Methods whose maps say little where the head reads all tokens; see docs/methods.md."""
 
 Rows = dict[str, Tensor]
 """By method, a row (B, N) for the input tokens."""
@@ -30,20 +37,24 @@ class WayDown:
 
     def __init__(self, passed: ForwardPass, output: Any, images: Tensor) -> None:
         self._passed, self._output, self._images = passed, output, images
+        self._end_of_network = next_sequence_number()
         self._own_scores = OwnScores(passed, output) if passed.plan.local_scores else None
 
-    def rows(self, score: Score, last: bool) -> Rows:
-        """Return the rows of all methods for a score; after the last one the graph is gone."""
+    def rows(self, score: Score, margin: Score, last: bool) -> Rows:
+        """Return the rows of all methods for a score and its margin; after the last one the graph is gone."""
         groups = self._passed.plan.groups
         found: Rows = {}
         for position, methods in enumerate(groups):
-            found |= self._rows(methods, score, keep=not last or position < len(groups) - 1)
+            found |= self._rows(methods, score, margin, keep=not last or position < len(groups) - 1)
         return found
 
-    def _rows(self, methods: Sequence[Method], score: Score, keep: bool) -> Rows:
+    def _rows(self, methods: Sequence[Method], score: Score, margin: Score, keep: bool) -> Rows:
         """Go down for methods that share a backward pass; float16 scales its gradients automatically."""
         is_half = self._passed.dtype == torch.float16
-        total = score(self._output)
+        is_balanced = rule_of(methods) == "balanced"
+        total = (margin if is_balanced else score)(self._output)
+        if is_balanced:
+            require_known(total, self._end_of_network)
         self._passed.unseen.require_none(total, self._passed.token_counts)
         scale = _largest_scale(total, self._passed.score_start) if is_half else 1.0
         rows = self._descend(methods, score, total, scale, keep=keep or is_half)
@@ -53,18 +64,24 @@ class WayDown:
         return rows
 
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
-        passed = self._passed
+        passed, patches = self._passed, slice(self._passed.plan.layout.prefix_tokens, None)
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
+        if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
+            _warn_where_all_are_read(readout[:, patches])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
-        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
-        passed.descent.begin(relevance, local, scale, passed.calls)
+        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, patches)
+        passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
-            torch.autograd.grad(total.float().sum() * scale, passed.leaves, retain_graph=keep, allow_unused=True)
-            self._check_visited()
+            ends = passed.leaves
+            if passed.first_tokens is not None and any(method.needs_tokens for method in methods):
+                ends = [passed.first_tokens]
+            torch.autograd.grad(total.float().sum() * scale, ends, retain_graph=keep, allow_unused=True)
+            self._check_visited(methods)
         else:
             self._replay(keep)
+        passed.descent.end()
         return relevance.rows()
 
     def _replay(self, keep: bool) -> None:
@@ -76,12 +93,33 @@ class WayDown:
                 if not keep:
                     call.inputs = None
 
-    def _check_visited(self) -> None:
-        missing = {call.index for call in self._passed.calls} - set(self._passed.descent.visited)
+    def _check_visited(self, methods: Sequence[Method]) -> None:
+        passed, descent = self._passed, self._passed.descent
+        missing = {call.index for call in passed.calls} - set(descent.visited)
         if missing:
             raise UnsupportedNetworkError(
                 f"no gradient of the score reaches attention layers {sorted(missing)}, which these methods need: {CUT}"
             )
+        blocks, received = list(range(len(passed.plan.layout.blocks))), sorted(descent.received)
+        if any(method.needs_tokens for method in methods) and received != blocks:
+            raise UnsupportedNetworkError(
+                f"expected a gradient of the score at the tokens of each of blocks {blocks}, got {received}: {CUT}"
+            )
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "the network's head reads all of its tokens, as average pooling does, and the maps of "
+        f"{', '.join(_DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced",
+        stacklevel=2,
+    )
+
+
+def _warn_where_all_are_read(patches: Tensor) -> None:
+    """Warn once per process if the readout gives shares to all patch tokens, (B, n)."""
+    if bool((patches > 0).all()):
+        _warn_once()
 
 
 def _largest_scale(total: Tensor, start: Any) -> float:

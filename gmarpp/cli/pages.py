@@ -98,7 +98,7 @@ COMMANDS = {
             **_CONFIG,
             **_DATA,
             "--output DIR": "folder of sanity.csv and sanity.png (results/sanity)",
-            "--methods '[NAME, …]'": "methods (all but gmarpp_sum)",
+            "--methods '[NAME, …]'": "methods (all but gmarpp_sum, gmarpp_balanced, token_relevance)",
             "--images N": "number of images (64)",
             "--seed N": "of the random parameters (0)",
         },

@@ -102,7 +102,7 @@ def peak_bytes(depth, recompute, **options):
     """Most bytes that tensors take at any moment of one call."""
     model, batch = vit(depth, **LONG, **options), images()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        gmarpp.explain(model, batch, gmarpp.METHODS, recompute=recompute)
+        gmarpp.explain(model, batch, (*gmarpp.METHODS, *gmarpp.VARIANTS), recompute=recompute)
     events = profiled.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     in_use = peak = 0
