@@ -40,9 +40,9 @@ from gmarpp.metrics.functional import rank_correlation
 from gmarpp.run.summary import bootstrap, higher_is_better, leaders
 
 LABELS = METHOD_LABELS | {name: label for name, (label, _) in OUTSIDE_METHODS.items()}
-OURS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum")
+OURS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmarpp_balanced", "token_relevance")
 METHODS = (*OURS, "gmar_l1", "rollout", "legrad", "chefer", "attention", "random", *OUTSIDE_METHODS)
-REFERENCES = ("gmarpp_l1", "gmarpp_sum")
+REFERENCES = ("gmarpp_l1", "token_relevance")
 IMAGES = {"blur": 500, "drop": 500, "mean": 200, "black": 200}
 
 Indices = Mapping[str, Sequence[int]]

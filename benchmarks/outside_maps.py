@@ -77,17 +77,23 @@ def grad_cam(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor
     return _by_patch(model, torch.from_numpy(values)[:, None])
 
 
-def attn_lrp(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor:
+def attn_lrp(model: VisionTransformer, images: Tensor, target: Tensor, margin: bool = False) -> Tensor:
     """Compute LRP through attention with constant weights (lxt, zennit), signed, averaged over each patch.
 
-    lxt has rules for torchvision's networks; the same ones are put on a copy of the timm network: the identity rule on
-    GELU and layer norm, no relevance through queries and keys, the gamma rule on linear and convolutional layers.
+    What it explains is the logit, as lxt does, or with `margin` the score of gmarpp's balanced methods: the logit minus
+    the log-sum-exp of the others. lxt has rules for torchvision's networks; the same ones are put on a copy of the timm
+    network: the identity rule on GELU and layer norm, no relevance through queries and keys, the gamma rule on linear
+    and convolutional layers.
     """
     copied = _with_lrp_rules(model)
     composite = LayerMapComposite([(nn.Conv2d, Gamma(CONV_GAMMA)), (nn.Linear, Gamma(LINEAR_GAMMA))])
     inputs = images.clone().requires_grad_()
     with composite.context(copied) as modified:
-        total = modified(inputs).gather(1, target[:, None]).sum()
+        logits = modified(inputs)
+        scores = logits.gather(1, target[:, None])
+        if margin:
+            scores = scores - logits.scatter(1, target[:, None], -torch.inf).logsumexp(dim=1, keepdim=True)
+        total = scores.sum()
         (gradient,) = torch.autograd.grad(total, inputs)
     return _by_patch(model, inputs * gradient)
 
@@ -112,5 +118,6 @@ OUTSIDE_METHODS: dict[str, tuple[str, OutsideMethod]] = {
     "occlusion": ("Occlusion", occlusion),
     "grad_cam": ("Grad-CAM", grad_cam),
     "attn_lrp": ("LRP (lxt)", attn_lrp),
+    "attn_lrp_margin": ("LRP (lxt) of the margin", partial(attn_lrp, margin=True)),
 }
 """Label for people and function of each method."""
