@@ -39,12 +39,13 @@ class AttentionCall:
     prefix: Tensor | None = None
 
 
-def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
+def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
     """Refuse a network whose attention calls do not follow each other as layers.
 
     Args:
         calls: all of a forward pass, from the input upward.
         blocks: number of the transformer blocks; 0 if they are not known.
+        prefix: number of prefix tokens, which an attention-pool head may leave out.
 
     Raises:
         UnsupportedNetworkError: if there are no calls, if they attend to different tokens, or if blocks did not make
@@ -57,8 +58,9 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
             "ConViT) or without attention cannot be explained by these methods: use a ViT"
         )
     *below, top = calls
+    tokens = {top.keys, top.keys + prefix} if top.is_pool and blocks else {top.keys}
     for call in below:
-        if call.queries != call.keys or call.queries != top.keys:
+        if call.queries != call.keys or call.keys != calls[0].keys or call.keys not in tokens:
             raise UnsupportedNetworkError(
                 f"attention layer {call.index} has {call.queries} queries and {call.keys} keys, and the last layer "
                 f"{top.keys} keys: only networks that keep all tokens from layer to layer can be explained, with "

@@ -14,11 +14,12 @@ from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import select_methods
 from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.replay import Replay
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
-from gmarpp.network.architecture import Architecture, architecture_of
+from gmarpp.network.architecture import Architecture, architecture_of, unwrapped
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.extent import fit_to_extent, grid_extent
 from gmarpp.network.modes import evaluation_mode
@@ -61,6 +62,7 @@ def explain(
         torch.Size([4, 2, 2])
     """
     selected = select_methods(methods)
+    model = unwrapped(model)
     _check(model, images)
     layout = architecture or architecture_of(model)
     plan = Plan.of(selected, layout, recompute)
@@ -97,32 +99,32 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     with intercepted(model):
         with answered_by(passed.attend), wrapped(plan.layout.blocks, passed), passed.unseen:
             output = model(images)
-        passed.check_calls()
-        grid = _grid(plan, images, passed.calls[-1].keys)
         scores = Scores.of(output, target, model, len(images))
-        way = WayDown(passed, output, images)
+        passed.leave_out_unread(torch.stack([score(output).float().sum() for score in scores.functions]).sum())
+        passed.check_calls()
+        grid = _grid(plan, images, passed.tokens)
+        way = WayDown(passed, output, images, Replay(model, images, plan.layout.blocks, passed.runs))
         columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
     first_patch = plan.layout.prefix_tokens
     shape = (*scores.indices.shape, *grid)
+    patches = slice(first_patch, first_patch + grid[0] * grid[1])
     maps = {
-        name: torch.stack([rows[name] for rows in columns], dim=1)[..., first_patch:].reshape(shape)
-        for name in plan.names
+        name: torch.stack([rows[name] for rows in columns], dim=1)[..., patches].reshape(shape) for name in plan.names
     }
     _check_maps(maps)
     return maps, scores
 
 
 def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
-    """Return the patch grid (h, w), after checking that it and the prefix tokens make up all tokens."""
+    """Return the patch grid (h, w), after checking that it and the tokens around it make up all tokens."""
     height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
-    prefix = plan.layout.prefix_tokens
-    if prefix + height * width != tokens:
-        # An attention-pool head may omit the prefix tokens, which breaks the chain of layers as well.
+    prefix, suffix = plan.layout.prefix_tokens, plan.layout.suffix_tokens
+    if prefix + height * width + suffix != tokens:
+        around = f"{prefix} prefix tokens" + (f" and {suffix} suffix tokens" if suffix else "")
         raise UnsupportedNetworkError(
-            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {prefix} prefix "
-            f"tokens make {prefix + height * width}: correct grid and prefix_tokens in gmarpp.Architecture, or the "
-            "size of the images. Networks that mask patches (ViTMAE) or have tokens after the patch tokens (YOLOS) "
-            "cannot be explained"
+            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {around} make "
+            f"{prefix + height * width + suffix}: correct grid, prefix_tokens and suffix_tokens in "
+            "gmarpp.Architecture, or the size of the images. Networks that mask patches (ViTMAE) cannot be explained"
         )
     return height, width
 
@@ -139,6 +141,11 @@ def _check_maps(maps: dict[str, Tensor]) -> None:
 
 
 def _check(model: nn.Module, images: Tensor) -> None:
+    if hasattr(model, "get_image_features"):
+        raise UnsupportedNetworkError(
+            f"{type(model).__name__} compares images with texts, and its forward needs both: explain a module whose "
+            "forward returns model.get_image_features(images), with the similarity to a text's features as target"
+        )
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
         given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(

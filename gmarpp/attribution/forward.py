@@ -26,6 +26,7 @@ class BlockRun:
         others: arguments after the tokens.
         options: arguments by keyword.
         output: the tokens that left the block, (B, N, D); with a graph where gradients pass from block to block.
+        rest: what the block returned beside the tokens, if that was a tuple.
     """
 
     forward: Callable[..., Any]
@@ -33,6 +34,7 @@ class BlockRun:
     others: Sequence[Any]
     options: dict[str, Any]
     output: Tensor
+    rest: tuple[Any, ...] | None
 
     def again(self, tokens: Tensor) -> Tensor:
         """Run the block once more, for some of the tokens, (B, R, D)."""
@@ -49,6 +51,13 @@ def tokens_of(output: Any) -> Tensor:
     """Return the tokens of a block's output, the first where there are several."""
     tokens: Tensor = output[0] if isinstance(output, tuple) else output
     return tokens
+
+
+def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | None:
+    """Return the gradient of a number; `None` where it does not depend on the start."""
+    if start is None or not total.requires_grad:
+        return None
+    return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
 CUT = (
@@ -88,10 +97,14 @@ class ForwardPass:
         self._block: int | None = None
 
     @property
+    def tokens(self) -> int:
+        """How many tokens each layer attends to; an attention-pool head may leave out the prefix tokens."""
+        return self.calls[0].keys
+
+    @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
-        tokens = self.calls[-1].keys
-        return {tokens, tokens - self.plan.layout.prefix_tokens} - {0, 1}
+        return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} - {0, 1}
 
     @property
     def score_start(self) -> GradientEdge | Tensor | None:
@@ -132,9 +145,17 @@ class ForwardPass:
             call.prefix = self._prefix(output)
         return output
 
+    def leave_out_unread(self, total: Tensor) -> None:
+        """Forget the pools after the last block that a score does not depend on."""
+        while self.calls and self.calls[-1].is_pool and self.calls[-1].block is None:
+            if gradient_of(total, self.outputs[-1]) is not None:
+                return
+            self.calls.pop()
+            self.outputs.pop()
+
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
-        require_one_chain(self.calls, len(self.plan.layout.blocks))
+        require_one_chain(self.calls, len(self.plan.layout.blocks), self.plan.layout.prefix_tokens)
         cut = [call.index for call in self.calls[1:] if not call.follows]
         if self.plan.gradients and cut:
             raise UnsupportedNetworkError(
@@ -173,4 +194,18 @@ class ForwardPass:
             len(self.calls), self._block, inputs.scale, queries, keys, queries != keys or is_latent, follows
         )
         self.calls.append(call)
+        follows_blocks = self.last_tokens is not None and any(each.block is not None for each in self.calls)
+        if call.is_pool and follows_blocks and keys != self.tokens:
+            self._require_no_prefix(key)
         return call
+
+    def _require_no_prefix(self, key: Tensor) -> None:
+        """Refuse a pool with fewer keys than tokens, unless the prefix tokens are those that it leaves out."""
+        prefix, tokens = self.plan.layout.prefix_tokens, self.last_tokens
+        assert tokens is not None
+        read = gradient_of(key.float().square().sum(), tokens)
+        if read is None or read[:, :prefix].any() or not read[:, prefix:].any(dim=2).all():
+            raise UnsupportedNetworkError(
+                f"an attention-pool head attends to {key.shape[-2]} keys, and the blocks to {tokens.shape[1]}: only "
+                f"the {prefix} prefix tokens may be left out, one key for each of the others"
+            )

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmarpp.attribution.attend import Inputs
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.forward import BlockRun, ForwardPass
-from gmarpp.attribution.head import check_head, head_output, reads_prefix, rounding
+from gmarpp.attribution.head import Head, reads_prefix, rounding
 from gmarpp.attribution.seam import answered_by
 from gmarpp.attribution.target import Score
 
@@ -25,18 +25,19 @@ class OwnScores:
 
     Args:
         passed: the forward pass, with the runs of its blocks.
-        output: of the network.
-
-    Raises:
-        UnsupportedNetworkError: if the architecture's head does not reproduce the network's output.
+        head: that makes the network's output of the last block's tokens.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any) -> None:
-        self._passed, self._output = passed, output
+    def __init__(self, passed: ForwardPass, head: Head) -> None:
+        self._passed, self._head = passed, head
         self._layers = list(zip(passed.runs, passed.calls, strict=False))
-        check_head(output, passed)
+        assert passed.last_tokens is not None
         by_token = all(run.is_by_token for run in passed.runs)
-        self._by_prefix = passed.plan.tails_again and by_token and reads_prefix(passed, output)
+        self._by_prefix = (
+            passed.plan.tails_again
+            and by_token
+            and reads_prefix(head, passed.last_tokens, passed.plan.layout.prefix_tokens)
+        )
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
@@ -93,7 +94,7 @@ class OwnScores:
 
     def _score(self, tokens: Tensor, score: Score, scale: float) -> Tensor:
         """Return the sum of the images' scores of a layer's tokens, times a factor."""
-        return score(head_output(self._passed.plan.layout, tokens, self._output)).float().sum() * scale
+        return score(self._head(tokens)).float().sum() * scale
 
 
 def _alike(own: Tensor, expected: Tensor, tokens: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Plan:
     Attributes:
         names: of the methods, in the order of the maps.
         groups: the methods, by gradient rule; each group has its own backward pass, on the graph of all.
-        layout: the network's tokens, blocks and head.
+        layout: the network's tokens and blocks.
         gradients: whether gradients pass from block to block. If not, blocks run without a graph.
         local_scores: whether the layers' own scores are wanted.
         tails_again: whether blocks may run once more for their layers' own scores, because they have no hooks.
@@ -64,17 +64,16 @@ class Plan:
 
         Raises:
             ValueError: for an unknown gradient rule.
-            UnsupportedNetworkError: if the methods need blocks or a head that the layout lacks.
+            UnsupportedNetworkError: if the methods need blocks that the layout lacks.
         """
         local_scores = any(method.needs_local_gradient for method in methods)
         tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
         # Without such a run, the layers' own scores come from the graph of the forward pass.
         gradients = any(method.needs_gradient for method in methods) or (local_scores and not tails_again)
         recompute = recompute and gradients
-        if (local_scores and (not layout.blocks or layout.head is None)) or (recompute and not layout.blocks):
+        if (local_scores or recompute) and not layout.blocks:
             raise UnsupportedNetworkError(
-                "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
-                "gmarpp.Architecture(..., blocks=..., head=...)"
+                "LeGrad and recomputation need the network's blocks: pass them in gmarpp.Architecture(..., blocks=...)"
             )
         names = tuple(method.name for method in methods)
         return Plan(names, _by_rule(methods), layout, gradients, local_scores, tails_again, recompute)

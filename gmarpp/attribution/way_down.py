@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.forward import CUT, ForwardPass
-from gmarpp.attribution.head import readout_of
+from gmarpp.attribution.head import Head, head_of, readout_of
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.own_scores import OwnScores
 from gmarpp.attribution.relevance import Relevance
@@ -26,11 +26,15 @@ class WayDown:
         passed: the forward pass.
         output: of the network.
         images: (B, 3, H, W).
+        replay: the network with its blocks skipped.
+
+    Raises:
+        UnsupportedNetworkError: if the layers' own scores are wanted of a head that cannot be run alone.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any, images: Tensor) -> None:
+    def __init__(self, passed: ForwardPass, output: Any, images: Tensor, replay: Head) -> None:
         self._passed, self._output, self._images = passed, output, images
-        self._own_scores = OwnScores(passed, output) if passed.plan.local_scores else None
+        self._own_scores = OwnScores(passed, head_of(passed, output, replay)) if passed.plan.local_scores else None
 
     def rows(self, score: Score, last: bool) -> Rows:
         """Return the rows of all methods for a score; after the last one the graph is gone."""
@@ -58,7 +62,7 @@ class WayDown:
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
-        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
+        relevance = Relevance(methods, readout, self._images, passed.tokens)
         passed.descent.begin(relevance, local, scale, passed.calls)
         if passed.plan.gradients:
             torch.autograd.grad(total.float().sum() * scale, passed.leaves, retain_graph=keep, allow_unused=True)
