@@ -11,6 +11,7 @@ from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
+from gmarpp.attribution.head import require_one_layer
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import select_methods
 from gmarpp.attribution.plan import Plan
@@ -100,8 +101,10 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         with answered_by(passed.attend), wrapped(plan.layout.blocks, passed), passed.unseen:
             output = model(images)
         scores = Scores.of(output, target, model, len(images))
-        passed.leave_out_unread(torch.stack([score(output).float().sum() for score in scores.functions]).sum())
+        total = torch.stack([score(output).float().sum() for score in scores.functions]).sum()
+        passed.leave_out_unread(total)
         passed.check_calls()
+        require_one_layer(total, passed)
         grid = _grid(plan, images, passed.tokens)
         way = WayDown(passed, output, images, Replay(model, images, plan.layout.blocks, passed.runs))
         columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]

@@ -66,6 +66,18 @@ CUT = (
 )
 
 
+class _Left(torch.autograd.Function):
+    """Tokens that leave a block without a graph, marked by a node that keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 class ForwardPass:
     """Answers the attention calls of a forward pass, and keeps what the ways down start from.
 
@@ -75,6 +87,7 @@ class ForwardPass:
         leaves: the queries in which the graph starts.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
+        left: position of the block whose tokens a node of the graph returns, below the last one.
         dtype: in which the network attends.
         unseen: attention that bypassed the interception.
 
@@ -91,9 +104,11 @@ class ForwardPass:
         self.leaves: list[Tensor] = []
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
+        self.left: dict[object, int] = {}
         self.dtype = torch.float32
         self.unseen = UnseenAttention()
         self._batch = batch
+        self._anchor = torch.zeros((), requires_grad=True)
         self._block: int | None = None
 
     @property
@@ -125,6 +140,10 @@ class ForwardPass:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
             self.last_tokens = tokens
+        elif not self.plan.gradients:
+            tokens = _Left.apply(tokens, self._anchor)
+        if tokens.grad_fn is not None and self.last_tokens is None:
+            self.left[tokens.grad_fn] = position
         if self.plan.local_scores:
             self.runs.append(run)
         return tokens

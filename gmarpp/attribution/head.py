@@ -84,6 +84,28 @@ def _shares(gradient: Tensor) -> Tensor:
     return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
+def require_one_layer(total: Tensor, passed: ForwardPass) -> None:
+    """Refuse a score that depends on tokens of earlier blocks otherwise than through those of the last one.
+
+    Raises:
+        UnsupportedNetworkError: naming the blocks.
+    """
+    if passed.last_tokens is None:
+        return
+    met, waiting = {passed.last_tokens.grad_fn}, [total.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            # Below a block that is read, all are met.
+            waiting += [] if node in passed.left else [below for below, _ in node.next_functions]
+    if read := sorted(passed.left[node] for node in met & passed.left.keys()):
+        raise UnsupportedNetworkError(
+            f"the score also reads the tokens that leave blocks {read}, not those of the last block alone, where maps "
+            "start: what it takes from the others would be missing. Explain a score of the last block's tokens"
+        )
+
+
 def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
     """Return what makes the network's output of the last block's tokens: the architecture's head, or else the network.
 

@@ -196,10 +196,15 @@ class Noisy(nn.Module):
         return self.net.forward_head(self.net.norm(tokens)) + self.net.forward_head(self.net.norm(middle))
 
 
-@pytest.mark.parametrize("kind", ["a state", "an earlier block"])
-def test_legrad_refuses_a_head_that_is_not_one_of_the_last_tokens(kind):
+def test_legrad_refuses_a_network_that_keeps_a_state():
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"not all of its output.*Leave LeGrad out"):
-        gmarpp.explain(Noisy(kind), images(), "legrad", TARGET)
+        gmarpp.explain(Noisy("a state"), images(), "legrad", TARGET)
+
+
+@pytest.mark.parametrize("methods", ["rollout", "gmarpp_l1", "legrad"])
+def test_a_head_that_reads_several_layers_is_an_error(methods):
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"tokens that leave blocks \[0\]"):
+        gmarpp.explain(Noisy("an earlier block"), images(), methods, TARGET)
 
 
 def test_a_replay_leaves_other_threads_and_the_network_alone():
