@@ -45,12 +45,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     """
     known = list(_known_networks(model))
     if not known:
-        raise UnsupportedNetworkError(
-            f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
-            "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with windowed or "
-            "pyramid attention (Swin, PVT, MaxViT), with attention between channels (XCiT) and convolutional ones "
-            "cannot be explained by these methods: use a ViT"
-        )
+        raise _unknown(model)
     if len(known) > 1:
         names = [f"{name} ({type(network).__name__})" for name, network, _ in known]
         raise UnsupportedNetworkError(
@@ -60,6 +55,21 @@ def architecture_of(model: nn.Module) -> Architecture:
     ((name, network, describe),) = known
     layout = describe(network)
     return layout if name == "" else replace(layout, head=None)
+
+
+def _unknown(model: nn.Module) -> UnsupportedNetworkError:
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    if not any(word in kind for kind in kinds for word in ("attention", "attn", "transformer")):
+        return UnsupportedNetworkError(
+            f"{type(model).__name__} is not known to attend between places of the image: these methods explain Vision "
+            "Transformers. One whose modules have other names is described by architecture=gmarpp.Architecture(...)"
+        )
+    return UnsupportedNetworkError(
+        f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with windowed or "
+        "pyramid attention (Swin, PVT, MaxViT), and with attention between channels (XCiT), cannot be explained by "
+        "these methods: use a ViT"
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -327,7 +327,7 @@ def unsupported(name):
         for block in model.blocks:
             block.attn.fused_attn = False
         return model, images(), "module.fused_attn = True"
-    return timm.create_model("resnet10t", num_classes=3), images(), "ResNet is not known"
+    return timm.create_model("resnet10t", num_classes=3), images(), "ResNet is not known to attend"
 
 
 @pytest.mark.parametrize("name", ["Swin", "Swin with fused attention", "CaiT", "parallel", "unfused timm", "ResNet"])
