@@ -101,8 +101,8 @@ def require_one_layer(total: Tensor, passed: ForwardPass) -> None:
             waiting += [] if node in passed.left else [below for below, _ in node.next_functions]
     if read := sorted(passed.left[node] for node in met & passed.left.keys()):
         raise UnsupportedNetworkError(
-            f"the score also reads the tokens that leave blocks {read}, not those of the last block alone, where maps "
-            "start: what it takes from the others would be missing. Explain a score of the last block's tokens"
+            f"the score reads the tokens that leave blocks {read} directly, and maps start at those of the last block "
+            "alone: what it takes from the others would be missing. Explain a score of the last block's tokens"
         )
 
 
