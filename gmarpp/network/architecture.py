@@ -24,7 +24,7 @@ class Architecture:
         blocks: the transformer blocks, from the input upward.
         head: what the network computes from the tokens that leave the last block, shape (B, N, D), up to its output.
             Only a shortcut: without it, or where the network does something else, LeGrad runs the network itself again
-            with its blocks skipped, which costs the patch embedding.
+            with its blocks skipped.
         suffix_tokens: number of tokens after the patch tokens (detection tokens).
     """
 

@@ -12,6 +12,7 @@ import transformers
 from naive_attribution import naive_legrad
 from test_explain import images, relative_error, vit
 from test_families import assert_equals_naive
+from test_whole_networks import Operations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -57,6 +58,42 @@ def test_a_backbone_with_a_head_of_ones_own(read, tokens):
         for recompute in (False, True):
             found = gmarpp.explain(model, batch, methods, TARGET, recompute=recompute).maps["legrad"]
             assert relative_error(found, expected) < 1e-4
+
+
+class Convolutions(nn.Module):
+    """One convolution before the blocks, which the next step changes in place, one used twice, and one in the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = vit(num_classes=0, class_token=False, global_pool="avg")
+        self.stem, self.twice = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.last, self.fc = nn.Conv2d(48, 48, 3, padding=1), nn.Linear(48, 7)
+
+    def head(self, tokens):
+        return self.fc(self.last(self.vit.norm(tokens).mT.unflatten(2, (4, 4))).relu().mean((2, 3)))
+
+    def forward(self, batch):
+        batch = self.twice(self.twice(self.stem(batch).add_(1)))
+        return self.head(self.vit.blocks(self.vit._pos_embed(self.vit.patch_embed(batch))))
+
+
+def test_convolutions_before_and_after_the_blocks():
+    torch.manual_seed(3)
+    model, batch = Convolutions().eval(), images()
+    for _ in range(2):
+        read, blocks = range(16), model.vit.blocks
+        assert_equals_naive(model, batch, TARGET, score, (4, 4), read, blocks, model.head, prefix=0)
+
+
+def test_legrad_of_a_wrapped_network_costs_one_more_patch_embedding():
+    network = vit(depth=2, patch_size=16, img_size=64)
+    costs = []
+    for model in (network, nn.Sequential(network)):
+        with Operations() as counted:
+            gmarpp.explain(model, images(size=(64, 64)), "legrad", [[1, 2, 3]] * 3)
+        costs.append(counted.total)
+    embedding = 2 * 3 * 16 * 48 * (3 * 16 * 16)
+    assert costs[1] <= costs[0] + embedding
 
 
 class Lightning(lightning.LightningModule):
