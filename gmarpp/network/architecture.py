@@ -176,9 +176,12 @@ def _hugging_face_blocks(model: nn.Module) -> Sequence[nn.Module]:
 def _is_hugging_face(model: nn.Module) -> bool:
     """Return whether this is an encoder of transformers, from patch embeddings to the last of blocks of one size."""
     config, embeddings = getattr(model, "config", None), getattr(model, "embeddings", None)
-    has_patches = any(hasattr(embeddings, f"patch_{name}") for name in ("embedding", "embeddings", "embed"))
-    # Pyramids (Swin, for example) have several depths, and networks for videos or sound patches of other kinds.
-    return has_patches and hasattr(config, "patch_size") and not hasattr(config, "depths") and _is_flat(model)
+    names = ("patch_embedding", "patch_embeddings", "patch_embed")
+    patches = next((getattr(embeddings, name) for name in names if hasattr(embeddings, name)), None)
+    # Pyramids (Swin, for example) have several depths; networks for videos or sound make patches of other kinds.
+    in_rows = isinstance(patches, nn.Module) and any(isinstance(each, nn.Conv2d) for each in patches.modules())
+    in_rows = in_rows or type(embeddings).__name__ == "Siglip2VisionEmbeddings"
+    return in_rows and hasattr(config, "patch_size") and not hasattr(config, "depths") and _is_flat(model)
 
 
 def _is_flat(model: Any) -> bool:
