@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     passed = ForwardPass(plan, Descent(), len(images))
     with intercepted(model):
         with answered_by(passed.attend), wrapped(plan.layout.blocks, passed), passed.unseen:
-            output = model(images)
+            output = _output(model, images)
         scores = Scores.of(output, target, model, len(images))
         total = torch.stack([score(output).float().sum() for score in scores.functions]).sum()
         passed.leave_out_unread(total)
@@ -116,6 +117,25 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     }
     _check_maps(maps)
     return maps, scores
+
+
+def _output(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return model(images)
+    except UnsupportedNetworkError:
+        raise
+    except NotImplementedError as error:
+        raise UnsupportedNetworkError(
+            f"{type(model).__name__} does not run ({error}): explain the network inside it, or give it a forward"
+        ) from error
+    except Exception as error:
+        if not hasattr(model, "get_image_features"):
+            raise
+        raise UnsupportedNetworkError(
+            f"{type(model).__name__} takes texts beside images ({type(error).__name__}: {error}): explain a "
+            "module whose forward returns model.get_image_features(images), with the similarity to a text's features "
+            "as target"
+        ) from error
 
 
 def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
@@ -144,11 +164,6 @@ def _check_maps(maps: dict[str, Tensor]) -> None:
 
 
 def _check(model: nn.Module, images: Tensor) -> None:
-    if hasattr(model, "get_image_features"):
-        raise UnsupportedNetworkError(
-            f"{type(model).__name__} compares images with texts, and its forward needs both: explain a module whose "
-            "forward returns model.get_image_features(images), with the similarity to a text's features as target"
-        )
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
         given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(

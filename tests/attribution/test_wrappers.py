@@ -105,6 +105,16 @@ class Lightning(lightning.LightningModule):
         return self.net(batch)
 
 
+def test_a_module_without_a_forward_says_so():
+    class Training(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = vit()
+
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"Training does not run.*explain the network inside it"):
+        gmarpp.explain(Training(), images())
+
+
 class Peft(nn.Module):
     """The structure of peft's wrapper: weights of low rank beside each projection, two modules around the network."""
 
