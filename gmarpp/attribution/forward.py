@@ -71,7 +71,8 @@ class _Left(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
-        return tokens.view_as(tokens)
+        # No view, which the network could not change in place.
+        return tokens.data
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:

@@ -243,6 +243,28 @@ class Noisy(nn.Module):
         return self.net.forward_head(self.net.norm(tokens)) + self.net.forward_head(self.net.norm(middle))
 
 
+class InPlace(nn.Module):
+    """Adds to tokens in place, between the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = vit()
+
+    def forward(self, batch):
+        tokens = self.net._pos_embed(self.net.patch_embed(batch))
+        for block in self.net.blocks[:-1]:
+            tokens = block(tokens)
+            tokens += 0.1
+        return self.net.forward_head(self.net.norm(self.net.blocks[-1](tokens)))
+
+
+def test_tokens_may_change_in_place_between_blocks():
+    model, batch = InPlace(), images()
+    together = gmarpp.explain(model, batch, ("rollout", "chefer"), TARGET).maps["rollout"]
+    alone = gmarpp.explain(model, batch, "rollout", TARGET).maps["rollout"]
+    assert relative_error(alone, together) < 1e-5
+
+
 def test_legrad_refuses_a_network_that_keeps_a_state():
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"not all of its output.*Leave LeGrad out"):
         gmarpp.explain(Noisy("a state"), images(), "legrad", TARGET)
