@@ -68,10 +68,11 @@ def agree(head_output: Any, output: Any) -> bool:
 def distinct_sum(output: Any) -> Tensor:
     """Return one number that every value of the output influences, each by its own factor.
 
-    A plain sum has no gradient where the output is normalized.
+    A plain sum has no gradient where the output is normalized. A number for all images, such as a temperature, does not
+    count.
     """
     total = torch.zeros(())
-    for each in tensors_of(output):
+    for each in (each for each in tensors_of(output) if each.dim()):
         factors = torch.linspace(0.5, 1, each[0].numel(), device=each.device, dtype=torch.float32).view_as(each[0])
         total = total.to(each.device) + (each.float() * factors).sum()
     return total

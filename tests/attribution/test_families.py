@@ -279,6 +279,9 @@ def test_open_clip_tower_explains_a_text_prompt_score():
     )
     expected = naive_legrad(clip.visual, batch, blocks, head, score)[:, 1:].reshape(2, 4, 4)
     assert relative_error(found.maps["legrad"], expected) < 1e-4
+    # The whole network, called with images alone, returns more than their features: a temperature, for example.
+    whole = gmarpp.explain(clip, batch, gmarpp.METHODS, target=lambda output: output[0] @ prompts[1]).maps
+    assert all(relative_error(whole[method], found.maps[method]) < 1e-5 for method in whole)
 
 
 def test_contrast_is_the_difference_of_two_logits():
