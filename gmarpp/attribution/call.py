@@ -1,8 +1,9 @@
 """Attention calls of a forward pass, and what they must look like for attention to be followed."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class AttentionCall:
         keys: number of keys.
         is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
         follows: whether gradients pass from the call to the layer below.
+        values: refers to its values, as long as these exist.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
     """
@@ -35,6 +37,7 @@ class AttentionCall:
     keys: int
     is_pool: bool
     follows: bool
+    values: Callable[[], Tensor | None] = lambda: None
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
 
@@ -87,12 +90,7 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
                 "torch.nn.functional.scaled_dot_product_attention, so its attention cannot be followed. "
                 f"{_SWITCH}, or leave out of the architecture's blocks what does not run"
             )
-        if made[block] > 1:
-            raise UnsupportedNetworkError(
-                f"transformer block {block} of {blocks} calls attention {made[block]} times: differential attention, "
-                "and parallel or shared attention layers, cannot be followed as one layer"
-            )
-    order = [call.block for call in calls if call.block is not None]
+    order = [block for block, _ in groupby(call.block for call in calls if call.block is not None)]
     if order != list(range(blocks)):
         raise UnsupportedNetworkError(
             f"expected the transformer blocks to run from the input upward, got the order {order}"

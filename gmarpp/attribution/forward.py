@@ -1,5 +1,6 @@
 """The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
-from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.plan import Plan, blind_to_sign
 from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 
@@ -176,7 +177,9 @@ class ForwardPass:
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
         require_one_chain(self.calls, len(self.plan.layout.blocks), self.plan.layout.prefix_tokens)
-        cut = [call.index for call in self.calls[1:] if not call.follows]
+        first = self.calls[0].block
+        above = [call for call in self.calls[1:] if first is None or call.block != first]
+        cut = [call.index for call in above if not call.follows]
         if self.plan.gradients and cut:
             raise UnsupportedNetworkError(
                 f"no gradient passes from attention layer {cut[-1]} to the one below, which these methods need: {CUT}"
@@ -211,13 +214,46 @@ class ForwardPass:
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in inputs[:3])
         call = AttentionCall(
-            len(self.calls), self._block, inputs.scale, queries, keys, queries != keys or is_latent, follows
+            len(self.calls),
+            self._block,
+            inputs.scale,
+            queries,
+            keys,
+            queries != keys or is_latent,
+            follows,
+            weakref.ref(inputs.value),
         )
+        if self._block is not None and self.calls and self.calls[-1].block == self._block:
+            self._require_at_once(call, inputs)
         self.calls.append(call)
         follows_blocks = self.last_tokens is not None and any(each.block is not None for each in self.calls)
         if call.is_pool and follows_blocks and keys != self.tokens:
             self._require_no_prefix(key)
         return call
+
+    def _require_at_once(self, call: AttentionCall, inputs: Inputs) -> None:
+        """Refuse a block that attends again, unless to the same tokens as before, side by side with its other calls."""
+        name = f"block {call.block} of {len(self.plan.layout.blocks)} calls attention several times"
+        if not self.plan.gradients:
+            raise UnsupportedNetworkError(
+                f"{name}: whether side by side or one after the other is seen by gradients alone. Ask for a method "
+                "that needs gradients too (gmarpp_l1)"
+            )
+        # Sums save no tensors, which a block that runs again would miss.
+        total = torch.stack([each.sum() for each in inputs[:3]]).sum()
+        earlier = [each for each in self.calls if each.block == call.block]
+        if any(gradient_of(total, self.outputs[each.index]) is not None for each in earlier):
+            raise UnsupportedNetworkError(
+                f"{name}, one after the other: describe each as a block of its own in gmarpp.Architecture(..., "
+                "blocks=...)"
+            )
+        blind = blind_to_sign(self.plan.groups)
+        if blind and any(each.values() is inputs.value for each in earlier):
+            raise UnsupportedNetworkError(
+                f"{name} with the same values, as differential attention does, which subtracts one from the other: "
+                f"{', '.join(blind)} would add them. Ask for methods of products with the gradient (gmarpp_l1, "
+                "gmarpp_sum, chefer, legrad)"
+            )
 
     def _require_no_prefix(self, key: Tensor) -> None:
         """Refuse a pool with fewer keys than tokens, unless the prefix tokens are those that it leaves out."""

@@ -154,6 +154,7 @@ class LastAttention(Method):
 
     name: str = "attention"
     label: str = "Attention"
+    relevance: ClassVar[str] = "attention"
     needs_gradient: ClassVar[bool] = False
 
     @override

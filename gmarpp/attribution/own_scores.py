@@ -7,6 +7,7 @@ O_l as the answer to its attention call. Where it reads all tokens, the tail is 
 is kept, or else the whole block runs again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ class OwnScores:
 
     def __init__(self, passed: ForwardPass, head: Head) -> None:
         self._passed, self._head = passed, head
-        self._layers = list(zip(passed.runs, passed.calls, strict=False))
+        of_block = [[call for call in passed.calls if call.block == block] for block in range(len(passed.runs))]
+        self._layers = list(zip(passed.runs, of_block, strict=True))
         assert passed.last_tokens is not None
-        by_token = all(run.is_by_token for run in passed.runs)
+        by_token = all(run.is_by_token and len(calls) == 1 for run, calls in self._layers)
         self._by_prefix = (
             passed.plan.tails_again
             and by_token
@@ -60,8 +62,9 @@ class OwnScores:
             self._by_prefix = False
         return [self._of_all(*layer, score, scale) for layer in self._layers]
 
-    def _prefix_tail(self, run: BlockRun, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _prefix_tail(self, run: BlockRun, calls: Sequence[AttentionCall]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Run the tail for the prefix tokens: return its start, its output, and whether that is the block's."""
+        (call,) = calls
         assert call.prefix is not None
         attended = call.prefix.detach().requires_grad_()
         tokens = run.tokens[:, : attended.shape[2]]
@@ -74,14 +77,15 @@ class OwnScores:
         expected = run.output.detach()[:, : tokens.shape[1]]
         return None if own.shape != expected.shape else (attended, own, _alike(own.detach(), expected, tokens))
 
-    def _of_all(self, run: BlockRun, call: AttentionCall, score: Score, scale: float) -> Tensor:
+    def _of_all(self, run: BlockRun, calls: Sequence[AttentionCall], score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""
         plan = self._passed.plan
         # A graph that is recomputed in part would also keep the rest of what it recomputed.
         if plan.gradients and not plan.recompute:
-            start, own = self._passed.outputs[call.index], run.output
-            assert start is not None
-            return torch.autograd.grad(self._score(own, score, scale), start, retain_graph=True)[0]
+            starts = [start for call in calls if (start := self._passed.outputs[call.index]) is not None]
+            total = self._score(run.output, score, scale)
+            found = [torch.autograd.grad(total, start, retain_graph=True)[0] for start in starts]
+            return torch.cat(found, dim=1)
         attended: list[Tensor] = []
 
         def answer(*args: Any, **kwargs: Any) -> Tensor:
@@ -90,7 +94,7 @@ class OwnScores:
 
         with answered_by(answer):
             own = run.again(run.tokens)
-        return torch.autograd.grad(self._score(own, score, scale), attended)[0]
+        return torch.cat(torch.autograd.grad(self._score(own, score, scale), attended), dim=1)
 
     def _score(self, tokens: Tensor, score: Score, scale: float) -> Tensor:
         """Return the sum of the images' scores of a layer's tokens, times a factor."""

@@ -31,6 +31,11 @@ def _by_rule(methods: Sequence[Method]) -> tuple[tuple[Method, ...], ...]:
     return tuple(tuple(each for each, own in zip(methods, rules, strict=True) if own == rule) for rule in used)
 
 
+def blind_to_sign(groups: Sequence[Sequence[Method]]) -> list[str]:
+    """Return the names of methods that take attention as it is, whatever sign the network gives it."""
+    return [method.name for methods in groups for method in methods if getattr(method, "relevance", "") == "attention"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which methods are wanted of which network, and what they need.

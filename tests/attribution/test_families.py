@@ -323,8 +323,6 @@ def unsupported(name):
         return model, batch, "windowed attention"
     if name == "CaiT":
         return timm.create_model("cait_xxs24_224", img_size=32, depth=2, num_classes=3), images(), "class-attention"
-    if name == "parallel":
-        return timm.create_model("vit_small_patch16_18x2_224", **SMALL_TIMM), images(), "parallel or shared attention"
     if name == "unfused timm":
         model = timm_network("vit_tiny_patch16_224")
         for block in model.blocks:
@@ -333,7 +331,7 @@ def unsupported(name):
     return timm.create_model("resnet10t", num_classes=3), images(), "ResNet is not known to attend"
 
 
-@pytest.mark.parametrize("name", ["Swin", "Swin with fused attention", "CaiT", "parallel", "unfused timm", "ResNet"])
+@pytest.mark.parametrize("name", ["Swin", "Swin with fused attention", "CaiT", "unfused timm", "ResNet"])
 def test_what_cannot_be_explained_says_so(name):
     model, batch, message = unsupported(name)
     by_hand = (
