@@ -67,7 +67,7 @@ CUT = (
 )
 
 
-class _Left(torch.autograd.Function):
+class _Marked(torch.autograd.Function):
     """Tokens that leave a block without a graph, marked by a node that keeps nothing."""
 
     @staticmethod
@@ -89,7 +89,7 @@ class ForwardPass:
         leaves: the queries in which the graph starts.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
-        left: position of the block whose tokens a node of the graph returns, below the last one.
+        marks: position of the block whose tokens a node of the graph returns, below the last one.
         dtype: in which the network attends.
         unseen: attention that bypassed the interception.
 
@@ -106,7 +106,7 @@ class ForwardPass:
         self.leaves: list[Tensor] = []
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
-        self.left: dict[object, int] = {}
+        self.marks: dict[object, int] = {}
         self.dtype = torch.float32
         self.unseen = UnseenAttention()
         self._batch = batch
@@ -143,9 +143,9 @@ class ForwardPass:
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
             self.last_tokens = tokens
         elif not self.plan.gradients:
-            tokens = _Left.apply(tokens, self._anchor)
+            tokens = _Marked.apply(tokens, self._anchor)
         if tokens.grad_fn is not None and self.last_tokens is None:
-            self.left[tokens.grad_fn] = position
+            self.marks[tokens.grad_fn] = position
         if self.plan.local_scores:
             self.runs.append(run)
         return tokens

@@ -99,8 +99,8 @@ def require_one_layer(total: Tensor, passed: ForwardPass) -> None:
         if node is not None and node not in met:
             met.add(node)
             # Below a block that is read, all are met.
-            waiting += [] if node in passed.left else [below for below, _ in node.next_functions]
-    if read := sorted(passed.left[node] for node in met & passed.left.keys()):
+            waiting += [] if node in passed.marks else [below for below, _ in node.next_functions]
+    if read := sorted(passed.marks[node] for node in met & passed.marks.keys()):
         raise UnsupportedNetworkError(
             f"the score reads the tokens that leave blocks {read} directly, and maps start at those of the last block "
             "alone: what it takes from the others would be missing. Explain a score of the last block's tokens"
