@@ -34,7 +34,9 @@ def test_the_command_that_explains_a_folder_runs(clone):
     assert len(gmarpp.load_explanations(clone / "results/photos").rows) == 1
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/own_code.md", "docs/measure.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/own_code.md", "docs/networks.md", "docs/measure.md"]
+)
 def test_python_on_the_pages_runs(clone, page):
     names = {}
     for block in blocks(page, "python"):

@@ -1,6 +1,6 @@
 """One transformer block while its network is explained: everything that happens to it, in order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from gmarpp.attribution.attend import repeated
 from gmarpp.attribution.balanced import ruled
 from gmarpp.attribution.forward import BlockRun, ForwardPass, tokens_of
+from gmarpp.attribution.replay import Forward, forwards_replaced
 from gmarpp.attribution.seam import answered_by, is_intercepted
 from gmarpp.network.errors import UnsupportedNetworkError
-
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,10 @@ class Block:
         tokens, *others = inputs
         tokens = self.passing.enter_block(self.position, tokens)
         output = self._run(tokens, others, options)
-        run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output))
+        rest = output[1:] if isinstance(output, tuple) else None
+        run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output), rest)
         tokens = self.passing.leave_block(self.position, run)
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        return tokens if rest is None else (tokens, *rest)
 
     def _run(self, tokens: Tensor, others: Sequence[Any], options: dict[str, Any]) -> Any:
         plan, forward = self.passing.plan, self.forward
@@ -75,14 +75,5 @@ class Block:
 @contextmanager
 def wrapped(blocks: Sequence[nn.Module], passing: ForwardPass) -> Iterator[None]:
     """Replace each block's `forward` by a `Block`, and restore it even after an error."""
-    own = [vars(block).get("forward") for block in blocks]
-    for position, block in enumerate(blocks):
-        block.forward = Block(block.forward, position, passing)
-    try:
+    with forwards_replaced(blocks, [Block(block.forward, index, passing) for index, block in enumerate(blocks)]):
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward

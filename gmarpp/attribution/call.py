@@ -1,8 +1,9 @@
 """Attention calls of a forward pass, and what they must look like for attention to be followed."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class AttentionCall:
         keys: number of keys.
         is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
         follows: whether gradients pass from the call to the layer below.
+        values: refers to its values, as long as these exist.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
     """
@@ -35,16 +37,18 @@ class AttentionCall:
     keys: int
     is_pool: bool
     follows: bool
+    values: Callable[[], Tensor | None] = lambda: None
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
 
 
-def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
+def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
     """Refuse a network whose attention calls do not follow each other as layers.
 
     Args:
         calls: all of a forward pass, from the input upward.
         blocks: number of the transformer blocks; 0 if they are not known.
+        prefix: number of prefix tokens, which an attention-pool head may leave out.
 
     Raises:
         UnsupportedNetworkError: if there are no calls, if they attend to different tokens, or if blocks did not make
@@ -57,8 +61,9 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int) -> None:
             "ConViT) or without attention cannot be explained by these methods: use a ViT"
         )
     *below, top = calls
+    tokens = {top.keys, top.keys + prefix} if top.is_pool and blocks else {top.keys}
     for call in below:
-        if call.queries != call.keys or call.queries != top.keys:
+        if call.queries != call.keys or call.keys != calls[0].keys or call.keys not in tokens:
             raise UnsupportedNetworkError(
                 f"attention layer {call.index} has {call.queries} queries and {call.keys} keys, and the last layer "
                 f"{top.keys} keys: only networks that keep all tokens from layer to layer can be explained, with "
@@ -85,12 +90,7 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
                 "torch.nn.functional.scaled_dot_product_attention, so its attention cannot be followed. "
                 f"{_SWITCH}, or leave out of the architecture's blocks what does not run"
             )
-        if made[block] > 1:
-            raise UnsupportedNetworkError(
-                f"transformer block {block} of {blocks} calls attention {made[block]} times: differential attention, "
-                "and parallel or shared attention layers, cannot be followed as one layer"
-            )
-    order = [call.block for call in calls if call.block is not None]
+    order = [block for block, _ in groupby(call.block for call in calls if call.block is not None)]
     if order != list(range(blocks)):
         raise UnsupportedNetworkError(
             f"expected the transformer blocks to run from the input upward, got the order {order}"

@@ -4,14 +4,55 @@ A layer comes in two forms. The dense one makes its matrices, and since it has t
 backward step. The fused one leaves that step to the network and makes no matrix.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.relevance import Relevance
+from gmarpp.network.errors import UnsupportedNetworkError
+
+
+@dataclass(frozen=True)
+class Given:
+    """An attention call as the backward pass meets it: its inputs, and the gradient of its output or `None`."""
+
+    call: AttentionCall
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    outer: Tensor | None
+
+
+def joined(given: Sequence[Given]) -> Given:
+    """Return the calls that a block makes at once as one, with the heads of all.
+
+    Raises:
+        UnsupportedNetworkError: if their shapes differ, or they have masks.
+    """
+    ordered = sorted(given, key=lambda each: each.call.index)
+    last = ordered[-1]
+    shapes = {(each.query.shape[2:], each.value.shape[2:], each.query.shape[1] // each.key.shape[1]) for each in given}
+    if len(shapes) > 1 or any(each.mask is not None for each in given):
+        raise UnsupportedNetworkError(
+            f"block {last.call.block} makes {len(given)} attention calls at once, of different shapes or with masks: "
+            "they cannot be followed as one layer"
+        )
+    outer = [each.outer for each in ordered if each.outer is not None]
+    return Given(
+        last.call,
+        torch.cat([each.query * (each.call.scale / last.call.scale) for each in ordered], dim=1),
+        torch.cat([each.key for each in ordered], dim=1),
+        torch.cat([each.value for each in ordered], dim=1),
+        None,
+        torch.cat(outer, dim=1) if outer else None,
+    )
 
 
 class Descent:
@@ -46,6 +87,8 @@ class Descent:
         self.layers = self.depth = 0
         self.visited: list[int] = []
         self.received: list[int] = []
+        self._calls: Counter[int | None] = Counter()
+        self._waiting: list[Given] = []
 
     def begin(
         self,
@@ -58,8 +101,10 @@ class Descent:
         """Start a pass."""
         self.relevance, self.local, self.gradient_scale = relevance, local, gradient_scale
         self.is_balanced, self.residuals = is_balanced, {}
-        self.layers, self.depth = len(calls), sum(not call.is_pool for call in calls)
-        self.visited, self.received = [], []
+        self._calls = Counter(call.block for call in calls if call.block is not None)
+        self.layers = len(calls)
+        self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
+        self.visited, self.received, self._waiting = [], [], []
 
     def end(self) -> None:
         """End a pass; what is differentiated between passes is by the plain rule."""
@@ -106,27 +151,46 @@ class Descent:
         self.visited.append(call.index)
         if not self.needs_attention:
             return
-        local = None if call.block is None or not self.local else self.local[call.block]
-        residual = None if call.block is None else self.residuals.pop(call.block, None)
-        kind = FusedLayer if is_fused(query) else AttentionLayer
-        for part in _parts(query, key):
-            layer = kind(
-                query[part],
-                key[part],
-                value[part],
-                mask=_mask_part(mask, part),
-                scale=call.scale,
-                outer=None if outer is None else outer[part],
-                local=None if local is None else local[part],
-                gradient_scale=self.gradient_scale,
-                is_top=call.index == self.layers - 1,
-                is_pool=call.is_pool,
-                depth=self.depth,
-                residual=None if residual is None else residual[part] / self.gradient_scale,
-            )
-            self.relevance.step(part, layer)
+        given = Given(call, query, key, value, mask, outer)
+        is_whole = self._calls[call.block] <= 1
+        for part, layer in self._layers(given, is_whole):
+            if is_whole:
+                self.relevance.step(part, layer)
             if gradients is not None:
                 layer.write_gradients([each[part] for each in gradients])
+        if is_whole:
+            return
+        self._waiting.append(given)
+        if len(self._waiting) == self._calls[call.block]:
+            for part, layer in self._layers(joined(self._waiting), True):
+                self.relevance.step(part, layer)
+            self._waiting = []
+
+    def _layers(self, given: Given, is_whole: bool) -> Iterator[tuple[slice, AttentionLayer]]:
+        """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it."""
+        call, query, key, value, mask, outer = vars(given).values()
+        has_local = is_whole and call.block is not None and len(self.local) > 0
+        local = self.local[call.block] if has_local else None
+        residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
+        kind = FusedLayer if is_fused(query) else AttentionLayer
+        for part in _parts(query, key):
+            yield (
+                part,
+                kind(
+                    query[part],
+                    key[part],
+                    value[part],
+                    mask=_mask_part(mask, part),
+                    scale=call.scale,
+                    outer=None if outer is None else outer[part],
+                    local=None if local is None else local[part],
+                    gradient_scale=self.gradient_scale,
+                    is_top=call.index == self.layers - 1,
+                    is_pool=call.is_pool,
+                    depth=self.depth,
+                    residual=None if residual is None else residual[part] / self.gradient_scale,
+                ),
+            )
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

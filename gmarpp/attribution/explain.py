@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,16 @@ from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
+from gmarpp.attribution.head import require_one_layer
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.methods import select_methods
 from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.replay import Replay
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
-from gmarpp.network.architecture import Architecture, architecture_of
+from gmarpp.network.architecture import Architecture, architecture_of, unwrapped
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.extent import fit_to_extent, grid_extent
 from gmarpp.network.modes import evaluation_mode
@@ -62,6 +65,7 @@ def explain(
         torch.Size([4, 2, 2])
     """
     selected = select_methods(methods)
+    model = unwrapped(model)
     _check(model, images)
     layout = architecture or architecture_of(model)
     plan = Plan.of(selected, layout, recompute)
@@ -103,34 +107,55 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
             passed.unseen,
             ruled(passed.descent),
         ):
-            output = model(images)
-        passed.check_calls()
-        grid = _grid(plan, images, passed.calls[-1].keys)
+            output = _output(model, images)
         scores = Scores.of(output, target, model, len(images))
-        way = WayDown(passed, output, images)
+        total = torch.stack([score(output).float().sum() for score in scores.functions]).sum()
+        passed.leave_out_unread(total)
+        passed.check_calls()
+        require_one_layer(total, passed)
+        grid = _grid(plan, images, passed.tokens)
+        way = WayDown(passed, output, images, Replay(model, images, plan.layout.blocks, passed.runs))
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     first_patch = plan.layout.prefix_tokens
     shape = (*scores.indices.shape, *grid)
+    patches = slice(first_patch, first_patch + grid[0] * grid[1])
     maps = {
-        name: torch.stack([rows[name] for rows in columns], dim=1)[..., first_patch:].reshape(shape)
-        for name in plan.names
+        name: torch.stack([rows[name] for rows in columns], dim=1)[..., patches].reshape(shape) for name in plan.names
     }
     _check_maps(maps)
     return maps, scores
 
 
-def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
-    """Return the patch grid (h, w), after checking that it and the prefix tokens make up all tokens."""
-    height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
-    prefix = plan.layout.prefix_tokens
-    if prefix + height * width != tokens:
-        # An attention-pool head may omit the prefix tokens, which breaks the chain of layers as well.
+def _output(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return model(images)
+    except UnsupportedNetworkError:
+        raise
+    except NotImplementedError as error:
         raise UnsupportedNetworkError(
-            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {prefix} prefix "
-            f"tokens make {prefix + height * width}: correct grid and prefix_tokens in gmarpp.Architecture, or the "
-            "size of the images. Networks that mask patches (ViTMAE) or have tokens after the patch tokens (YOLOS) "
-            "cannot be explained"
+            f"{type(model).__name__} does not run ({error}): explain the network inside it, or give it a forward"
+        ) from error
+    except Exception as error:
+        if not hasattr(model, "get_image_features"):
+            raise
+        raise UnsupportedNetworkError(
+            f"{type(model).__name__} takes texts beside images ({type(error).__name__}: {error}): explain a "
+            "module whose forward returns model.get_image_features(images), with the similarity to a text's features "
+            "as target"
+        ) from error
+
+
+def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
+    """Return the patch grid (h, w), after checking that it and the tokens around it make up all tokens."""
+    height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
+    prefix, suffix = plan.layout.prefix_tokens, plan.layout.suffix_tokens
+    if prefix + height * width + suffix != tokens:
+        around = f"{prefix} prefix tokens" + (f" and {suffix} suffix tokens" if suffix else "")
+        raise UnsupportedNetworkError(
+            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {around} make "
+            f"{prefix + height * width + suffix}: correct grid, prefix_tokens and suffix_tokens in "
+            "gmarpp.Architecture, or the size of the images. Networks that mask patches (ViTMAE) cannot be explained"
         )
     return height, width
 

@@ -1,5 +1,6 @@
 """The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
-from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.plan import Plan, blind_to_sign
 from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
 from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -27,6 +28,7 @@ class BlockRun:
         others: arguments after the tokens.
         options: arguments by keyword.
         output: the tokens that left the block, (B, N, D); with a graph where gradients pass from block to block.
+        rest: what the block returned beside the tokens, if that was a tuple.
     """
 
     forward: Callable[..., Any]
@@ -34,6 +36,7 @@ class BlockRun:
     others: Sequence[Any]
     options: dict[str, Any]
     output: Tensor
+    rest: tuple[Any, ...] | None
 
     def again(self, tokens: Tensor) -> Tensor:
         """Run the block once more, for some of the tokens, (B, R, D)."""
@@ -52,10 +55,30 @@ def tokens_of(output: Any) -> Tensor:
     return tokens
 
 
+def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | None:
+    """Return the gradient of a number; `None` where it does not depend on the start."""
+    if start is None or not total.requires_grad:
+        return None
+    return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
+
+
 CUT = (
     "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
     "gradients, or ask for methods that need none (rollout, attention)"
 )
+
+
+class _Marked(torch.autograd.Function):
+    """Tokens that leave a block without a graph, marked by a node that keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
+        # No view, which the network could not change in place.
+        return tokens.data
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 class ForwardPass:
@@ -68,6 +91,7 @@ class ForwardPass:
         first_tokens: the first block's tokens, in which it starts then.
         runs: of each block, if the layers' own scores are wanted.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
+        marks: position of the block whose tokens a node of the graph returns, below the last one.
         dtype: in which the network attends.
         unseen: attention that bypassed the interception.
 
@@ -85,18 +109,24 @@ class ForwardPass:
         self.first_tokens: GradientEdge | None = None
         self.runs: list[BlockRun] = []
         self.last_tokens: Tensor | None = None
+        self.marks: dict[object, int] = {}
         self.dtype = torch.float32
         self.unseen = UnseenAttention()
         self._batch = batch
+        self._anchor = torch.zeros((), requires_grad=True)
         self._block: int | None = None
         self._entered: Entered | None = None
         self._entrance: GradientEdge | None = None
 
     @property
+    def tokens(self) -> int:
+        """How many tokens each layer attends to; an attention-pool head may leave out the prefix tokens."""
+        return self.calls[0].keys
+
+    @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
-        tokens = self.calls[-1].keys
-        return {tokens, tokens - self.plan.layout.prefix_tokens} - {0, 1}
+        return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} - {0, 1}
 
     @property
     def score_start(self) -> GradientEdge | Tensor | None:
@@ -129,6 +159,10 @@ class ForwardPass:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
             self.last_tokens = tokens
+        elif not self.plan.gradients:
+            tokens = _Marked.apply(tokens, self._anchor)
+        if tokens.grad_fn is not None and self.last_tokens is None:
+            self.marks[tokens.grad_fn] = position
         if self.plan.local_scores:
             self.runs.append(run)
         return tokens
@@ -157,10 +191,20 @@ class ForwardPass:
             call.prefix = self._prefix(output)
         return output
 
+    def leave_out_unread(self, total: Tensor) -> None:
+        """Forget the pools after the last block that a score does not depend on."""
+        while self.calls and self.calls[-1].is_pool and self.calls[-1].block is None:
+            if gradient_of(total, self.outputs[-1]) is not None:
+                return
+            self.calls.pop()
+            self.outputs.pop()
+
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
-        require_one_chain(self.calls, len(self.plan.layout.blocks))
-        cut = [call.index for call in self.calls[1:] if not call.follows]
+        require_one_chain(self.calls, len(self.plan.layout.blocks), self.plan.layout.prefix_tokens)
+        first = self.calls[0].block
+        above = [call for call in self.calls[1:] if first is None or call.block != first]
+        cut = [call.index for call in above if not call.follows]
         if self.plan.gradients and cut:
             raise UnsupportedNetworkError(
                 f"no gradient passes from attention layer {cut[-1]} to the one below, which these methods need: {CUT}"
@@ -195,7 +239,54 @@ class ForwardPass:
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in inputs[:3])
         call = AttentionCall(
-            len(self.calls), self._block, inputs.scale, queries, keys, queries != keys or is_latent, follows
+            len(self.calls),
+            self._block,
+            inputs.scale,
+            queries,
+            keys,
+            queries != keys or is_latent,
+            follows,
+            weakref.ref(inputs.value),
         )
+        if self._block is not None and self.calls and self.calls[-1].block == self._block:
+            self._require_at_once(call, inputs)
         self.calls.append(call)
+        follows_blocks = self.last_tokens is not None and any(each.block is not None for each in self.calls)
+        if call.is_pool and follows_blocks and keys != self.tokens:
+            self._require_no_prefix(key)
         return call
+
+    def _require_at_once(self, call: AttentionCall, inputs: Inputs) -> None:
+        """Refuse a block that attends again, unless to the same tokens as before, side by side with its other calls."""
+        name = f"block {call.block} of {len(self.plan.layout.blocks)} calls attention several times"
+        if not self.plan.gradients:
+            raise UnsupportedNetworkError(
+                f"{name}: whether side by side or one after the other is seen by gradients alone. Ask for a method "
+                "that needs gradients too (gmarpp_l1)"
+            )
+        # Sums save no tensors, which a block that runs again would miss.
+        total = torch.stack([each.sum() for each in inputs[:3]]).sum()
+        earlier = [each for each in self.calls if each.block == call.block]
+        if any(gradient_of(total, self.outputs[each.index]) is not None for each in earlier):
+            raise UnsupportedNetworkError(
+                f"{name}, one after the other: describe each as a block of its own in gmarpp.Architecture(..., "
+                "blocks=...)"
+            )
+        blind = blind_to_sign(self.plan.groups)
+        if blind and any(each.values() is inputs.value for each in earlier):
+            raise UnsupportedNetworkError(
+                f"{name} with the same values, as differential attention does, which subtracts one from the other: "
+                f"{', '.join(blind)} would add them. Ask for methods of products with the gradient (gmarpp_l1, "
+                "gmarpp_sum, chefer, legrad)"
+            )
+
+    def _require_no_prefix(self, key: Tensor) -> None:
+        """Refuse a pool with fewer keys than tokens, unless the prefix tokens are those that it leaves out."""
+        prefix, tokens = self.plan.layout.prefix_tokens, self.last_tokens
+        assert tokens is not None
+        read = gradient_of(key.float().square().sum(), tokens)
+        if read is None or read[:, :prefix].any() or not read[:, prefix:].any(dim=2).all():
+            raise UnsupportedNetworkError(
+                f"an attention-pool head attends to {key.shape[-2]} keys, and the blocks to {tokens.shape[1]}: only "
+                f"the {prefix} prefix tokens may be left out, one key for each of the others"
+            )

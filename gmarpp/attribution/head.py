@@ -1,22 +1,22 @@
-"""What the head reads, and whether it is the head that the architecture describes."""
+"""What the head is, and which tokens it reads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from gmarpp.attribution.forward import CUT, ForwardPass
+from gmarpp.attribution.forward import CUT, ForwardPass, gradient_of
 from gmarpp.attribution.seam import answered_by
-from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.output import check_finite
 
+Head = Callable[[Tensor], Any]
+"""Takes the tokens that leave the last block, (B, N, D), and returns the network's output."""
+
 _DESCRIBE_HEAD = (
-    "describe what follows the last block: architecture=dataclasses.replace(gmarpp.architecture_of(net.vit), "
-    "head=lambda tokens: net.fc(net.vit.forward_head(net.vit.norm(tokens))))"
+    "describe what follows the last block: dataclasses.replace(gmarpp.architecture_of(net), head=lambda tokens: ...)"
 )
 
 
@@ -68,19 +68,14 @@ def agree(head_output: Any, output: Any) -> bool:
 def distinct_sum(output: Any) -> Tensor:
     """Return one number that every value of the output influences, each by its own factor.
 
-    A plain sum has no gradient where the output is normalized.
+    A plain sum has no gradient where the output is normalized. A number for all images, such as a temperature, does not
+    count.
     """
     total = torch.zeros(())
-    for each in tensors_of(output):
+    for each in (each for each in tensors_of(output) if each.dim()):
         factors = torch.linspace(0.5, 1, each[0].numel(), device=each.device, dtype=torch.float32).view_as(each[0])
         total = total.to(each.device) + (each.float() * factors).sum()
     return total
-
-
-def _gradient(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | None:
-    if start is None or not total.requires_grad:
-        return None
-    return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
 def _shares(gradient: Tensor) -> Tensor:
@@ -90,44 +85,81 @@ def _shares(gradient: Tensor) -> Tensor:
     return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def head_output(layout: Architecture, tokens: Tensor, output: Any) -> Any:
-    """Return the head's output for tokens (B, N, D), in the form of the network's output, which scores expect."""
-    assert layout.head is not None
-    with answered_by(None):
-        made = layout.head(tokens)
-    return SimpleNamespace(logits=made) if hasattr(output, "logits") and isinstance(made, Tensor) else made
+def require_one_layer(total: Tensor, passed: ForwardPass) -> None:
+    """Refuse a score that depends on tokens of earlier blocks otherwise than through those of the last one.
 
-
-def check_head(output: Any, passed: ForwardPass) -> None:
-    """Raise `UnsupportedNetworkError` unless the architecture's head reproduces the network's output."""
-    assert passed.last_tokens is not None
-    try:
-        with torch.no_grad():
-            made = head_output(passed.plan.layout, passed.last_tokens.detach(), output)
-            agrees = agree(made, output)
-    except Exception as error:
+    Raises:
+        UnsupportedNetworkError: naming the blocks.
+    """
+    if passed.last_tokens is None:
+        return
+    met, waiting = {passed.last_tokens.grad_fn}, [total.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            # Below a block that is read, all are met.
+            waiting += [] if node in passed.marks else [below for below, _ in node.next_functions]
+    if read := sorted(passed.marks[node] for node in met & passed.marks.keys()):
         raise UnsupportedNetworkError(
-            f"the architecture's head fails on the last block's tokens ({error}): {_DESCRIBE_HEAD}"
-        ) from error
-    if not agrees:
-        raise UnsupportedNetworkError(
-            "the architecture's head does not reproduce the network's output from the last block's tokens, so "
-            f"LeGrad, which uses it for each layer's own score, would explain something else: {_DESCRIBE_HEAD}, or "
-            "leave LeGrad out"
+            f"the score reads the tokens that leave blocks {read} directly, and maps start at those of the last block "
+            "alone: what it takes from the others would be missing. Explain a score of the last block's tokens"
         )
 
 
-def reads_prefix(passed: ForwardPass, output: Any) -> bool:
-    """Return whether the architecture's head reads prefix tokens only, and also works without the others."""
+def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
+    """Return what makes the network's output of the last block's tokens: the architecture's head, or else the network.
+
+    Args:
+        passed: the forward pass.
+        output: of the network.
+        replay: the network with its blocks skipped.
+
+    Returns:
+        of tokens (B, N, D), an output in the form of the network's, which scores expect.
+
+    Raises:
+        UnsupportedNetworkError: if neither reproduces the network's output.
+    """
     assert passed.last_tokens is not None
-    layout, prefix = passed.plan.layout, passed.plan.layout.prefix_tokens
-    tokens = passed.last_tokens[:1].detach().requires_grad_()
-    made = head_output(layout, tokens, output)
-    gradient = _gradient(distinct_sum(made), tokens)
+    described, tokens = passed.plan.layout.head, passed.last_tokens.detach()
+    candidates = (replay,) if described is None else (_in_form_of(output, described), replay)
+    reasons = []
+    for head in candidates:
+        try:
+            with torch.no_grad():
+                made = head(tokens)
+        # Whatever kind of error code of others raises, it makes no output.
+        except Exception as error:
+            reasons.append(error)
+            continue
+        if agree(made, output):
+            return head
+    raise UnsupportedNetworkError(
+        "LeGrad asks for the score of each layer's tokens, and what the network makes of the last block's tokens is "
+        "not all of its output: it also uses what earlier blocks return, keeps a state, or draws random numbers"
+        f"{f' ({reasons[-1]})' if reasons else ''}. Leave LeGrad out, or {_DESCRIBE_HEAD}"
+    ) from (reasons[-1] if reasons else None)
+
+
+def _in_form_of(output: Any, described: Head) -> Head:
+    def head(tokens: Tensor) -> Any:
+        with answered_by(None):
+            made = described(tokens)
+        return SimpleNamespace(logits=made) if hasattr(output, "logits") and isinstance(made, Tensor) else made
+
+    return head
+
+
+def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
+    """Return whether a head reads prefix tokens only, of (B, N, D), and also works without the others."""
+    tokens = tokens[:1].detach().requires_grad_()
+    made = head(tokens)
+    gradient = gradient_of(distinct_sum(made), tokens)
     if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
         return False
     try:
-        return agree(head_output(layout, tokens[:, :prefix], output), made)
+        return agree(head(tokens[:, :prefix]), made)
     except Exception:
         # For example, the head may arrange the patch tokens in a grid and give them weights of zero.
         return False
@@ -155,7 +187,7 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
         ValueError: for gradients that are not finite, or zero where they are needed.
     """
     start = passed.score_start
-    gradient = _gradient(scores.float().sum() * scale, start)
+    gradient = gradient_of(scores.float().sum() * scale, start)
     if gradient is None:
         raise UnsupportedNetworkError(
             "the score does not depend on the last attention layer by any gradient: explain a score of the network's "
@@ -174,7 +206,7 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
             "attention)"
         )
     # What the head reads for other classes, it also reads for this one.
-    general = _gradient(distinct_sum(output), start)
+    general = gradient_of(distinct_sum(output), start)
     if general is None or not _shares(general)[without].any(dim=1).all():
         raise ValueError(f"no output of the network depends on the tokens of images {images}, so they have no readout")
     return torch.where(without[:, None], _shares(general), readout)

@@ -213,6 +213,7 @@ class LastAttention(Method):
 
     name: str = "attention"
     label: str = "Attention"
+    relevance: ClassVar[str] = "attention"
     needs_gradient: ClassVar[bool] = False
 
     @override

@@ -7,6 +7,7 @@ O_l as the answer to its attention call. Where it reads all tokens, the tail is 
 is kept, or else the whole block runs again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from gmarpp.attribution.attend import Inputs
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.forward import BlockRun, ForwardPass
-from gmarpp.attribution.head import check_head, head_output, reads_prefix, rounding
+from gmarpp.attribution.head import Head, reads_prefix, rounding
 from gmarpp.attribution.seam import answered_by
 from gmarpp.attribution.target import Score
 
@@ -25,18 +26,20 @@ class OwnScores:
 
     Args:
         passed: the forward pass, with the runs of its blocks.
-        output: of the network.
-
-    Raises:
-        UnsupportedNetworkError: if the architecture's head does not reproduce the network's output.
+        head: that makes the network's output of the last block's tokens.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any) -> None:
-        self._passed, self._output = passed, output
-        self._layers = list(zip(passed.runs, passed.calls, strict=False))
-        check_head(output, passed)
-        by_token = all(run.is_by_token for run in passed.runs)
-        self._by_prefix = passed.plan.tails_again and by_token and reads_prefix(passed, output)
+    def __init__(self, passed: ForwardPass, head: Head) -> None:
+        self._passed, self._head = passed, head
+        of_block = [[call for call in passed.calls if call.block == block] for block in range(len(passed.runs))]
+        self._layers = list(zip(passed.runs, of_block, strict=True))
+        assert passed.last_tokens is not None
+        by_token = all(run.is_by_token and len(calls) == 1 for run, calls in self._layers)
+        self._by_prefix = (
+            passed.plan.tails_again
+            and by_token
+            and reads_prefix(head, passed.last_tokens, passed.plan.layout.prefix_tokens)
+        )
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
@@ -59,8 +62,9 @@ class OwnScores:
             self._by_prefix = False
         return [self._of_all(*layer, score, scale) for layer in self._layers]
 
-    def _prefix_tail(self, run: BlockRun, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _prefix_tail(self, run: BlockRun, calls: Sequence[AttentionCall]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Run the tail for the prefix tokens: return its start, its output, and whether that is the block's."""
+        (call,) = calls
         assert call.prefix is not None
         attended = call.prefix.detach().requires_grad_()
         tokens = run.tokens[:, : attended.shape[2]]
@@ -73,14 +77,15 @@ class OwnScores:
         expected = run.output.detach()[:, : tokens.shape[1]]
         return None if own.shape != expected.shape else (attended, own, _alike(own.detach(), expected, tokens))
 
-    def _of_all(self, run: BlockRun, call: AttentionCall, score: Score, scale: float) -> Tensor:
+    def _of_all(self, run: BlockRun, calls: Sequence[AttentionCall], score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""
         plan = self._passed.plan
         # A graph that is recomputed in part would also keep the rest of what it recomputed.
         if plan.gradients and not plan.recompute:
-            start, own = self._passed.outputs[call.index], run.output
-            assert start is not None
-            return torch.autograd.grad(self._score(own, score, scale), start, retain_graph=True)[0]
+            starts = [start for call in calls if (start := self._passed.outputs[call.index]) is not None]
+            total = self._score(run.output, score, scale)
+            found = [torch.autograd.grad(total, start, retain_graph=True)[0] for start in starts]
+            return torch.cat(found, dim=1)
         attended: list[Tensor] = []
 
         def answer(*args: Any, **kwargs: Any) -> Tensor:
@@ -89,11 +94,11 @@ class OwnScores:
 
         with answered_by(answer):
             own = run.again(run.tokens)
-        return torch.autograd.grad(self._score(own, score, scale), attended)[0]
+        return torch.cat(torch.autograd.grad(self._score(own, score, scale), attended), dim=1)
 
     def _score(self, tokens: Tensor, score: Score, scale: float) -> Tensor:
         """Return the sum of the images' scores of a layer's tokens, times a factor."""
-        return score(head_output(self._passed.plan.layout, tokens, self._output)).float().sum() * scale
+        return score(self._head(tokens)).float().sum() * scale
 
 
 def _alike(own: Tensor, expected: Tensor, tokens: Tensor) -> Tensor:

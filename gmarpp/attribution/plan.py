@@ -39,6 +39,11 @@ def rule_of(methods: Sequence[Method]) -> str:
     return next((method.gradient_rule for method in methods if method.needs_gradient), GRADIENT_RULES[0])
 
 
+def blind_to_sign(groups: Sequence[Sequence[Method]]) -> list[str]:
+    """Return the names of methods that take attention as it is, whatever sign the network gives it."""
+    return [method.name for methods in groups for method in methods if getattr(method, "relevance", "") == "attention"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which methods are wanted of which network, and what they need.
@@ -46,7 +51,7 @@ class Plan:
     Attributes:
         names: of the methods, in the order of the maps.
         groups: the methods, by gradient rule; each group has its own backward pass, on the graph of all.
-        layout: the network's tokens, blocks and head.
+        layout: the network's tokens and blocks.
         gradients: whether gradients pass from block to block. If not, blocks run without a graph.
         local_scores: whether the layers' own scores are wanted.
         tails_again: whether blocks may run once more for their layers' own scores, because they have no hooks.
@@ -92,17 +97,16 @@ class Plan:
 
         Raises:
             ValueError: for an unknown gradient rule.
-            UnsupportedNetworkError: if the methods need blocks or a head that the layout lacks.
+            UnsupportedNetworkError: if the methods need blocks that the layout lacks.
         """
         local_scores = any(method.needs_local_gradient for method in methods)
         tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
         # Without such a run, the layers' own scores come from the graph of the forward pass.
         gradients = any(method.needs_gradient for method in methods) or (local_scores and not tails_again)
         recompute = recompute and gradients
-        if (local_scores and (not layout.blocks or layout.head is None)) or (recompute and not layout.blocks):
+        if (local_scores or recompute) and not layout.blocks:
             raise UnsupportedNetworkError(
-                "LeGrad needs the network's blocks and head, recomputation its blocks: pass them in "
-                "gmarpp.Architecture(..., blocks=..., head=...)"
+                "LeGrad and recomputation need the network's blocks: pass them in gmarpp.Architecture(..., blocks=...)"
             )
         followed = [method.name for method in methods if method.needs_tokens or method.needs_residual]
         if followed and not layout.blocks:

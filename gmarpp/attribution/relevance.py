@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gmarpp.attribution.layer import AttentionLayer
@@ -34,6 +35,7 @@ class Relevance:
         )
         self._others = [method for method in methods if not isinstance(method, RowProduct)]
         self._products = RowProducts(products, readout.device) if products else None
+        self._tokens = tokens
         self._names = [method.name for method in (*products, *self._others)]
         starts = [method.start(readout, images, tokens) for method in (*products, *self._others)]
         # Above the top layer a row has an entry per query, below it one per token.
@@ -54,11 +56,15 @@ class Relevance:
         if self._products is not None:
             assert self._above is not None
             rows = self._above if layer.is_top else self._rows
-            self._rows[part] = self._products.step(rows[part], layer)
+            self._rows[part] = self._of_all_tokens(self._products.step(rows[part], layer))
             if self._summed and not layer.is_pool:
                 self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
-            rows[part] = method.step((above if layer.is_top else rows)[part], layer)
+            rows[part] = self._of_all_tokens(method.step((above if layer.is_top else rows)[part], layer))
+
+    def _of_all_tokens(self, rows: Tensor) -> Tensor:
+        """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""
+        return F.pad(rows, (self._tokens - rows.shape[-1], 0))
 
     def receive(self, relevance: Tensor) -> None:
         """Hand on the relevance (B, N) of the tokens that enter a block, once its layer was stepped through."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.forward import CUT, ForwardPass
-from gmarpp.attribution.head import readout_of
+from gmarpp.attribution.head import Head, head_of, readout_of
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.operations import next_sequence_number, require_known
 from gmarpp.attribution.own_scores import OwnScores
@@ -33,12 +33,16 @@ class WayDown:
         passed: the forward pass.
         output: of the network.
         images: (B, 3, H, W).
+        replay: the network with its blocks skipped.
+
+    Raises:
+        UnsupportedNetworkError: if the layers' own scores are wanted of a head that cannot be run alone.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any, images: Tensor) -> None:
+    def __init__(self, passed: ForwardPass, output: Any, images: Tensor, replay: Head) -> None:
         self._passed, self._output, self._images = passed, output, images
         self._end_of_network = next_sequence_number()
-        self._own_scores = OwnScores(passed, output) if passed.plan.local_scores else None
+        self._own_scores = OwnScores(passed, head_of(passed, output, replay)) if passed.plan.local_scores else None
 
     def rows(self, score: Score, margin: Score, last: bool) -> Rows:
         """Return the rows of all methods for a score and its margin; after the last one the graph is gone."""
@@ -71,7 +75,7 @@ class WayDown:
         if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
             _warn_where_all_are_read(readout[:, patches])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
-        relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys, patches)
+        relevance = Relevance(methods, readout, self._images, passed.tokens, patches)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
             ends = passed.leaves

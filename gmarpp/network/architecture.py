@@ -1,15 +1,15 @@
-"""Facts about a network beyond its attention calls: patch grid, prefix tokens, blocks and head by family.
+"""Facts about a network beyond its attention calls: patch grid, prefix tokens and blocks, by family.
 
-Most methods need the grid and the number of prefix tokens only; LeGrad and recomputation need the blocks, LeGrad the
-head too. A network of a family that is not listed here is described by hand with `Architecture`.
+Maps need the grid and the number of tokens around the patches; LeGrad and recomputation need the blocks too. A network
+of a family that is not listed here is described by hand with `Architecture`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gmarpp.network.errors import UnsupportedNetworkError
 
@@ -21,35 +21,90 @@ class Architecture:
     Attributes:
         grid: returns the patch grid (h, w) of an image of a given height and width in pixels.
         prefix_tokens: number of tokens before the patch tokens (class, distillation and register tokens).
-        blocks: the transformer blocks, from the input upward; each calls attention once.
+        blocks: the transformer blocks, from the input upward.
         head: what the network computes from the tokens that leave the last block, shape (B, N, D), up to its output.
+            Only a shortcut: without it, or where the network does something else, LeGrad runs the network itself again
+            with its blocks skipped.
+        suffix_tokens: number of tokens after the patch tokens (detection tokens).
     """
 
     grid: Callable[[int, int], tuple[int, int]]
     prefix_tokens: int
     blocks: Sequence[nn.Module] = ()
     head: Callable[[Tensor], Any] | None = None
+    suffix_tokens: int = 0
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Describe a network of a known family: timm, torchvision, Hugging Face or open_clip.
+    """Describe a network of a known family, or the only one inside another: timm, torchvision, transformers, open_clip.
+
+    What a wrapper adds, such as a head of its own, is no part of the description.
 
     Raises:
-        UnsupportedNetworkError: if the family is not known; the message says how to describe it by hand.
+        UnsupportedNetworkError: if there is no such network, or more than one; the message says what to do.
     """
-    for matches, describe in _FAMILIES:
-        if matches(model):
-            return describe(model)
-    raise UnsupportedNetworkError(
+    known = list(_known_networks(model))
+    if not known:
+        raise _unknown(model)
+    if len(known) > 1:
+        names = [f"{name} ({type(network).__name__})" for name, network, _ in known]
+        raise UnsupportedNetworkError(
+            f"{type(model).__name__} holds {len(known)} networks of known families: {', '.join(names)}. Name the one "
+            f"to explain: architecture=gmarpp.architecture_of(model.get_submodule({known[0][0]!r}))"
+        )
+    ((name, network, describe),) = known
+    layout = describe(network)
+    return layout if name == "" else replace(layout, head=None)
+
+
+def _unknown(model: nn.Module) -> UnsupportedNetworkError:
+    kinds = {type(module).__name__.lower() for module in model.modules()}
+    if not any(word in kind for kind in kinds for word in ("attention", "attn", "transformer")):
+        return UnsupportedNetworkError(
+            f"{type(model).__name__} is not known to attend between places of the image: these methods explain Vision "
+            "Transformers. One whose modules have other names is described by architecture=gmarpp.Architecture(...)"
+        )
+    return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
-        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=..., head=...), or "
-        "architecture=gmarpp.architecture_of(network.vit) when it wraps one of a known family (timm, torchvision, "
-        "Hugging Face, open_clip). Networks with windowed or pyramid attention (Swin, PVT, MaxViT), with attention "
-        "between channels (XCiT) and convolutional ones cannot be explained by these methods: use a ViT"
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with windowed or "
+        "pyramid attention (Swin, PVT, MaxViT), and with attention between channels (XCiT), cannot be explained by "
+        "these methods: use a ViT"
     )
 
 
-def _by_patch(height: int, width: int) -> Callable[[int, int], tuple[int, int]]:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside `DataParallel`, `DistributedDataParallel` and `torch.compile`.
+
+    The first would run copies of it in other threads, the second wait for the other processes; compiled code is not
+    run while a network is explained.
+    """
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _known_networks(
+    model: nn.Module, name: str = "", met: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, Callable[[Any], Architecture]]]:
+    """Find the outermost networks of known families: name inside the model, network, and what describes it."""
+    met = set() if met is None else met
+    if model in met:
+        return
+    met.add(model)
+    describe = next((describe for matches, describe in _FAMILIES if matches(model)), None)
+    if describe is not None:
+        yield name, model, describe
+        return
+    for child, network in model.named_children():
+        yield from _known_networks(network, f"{name}.{child}" if name else child, met)
+
+
+def _by_patch(size: Any) -> Callable[[int, int], tuple[int, int]]:
+    height, width = _pair(size)
     return lambda image_height, image_width: (image_height // height, image_width // width)
 
 
@@ -57,27 +112,41 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def _has(model: nn.Module, *names: str) -> bool:
+    return all(hasattr(model, name) for name in names)
+
+
 def _is_timm(model: nn.Module) -> bool:
-    parts = ("patch_embed", "blocks", "norm", "forward_head", "num_prefix_tokens")
-    return all(hasattr(model, name) for name in parts) and hasattr(model.patch_embed, "dynamic_feat_size")
+    return _has(model, "blocks", "num_prefix_tokens") and _timm_embedding(model) is not None
+
+
+def _timm_embedding(model: Any) -> Any:
+    """Return what makes patches; NaFlexViT names it otherwise, and Gemma 4's tells the size of patches only."""
+    embedding = getattr(model, "patch_embed", getattr(model, "embeds", None))
+    known = hasattr(embedding, "dynamic_feat_size") or type(embedding).__name__ == "Gemma4PatchEmbed"
+    return embedding if known else None
 
 
 def _timm(model: Any) -> Architecture:
+    embedding = _timm_embedding(model)
+    by_size = getattr(embedding, "dynamic_feat_size", None)
+    # Encoders of language models have a final norm elsewhere, or none.
+    has_head = _has(model, "norm", "forward_head", "reset_classifier")
     return Architecture(
-        grid=lambda height, width: _pair(model.patch_embed.dynamic_feat_size((height, width))),
+        grid=(lambda *size: _pair(by_size(size))) if by_size else _by_patch(embedding.patch_size),
         prefix_tokens=model.num_prefix_tokens,
         blocks=list(model.blocks),
-        head=lambda tokens: model.forward_head(model.norm(tokens)),
+        head=(lambda tokens: model.forward_head(model.norm(tokens))) if has_head else None,
     )
 
 
 def _is_torchvision(model: nn.Module) -> bool:
-    return all(hasattr(model, name) for name in ("conv_proj", "encoder", "heads", "class_token", "patch_size"))
+    return _has(model, "conv_proj", "encoder", "heads", "class_token", "patch_size")
 
 
 def _torchvision(model: Any) -> Architecture:
     return Architecture(
-        grid=_by_patch(*_pair(model.patch_size)),
+        grid=_by_patch(model.patch_size),
         prefix_tokens=1,
         blocks=list(model.encoder.layers),
         head=lambda tokens: model.heads(model.encoder.ln(tokens)[:, 0]),
@@ -85,89 +154,51 @@ def _torchvision(model: Any) -> Architecture:
 
 
 def _is_open_clip(model: nn.Module) -> bool:
-    return all(hasattr(model, name) for name in ("conv1", "class_embedding", "transformer", "ln_post", "_pool"))
+    return _has(model, "conv1", "class_embedding", "transformer", "ln_post", "_pool")
 
 
 def _open_clip(model: Any) -> Architecture:
-    def head(tokens: Tensor) -> Any:
-        pooled, _ = model._pool(tokens)
-        return pooled if model.proj is None else pooled @ model.proj
-
-    return Architecture(
-        grid=_by_patch(*_pair(model.patch_size)),
-        prefix_tokens=1,
-        blocks=list(model.transformer.resblocks),
-        head=head,
-    )
+    return Architecture(grid=_by_patch(model.patch_size), prefix_tokens=1, blocks=list(model.transformer.resblocks))
 
 
-def _is_open_clip_timm(model: nn.Module) -> bool:
-    return (
-        isinstance(getattr(model, "trunk", None), nn.Module)
-        and hasattr(model, "head")
-        and _is_timm(model.get_submodule("trunk"))
-    )
+# What transformers calls the parameters of its embeddings that become tokens before and after the patches.
+_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+_SUFFIX_TOKENS = ("detection_tokens",)
+_BLOCKS = ("encoder.layers", "encoder.layer", "layers", "layer", "model.layer")
 
 
-def _open_clip_timm(model: Any) -> Architecture:
-    trunk = _timm(model.trunk)
-    assert trunk.head is not None
-    pool = trunk.head
-    return Architecture(trunk.grid, trunk.prefix_tokens, trunk.blocks, head=lambda tokens: model.head(pool(tokens)))
-
-
-def _class_token(model: Any, tokens: Tensor) -> Any:
-    return model.classifier(tokens[:, 0])
-
-
-def _both_tokens(model: Any, tokens: Tensor) -> Any:
-    return (model.cls_classifier(tokens[:, 0]) + model.distillation_classifier(tokens[:, 1])) / 2
-
-
-def _class_token_and_mean_patch(model: Any, tokens: Tensor) -> Any:
-    first_patch = 1 + getattr(model.config, "num_register_tokens", 0)
-    return model.classifier(torch.cat((tokens[:, 0], tokens[:, first_patch:].mean(dim=1)), dim=1))
-
-
-def _mean_token(model: Any, tokens: Tensor) -> Any:
-    return model.classifier(tokens.mean(dim=1))
-
-
-@dataclass(frozen=True)
-class _HuggingFace:
-    """Where a Hugging Face classifier keeps its parts: encoder, final norm, and what follows the norm."""
-
-    encoder: str
-    prefix_tokens: int
-    pool: Callable[[Any, Tensor], Any]
-    norm: str = "layernorm"
-
-
-_HUGGING_FACE = {
-    "ViTForImageClassification": _HuggingFace("vit", 1, _class_token),
-    "DeiTForImageClassification": _HuggingFace("deit", 2, _class_token),
-    "DeiTForImageClassificationWithTeacher": _HuggingFace("deit", 2, _both_tokens),
-    "Dinov2ForImageClassification": _HuggingFace("dinov2", 1, _class_token_and_mean_patch),
-    "Dinov2WithRegistersForImageClassification": _HuggingFace("dinov2_with_registers", 1, _class_token_and_mean_patch),
-    "SiglipForImageClassification": _HuggingFace("vision_model", 0, _mean_token, norm="post_layernorm"),
-}
+def _hugging_face_blocks(model: nn.Module) -> Sequence[nn.Module]:
+    modules = dict(model.named_modules())
+    found = (modules[name] for name in _BLOCKS if isinstance(modules.get(name), nn.ModuleList))
+    return list(next(found, ()))
 
 
 def _is_hugging_face(model: nn.Module) -> bool:
-    return type(model).__name__ in _HUGGING_FACE and hasattr(model, "config")
+    """Return whether this is an encoder of transformers, from patch embeddings to the last of blocks of one size."""
+    config, embeddings = getattr(model, "config", None), getattr(model, "embeddings", None)
+    names = ("patch_embedding", "patch_embeddings", "patch_embed")
+    patches = next((getattr(embeddings, name) for name in names if hasattr(embeddings, name)), None)
+    # Pyramids (Swin, for example) have several depths; networks for videos or sound make patches of other kinds.
+    in_rows = isinstance(patches, nn.Module) and any(isinstance(each, nn.Conv2d) for each in patches.modules())
+    in_rows = in_rows or type(embeddings).__name__ == "Siglip2VisionEmbeddings"
+    return in_rows and hasattr(config, "patch_size") and not hasattr(config, "depths") and _is_flat(model)
+
+
+def _is_flat(model: Any) -> bool:
+    layers: object = model.config.num_hidden_layers
+    return 0 < len(_hugging_face_blocks(model)) == layers
 
 
 def _hugging_face(model: Any) -> Architecture:
-    parts = _HUGGING_FACE[type(model).__name__]
-    base = getattr(model, parts.encoder)
-    # transformers 5 moved some families' layers from base.encoder to base.
-    stack = getattr(base, "encoder", base)
-    config = getattr(model.config, "vision_config", model.config)
+    def count(names: Sequence[str]) -> int:
+        tokens = [getattr(model.embeddings, name, None) for name in names]
+        return sum(1 if each.dim() == 1 else each.shape[-2] for each in tokens if isinstance(each, Tensor))
+
     return Architecture(
-        grid=_by_patch(*_pair(config.patch_size)),
-        prefix_tokens=parts.prefix_tokens + getattr(config, "num_register_tokens", 0),
-        blocks=list(stack.layers if hasattr(stack, "layers") else stack.layer),
-        head=lambda tokens: parts.pool(model, getattr(base, parts.norm)(tokens)),
+        grid=_by_patch(model.config.patch_size),
+        prefix_tokens=count(_PREFIX_TOKENS),
+        blocks=_hugging_face_blocks(model),
+        suffix_tokens=count(_SUFFIX_TOKENS),
     )
 
 
@@ -176,5 +207,4 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
-    (_is_open_clip_timm, _open_clip_timm),
 )

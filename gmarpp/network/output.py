@@ -1,5 +1,6 @@
 """The output of a network: its logits, and the names of its classes."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,10 +16,18 @@ def logits_of(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(
-            f"the network's output ({type(output).__name__}) holds no logits of shape (images, classes): pass "
-            "gmarpp.explain a function of the output as target"
+            f"the network's output ({_content(output)}) holds no logits of shape (images, classes): pass "
+            "gmarpp.explain a function of the output as target, which returns one score per image, shape (images,); "
+            "the similarity with a direction, for example: lambda output: output.pooler_output @ direction"
         )
     return logits
+
+
+def _content(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    fields = ", ".join(map(str, output)) if isinstance(output, Mapping) else ""
+    return f"{type(output).__name__}{f' of {fields}' if fields else ''}"
 
 
 def check_finite(logits: Tensor, what: str = "logits") -> None:

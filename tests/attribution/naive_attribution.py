@@ -90,6 +90,24 @@ def naive_row(name, attentions, gradients, readout, image, alpha=1.0):
     return readout @ product
 
 
+def pool_start(name, attention, gradient):
+    """Give the row that an attention pool hands to its keys, (N,), from A and G of one query, (H, N)."""
+    if name in ("rollout", "attention"):
+        return attention.mean(0)
+    if name == "chefer":
+        return (gradient * attention).clamp(min=0).mean(0)
+    if name.startswith("gmar_"):
+        norms = gradient.abs().sum(1) if name.endswith("l1") else gradient.pow(2).sum(1).sqrt()
+        return ((norms / norms.sum())[:, None] * attention).sum(0)
+    positive = gradient.clamp(min=0)
+    if name == "gmarpp_sum":
+        weights = torch.ones(len(positive))
+    else:
+        norms = positive.sum(1) if name.endswith("l1") else positive.pow(2).sum(1).sqrt()
+        weights = norms / norms.sum()
+    return row_normalized((weights[:, None] * positive * attention).sum(0))
+
+
 def naive_legrad(model, images, blocks, head, score):
     """Give LeGrad's relevance of all tokens, (B, N), from each block's own score on one whole graph."""
     model.eval()

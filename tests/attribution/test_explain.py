@@ -363,7 +363,7 @@ def test_bad_targets_and_images_are_named():
     assert gmarpp.explain(model, batch, target="6").target.tolist() == [6, 6, 6]
     kept = []
     model.blocks[1].register_forward_hook(lambda _, args, output: kept.append(output))
-    with pytest.raises(UnsupportedNetworkError, match="does not depend on the last attention layer"):
+    with pytest.raises(UnsupportedNetworkError, match=r"tokens that leave blocks \[1\] directly"):
         gmarpp.explain(model, batch, target=lambda _: kept[-1].sum(dim=(1, 2)))
     model.head.bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"logits of images \[0, 1, 2\] are not finite"):
