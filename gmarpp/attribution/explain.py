@@ -109,9 +109,8 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         grid = _grid(plan, images, passed.tokens)
         way = WayDown(passed, output, images, Replay(model, images, plan.layout.blocks, passed.runs))
         columns = [way.rows(score, last=score is scores.functions[-1]) for score in scores.functions]
-    first_patch = plan.layout.prefix_tokens
     shape = (*scores.indices.shape, *grid)
-    patches = slice(first_patch, first_patch + grid[0] * grid[1])
+    patches = plan.layout.patches(passed.tokens)
     maps = {
         name: torch.stack([rows[name] for rows in columns], dim=1)[..., patches].reshape(shape) for name in plan.names
     }
