@@ -117,9 +117,8 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         way = WayDown(passed, output, images, Replay(model, images, plan.layout.blocks, passed.runs))
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
-    first_patch = plan.layout.prefix_tokens
     shape = (*scores.indices.shape, *grid)
-    patches = slice(first_patch, first_patch + grid[0] * grid[1])
+    patches = plan.layout.patches(passed.tokens)
     maps = {
         name: torch.stack([rows[name] for rows in columns], dim=1)[..., patches].reshape(shape) for name in plan.names
     }

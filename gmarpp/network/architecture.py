@@ -34,6 +34,10 @@ class Architecture:
     head: Callable[[Tensor], Any] | None = None
     suffix_tokens: int = 0
 
+    def patches(self, tokens: int) -> slice:
+        """Return where the patch tokens are among all of a number of tokens."""
+        return slice(self.prefix_tokens, tokens - self.suffix_tokens)
+
 
 def architecture_of(model: nn.Module) -> Architecture:
     """Describe a network of a known family, or the only one inside another: timm, torchvision, transformers, open_clip.
