@@ -121,7 +121,7 @@ def assert_equals_naive(model, batch, target, score, grid, read, blocks, head, p
     `head_score`, or else `score`, is a score of.
     """
     assert_patches_lie_where_the_grid_says(model, batch, blocks, grid, prefix)
-    found = gmarpp.explain(model, batch, gmarpp.METHODS + gmarpp.VARIANTS, target).maps
+    found = gmarpp.explain(model, batch, (*gmarpp.METHODS, "gmarpp_sum"), target).maps
     assert all(maps.shape == (len(batch), *grid) for maps in found.values())
     attentions, gradients = attention_and_gradients(model, batch, score)
     tokens = prefix + grid[0] * grid[1] + suffix
