@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from gmarpp.attribution.attend import repeated
-from gmarpp.attribution.forward import BlockRun, ForwardPass, tokens_of
-from gmarpp.attribution.seam import answered_by, is_intercepted
+from gmarpp.attribution.forward import BlockRun, ForwardPass
+from gmarpp.attribution.head import reads_prefix
+from gmarpp.attribution.recompute import narrowed, recomputed
+from gmarpp.attribution.seam import is_intercepted
 from gmarpp.network.errors import UnsupportedNetworkError
 
 Forward = Callable[..., Any]
@@ -41,36 +41,25 @@ class Block:
             )
         tokens, *others = inputs
         self.passing.enter_block(self.position)
-        output = self._run(tokens, others, options)
-        run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output))
-        tokens = self.passing.leave_block(self.position, run)
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        run = BlockRun(self.forward, others, options)
+        return self.passing.leave_block(self.position, run, tokens, self._run(run, tokens))
 
-    def _run(self, tokens: Tensor, others: Sequence[Any], options: dict[str, Any]) -> Any:
-        plan, forward = self.passing.plan, self.forward
+    def _run(self, run: BlockRun, tokens: Tensor) -> Any:
+        passing, plan = self.passing, self.passing.plan
+        is_last = self.position == len(plan.layout.blocks) - 1
+        if is_last and plan.tails_again and plan.head_again:
+            passing.reads_prefix = reads_prefix(plan.layout, tokens)
         if not plan.gradients:
             # The graphs of the layers' own scores also start after the block has run.
             with torch.no_grad():
-                return forward(tokens, *others, **options)
+                return run(tokens)
         if self.position == 0:
             # The graph starts here: nothing below the first layer is needed.
             tokens = tokens.detach()
+        if is_last and passing.reads_prefix and run.is_by_token and passing.leaves_tokens:
+            return narrowed(run, tokens, plan.layout.prefix_tokens, passing.attend, passing.descent)
         # The backward pass reaches the last block before it has freed anything.
-        if not plan.recompute or self.position == len(plan.layout.blocks) - 1:
-            return forward(tokens, *others, **options)
-        attend_again, first = repeated(self.passing.descent), True
-
-        def run(tokens: Tensor) -> Any:
-            nonlocal first
-            if first:
-                first = False
-                return forward(tokens, *others, **options)
-            # The backward pass may run this in another thread.
-            with answered_by(attend_again):
-                return forward(tokens, *others, **options)
-
-        # The recomputed function must not refer to the graph, not even through `self`.
-        return checkpoint(run, tokens, use_reentrant=False, preserve_rng_state=False)
+        return run(tokens) if is_last or not plan.recompute else recomputed(run, tokens, passing.descent)
 
 
 @contextmanager

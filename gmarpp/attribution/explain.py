@@ -63,7 +63,7 @@ def explain(
     selected = select_methods(methods)
     _check(model, images)
     layout = architecture or architecture_of(model)
-    plan = Plan.of(selected, layout, recompute)
+    plan = Plan.of(model, selected, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()

@@ -18,25 +18,21 @@ from gmarpp.network.errors import UnsupportedNetworkError
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block was given and what it returned, from which the layer's own score is computed.
+    """A block and what it was given beside its tokens, by which it can run again; it refers to nothing of the graph.
 
     Attributes:
         forward: the block's own.
-        tokens: (B, N, D), without a graph.
         others: arguments after the tokens.
         options: arguments by keyword.
-        output: the tokens that left the block, (B, N, D); with a graph where gradients pass from block to block.
     """
 
     forward: Callable[..., Any]
-    tokens: Tensor
     others: Sequence[Any]
     options: dict[str, Any]
-    output: Tensor
 
-    def again(self, tokens: Tensor) -> Tensor:
-        """Run the block once more, for some of the tokens, (B, R, D)."""
-        return tokens_of(self.forward(tokens, *self.others, **self.options))
+    def __call__(self, tokens: Tensor) -> Any:
+        """Run the block, and return what it returns."""
+        return self.forward(tokens, *self.others, **self.options)
 
     @property
     def is_by_token(self) -> bool:
@@ -65,6 +61,11 @@ class ForwardPass:
         outputs: of each call, where its output stands in the graph.
         leaves: the queries in which the graph starts.
         runs: of each block, if the layers' own scores are wanted.
+        entered: the tokens that each block was given, (B, N, D), if these scores are wanted; without a graph.
+        left: the tokens that left each block, if these scores are wanted; with a graph where gradients pass from block
+            to block.
+        reads_prefix: whether the architecture's head is known to read prefix tokens only.
+        leaves_tokens: whether the block that ran last returned tokens alone.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         dtype: in which the network attends.
         unseen: attention that bypassed the interception.
@@ -81,6 +82,9 @@ class ForwardPass:
         self.outputs: list[GradientEdge | Tensor | None] = []
         self.leaves: list[Tensor] = []
         self.runs: list[BlockRun] = []
+        self.entered: list[Tensor] = []
+        self.left: list[Tensor] = []
+        self.reads_prefix = self.leaves_tokens = False
         self.last_tokens: Tensor | None = None
         self.dtype = torch.float32
         self.unseen = UnseenAttention()
@@ -104,17 +108,23 @@ class ForwardPass:
         """Note the block that the next attention calls belong to."""
         self._block = position
 
-    def leave_block(self, position: int, run: BlockRun) -> Tensor:
-        """Record what left a block, and return the tokens that the network continues with."""
-        self._block = None
-        tokens = run.output
+    def leave_block(self, position: int, run: BlockRun, entered: Tensor, output: Any) -> Any:
+        """Record what a block was given and returned, and return what the network continues with."""
+        self._block, tokens = None, tokens_of(output)
+        self.leaves_tokens = isinstance(output, Tensor)
         if position == len(self.plan.layout.blocks) - 1:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
             self.last_tokens = tokens
         if self.plan.local_scores:
             self.runs.append(run)
-        return tokens
+            self.entered.append(entered.detach())
+            self.left.append(tokens)
+        return tokens if self.leaves_tokens else (tokens, *output[1:])
+
+    def forget_tokens(self) -> None:
+        """Free the blocks' tokens, which only what the head reads and the layers' own scores are computed from."""
+        self.entered, self.left, self.last_tokens = [], [], None
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer an attention call, and record it."""

@@ -117,19 +117,23 @@ def check_head(output: Any, passed: ForwardPass) -> None:
         )
 
 
-def reads_prefix(passed: ForwardPass, output: Any) -> bool:
-    """Return whether the architecture's head reads prefix tokens only, and also works without the others."""
-    assert passed.last_tokens is not None
-    layout, prefix = passed.plan.layout, passed.plan.layout.prefix_tokens
-    tokens = passed.last_tokens[:1].detach().requires_grad_()
-    made = head_output(layout, tokens, output)
-    gradient = _gradient(distinct_sum(made), tokens)
-    if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
-        return False
+def reads_prefix(layout: Architecture, tokens: Tensor) -> bool:
+    """Return whether the architecture's head reads prefix tokens only, and also works without the others.
+
+    Args:
+        layout: of the network, with a head.
+        tokens: any of it, (B, N, D), of which the first image's are used.
+    """
+    tokens, prefix = tokens[:1].detach().requires_grad_(), layout.prefix_tokens
     try:
-        return agree(head_output(layout, tokens[:, :prefix], output), made)
+        made = head_output(layout, tokens, None)
+        gradient = _gradient(distinct_sum(made), tokens)
+        if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
+            return False
+        return agree(head_output(layout, tokens[:, :prefix], None), made)
     except Exception:
-        # For example, the head may arrange the patch tokens in a grid and give them weights of zero.
+        # For example, the head may arrange the patch tokens in a grid and give them weights of zero; as its code is not
+        # ours, it may fail by any error. One that all tokens cause is raised where the head is needed (`check_head`).
         return False
 
 

@@ -58,6 +58,8 @@ class WayDown:
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
+        if not keep:
+            passed.forget_tokens()
         relevance = Relevance(methods, readout, self._images, passed.calls[-1].keys)
         passed.descent.begin(relevance, local, scale, passed.calls)
         if passed.plan.gradients:
