@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measure import JOBS, alternate, autocast, gpu_peak, machine, network, peak, precisions, run_job
+from measure import JOBS, add_device, alternate, autocast, gpu_peak, machine, network, peak, precisions, run_job
 from torch.profiler import ProfilerActivity, profile
 
 import gmarpp
@@ -117,7 +117,7 @@ def kernels(measured: Measured) -> dict[str, str]:
 def main() -> None:
     """Measure what was asked for and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    add_device(parser)
     parser.add_argument("--network", help="a timm VisionTransformer")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)

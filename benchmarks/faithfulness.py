@@ -26,7 +26,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measure import machine
+from measure import gpu_memory, machine
 from outside_maps import OUTSIDE_METHODS
 from score_table import CRITERION, ScoreTable, cell, fill, markdown_table, open_images, verdict
 from torch import Tensor, nn
@@ -155,6 +155,7 @@ def benchmark(
     skip: int = 160,
     steps: int = 8,
     precision: Literal["float32", "bfloat16"] = "bfloat16",
+    device: str = "cpu",
 ) -> None:
     """Score all methods under all baselines and write the tables and the chart.
 
@@ -167,11 +168,13 @@ def benchmark(
         skip: number of images left out before those, the development images of `study.py`.
         steps: of the insertion and deletion curves.
         precision: of the scores.
+        device: that computes, for example `cpu` or `cuda:0`.
     """
     unknown = [method for method in methods if method not in LABELS]
     if unknown:
         raise SystemExit(f"--methods: {', '.join(unknown)} unknown: choose from {', '.join(LABELS)}")
-    model, dataset = open_images(ckpt_path, data)
+    computing = torch.device(device)
+    model, dataset = open_images(ckpt_path, data, computing)
     order = spread_over_classes(dataset.labels, skip + max(images.values())).tolist()[skip:]
     indices = {baseline: order[:count] for baseline, count in images.items()}
     options = {"ckpt_path": Path(ckpt_path).name, "steps": steps, "precision": precision}
@@ -203,7 +206,14 @@ def benchmark(
     parts += [f"## Ranks by insertion AUC minus deletion AUC, {shared} images", ranks_table(table, indices, methods)]
     parts += ["## Rank correlation between baselines", agreement_table(table, indices, methods)]
     folder = Path(output)
-    report = {**machine(), **options, "skip": skip, "images": images, "baselines": values}
+    report = {
+        **machine(computing),
+        **gpu_memory(computing),
+        **options,
+        "skip": skip,
+        "images": images,
+        "baselines": values,
+    }
     write_atomically(folder / "faithfulness.json", (json.dumps(report, indent=2) + "\n").encode())
     write_atomically(folder / "faithfulness.md", ("\n\n".join(parts) + "\n").encode())
     write_atomically(folder / "faithfulness.png", figure_bytes(figure_of(table, indices, methods)))

@@ -45,7 +45,7 @@ def gmarpp(model: VisionTransformer, image: Tensor, label: int) -> Tensor:
         handle.remove()
     model.zero_grad()
     logits[0, label].backward(retain_graph=True)
-    identity = torch.eye(attentions[0].shape[-1])
+    identity = torch.eye(attentions[0].shape[-1], device=image.device)
     rollout = identity
     for attention in attentions:
         assert attention.grad is not None

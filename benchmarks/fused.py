@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import machine
+from measure import add_device, machine, synchronize
 
 from gmarpp.attribution import fused
 
@@ -26,12 +26,10 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int)
     call()
     times = []
     for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
 
@@ -59,12 +57,12 @@ def row(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeat
 def main() -> None:
     """Print a table of all layers and precisions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", type=torch.device)
+    add_device(parser, default="cuda")
     parser.add_argument("--layers", nargs="+", default=[], help="batch,heads,tokens,d instead of real networks")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     layers = {each: each for each in options.layers} or LAYERS
-    print(machine() | ({"gpu": torch.cuda.get_device_name(options.device)} if options.device.type == "cuda" else {}))
+    print(machine(options.device))
     print("| layer | precision | attention forward, ms | statistics, ms | carry of 7 rows, ms |\n|---|---|---|---|---|")
     for name, shape in layers.items():
         for precision, dtype in DTYPES.items():

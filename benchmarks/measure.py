@@ -1,5 +1,6 @@
 """Time, peak memory and the machine they belong to, for the other benchmarks."""
 
+import argparse
 import datetime
 import math
 import multiprocessing
@@ -52,6 +53,22 @@ def machine(device: torch.device | None = None) -> dict[str, object]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def add_device(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
+    """Add the option `--device`, which every benchmark takes."""
+    parser.add_argument("--device", type=torch.device, default=torch.device(default), help="for example cpu or cuda:0")
+
+
+def trainer_device(device: torch.device) -> dict[str, object]:
+    """Return the arguments by which a Trainer of Lightning runs on a device."""
+    on_gpu = device.type == "cuda"
+    return {"accelerator": "gpu" if on_gpu else "cpu", "devices": [device.index or 0] if on_gpu else 1}
+
+
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Return the most MiB that PyTorch has allocated on a GPU so far; nothing on another device."""
+    return {"peak MiB on the GPU": torch.cuda.max_memory_allocated(device) >> 20} if device.type == "cuda" else {}
 
 
 def precisions(device: torch.device) -> list[str]:

@@ -14,7 +14,7 @@ import math
 import time
 
 import torch
-from measure import PRECISIONS, autocast, machine, seconds, synchronize
+from measure import PRECISIONS, add_device, autocast, gpu_memory, machine, seconds, synchronize
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--single", type=int, default=4, help="images scored one at a time")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    add_device(parser)
     options = parser.parse_args()
 
     device: torch.device = options.device
@@ -109,7 +109,7 @@ def main() -> None:
                 )
             per_method[method][precision] = round(single / batched, 2)
     report["one at a time in float32 / batched, per method"] = per_method
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report | gpu_memory(device), indent=2))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def clip_twins(model: VisionTransformer, size: int, image: Tensor) -> tuple[nn.M
     patch = model.patch_embed.patch_size[0]
     vision = {"image_size": size, "patch_size": patch, "layers": depth, "width": width, "head_width": width // heads}
     text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
-    clip = open_clip.CLIP(embed_dim=512, vision_cfg=vision, text_cfg=text).eval()
+    clip = open_clip.CLIP(embed_dim=512, vision_cfg=vision, text_cfg=text).eval().to(image.device)
     twin = VisionTransformer(
         img_size=size,
         patch_size=patch,
@@ -72,7 +72,8 @@ def clip_twins(model: VisionTransformer, size: int, image: Tensor) -> tuple[nn.M
         pre_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         num_classes=512,
-    ).eval()
+    )
+    twin = twin.eval().to(image.device)
     weights = {f"visual.{name}": weight for name, weight in clip.visual.state_dict().items()}
     twin.load_state_dict(checkpoint_filter_fn(weights, twin))
     with torch.no_grad():

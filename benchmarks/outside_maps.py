@@ -74,7 +74,7 @@ def grad_cam(model: VisionTransformer, images: Tensor, target: Tensor) -> Tensor
     with GradCAM(model, [model.blocks[-1].norm1], reshape_transform=as_picture) as method:
         values = method(images, [ClassifierOutputTarget(index) for index in target.tolist()])
     model.zero_grad()
-    return _by_patch(model, torch.from_numpy(values)[:, None])
+    return _by_patch(model, torch.from_numpy(values)[:, None].to(images.device))
 
 
 def attn_lrp(model: VisionTransformer, images: Tensor, target: Tensor, margin: bool = False) -> Tensor:

@@ -85,11 +85,12 @@ def quantus_deletion(model: nn.Module, images: Tensor, maps: Tensor, target: Ten
     values = min(divisors, key=lambda number: abs(math.log(channels * pixels / number / steps)))
     metric = quantus.PixelFlipping(features_in_step=values, disable_warnings=True)
     heat = _pixel_maps(maps, images)[:, None].expand_as(images)
-    return metric(_Float32Logits(model).eval(), images.numpy(), target.numpy(), heat.numpy(), device="cpu")
+    arrays = (each.cpu().numpy() for each in (images, target, heat))
+    return metric(_Float32Logits(model).eval(), *arrays, device=str(images.device))
 
 
 def grad_cam_road(model: nn.Module, images: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float]) -> Any:
     """Compute ROAD of maps (B, h, w) by grad-cam, in both orders, for the shares of the image that are removed."""
     metric = ROADCombined(percentiles=[100 * (1 - fraction) for fraction in fractions])
     classes = [ClassifierOutputTarget(label) for label in target.tolist()]
-    return metric(images, _pixel_maps(maps, images).numpy(), classes, _Float32Logits(model))
+    return metric(images, _pixel_maps(maps, images).cpu().numpy(), classes, _Float32Logits(model))

@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from measure import GPU_PRECISIONS, alternate, autocast, gpu_peak, machine, network, peak, run_job
+from measure import GPU_PRECISIONS, add_device, alternate, autocast, gpu_peak, machine, network, peak, run_job
 
 import gmarpp
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="vit_small_patch16_224", help="a timm VisionTransformer")
     parser.add_argument("--precision", choices=GPU_PRECISIONS, default="float32")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    add_device(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("results/scaling.json"))
     options = parser.parse_args()

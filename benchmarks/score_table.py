@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
+from measure import autocast
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -33,13 +34,13 @@ Explain = Callable[[nn.Module, Tensor, Sequence[str]], tuple[dict[str, Tensor], 
 """Takes network, images (B, 3, H, W) and names of methods; returns maps (B, h, w) by method, and the classes (B,)."""
 
 
-def open_images(ckpt_path: str, data: L.LightningDataModule) -> tuple[nn.Module, Any]:
-    """Load a network, and open the images that a data module predicts on, as the network expects them."""
+def open_images(ckpt_path: str, data: L.LightningDataModule, device: torch.device) -> tuple[nn.Module, Any]:
+    """Load a network to a device, and open the images that a data module predicts on, as the network expects them."""
     module = load_classifier(ckpt_path)
     data.preprocessing = module.preprocessing
     data.prepare_data()
     data.setup("predict")
-    return module.model, data.datasets["predict"]
+    return module.model.to(device), data.datasets["predict"]
 
 
 def evaluate(
@@ -147,7 +148,7 @@ def fill(
 
     Args:
         table: values of earlier runs, to which the missing ones are added batch by batch.
-        model: the network.
+        model: the network, on the device that computes.
         dataset: data set of a data module.
         indices: images scored under each baseline.
         methods: names that `explain` knows.
@@ -155,7 +156,8 @@ def fill(
         steps: of the insertion and deletion curves.
         precision: `float32` or `bfloat16`, of the scores.
     """
-    begin, images = time.perf_counter(), list(dict.fromkeys(index for each in indices.values() for index in each))
+    begin, device = time.perf_counter(), next(model.parameters()).device
+    images = list(dict.fromkeys(index for each in indices.values() for index in each))
     for start in range(0, len(images), BATCH):
         own = images[start : start + BATCH]
         missing = {
@@ -164,11 +166,12 @@ def fill(
         }
         wanted = [method for method in methods if any(method in names for names in missing.values())]
         if wanted:
-            batch = default_collate([dataset[index] for index in own])
+            collated = default_collate([dataset[index] for index in own])
+            batch = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in collated.items()}
             maps, target = explain(model, batch["image"], wanted)
             for baseline, names in missing.items():
                 if names:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                    with autocast(precision, device):
                         table.add(evaluate(model, batch, {m: maps[m] for m in names}, target, baseline, steps))
         print(
             f"{min(start + BATCH, len(images))} of {len(images)} images, {time.perf_counter() - begin:.0f} s",

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from captum.attr import IntegratedGradients
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from measure import PRECISIONS, alternate, autocast, machine, network
+from measure import PRECISIONS, add_device, alternate, autocast, gpu_peak, machine, network
 from torch import Tensor, nn
 
 import gmarpp
@@ -95,11 +95,13 @@ def time_jobs(
     """Time jobs, except those to skip, by turns with a network's forward pass over the images.
 
     Returns:
-        By name of the job: group, seconds and forward passes per share (medians), and number of runs.
+        By name of the job: group, seconds and forward passes per share (medians), and number of runs; on a GPU also the
+        peak MiB of the call.
     """
+    device = images.device
 
     def within(call: Callable[[], object]) -> None:
-        with autocast(precision):
+        with autocast(precision, device):
             call()
 
     @torch.no_grad()
@@ -108,7 +110,7 @@ def time_jobs(
 
     jobs = [job for job in jobs if job.name not in skip]
     calls = {job.name: partial(within, job.call) for job in jobs}
-    timings = alternate(calls, partial(within, forward), repeats, ONCE_ABOVE)
+    timings = alternate(calls, partial(within, forward), repeats, ONCE_ABOVE, device)
     rows: dict[str, Row] = {}
     for job in jobs:
         runs = timings[job.name]
@@ -118,6 +120,8 @@ def time_jobs(
             "forwards": statistics.median(run.seconds / run.forward for run in runs) * len(images) / job.share,
             "runs": len(runs),
         }
+        if device.type == "cuda":
+            rows[job.name]["peak MiB"] = gpu_peak(calls[job.name], device)
     return rows
 
 
@@ -148,7 +152,7 @@ def maps_of_torchvision(
 ) -> dict[str, Row]:
     """Time LeGrad of a torchvision network of the same shape, per image."""
     group, batch = "LeGrad of a torchvision ViT", len(images)
-    twin = outside_cams.torchvision_twin(model, images.shape[-1])
+    twin = outside_cams.torchvision_twin(model, images.shape[-1]).to(images.device)
     target = twin(images).detach().argmax(dim=1)
     jobs = [
         Job(group, "gmarpp: LeGrad, torchvision", partial(gmarpp.explain, twin, images, "legrad", target), batch),
@@ -161,7 +165,7 @@ def maps_of_clip(model: nn.Module, images: Tensor, precision: str, repeats: int,
     """Time LeGrad of a CLIP image tower of the same shape for a prompt and one image, as legrad-torch takes them."""
     image, group = images[:1], "LeGrad of a CLIP image tower, one image"
     clip, twin = outside_cams.clip_twins(model, image.shape[-1], image)
-    text = F.normalize(torch.randn(1, twin.num_classes), dim=-1)
+    text = F.normalize(torch.randn(1, twin.num_classes, device=image.device), dim=-1)
 
     def score(features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1) @ text[0]
@@ -248,9 +252,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(2, figsize=(10, 0.3 * sum(heights) + 2), height_ratios=heights, layout="constrained")
     draw_bars(panels[0], report, "maps", "forwards", "time per image, in forward passes without gradients")
     draw_bars(panels[1], report, "metrics", "seconds", "seconds per image and method")
-    figure.suptitle(
-        f"{report['network']}, {report['size']} px; {report['threads']} threads of {report['processor']}", fontsize=10
-    )
+    place = report.get("gpu", f"{report['threads']} threads of {report['processor']}")
+    figure.suptitle(f"{report['network']}, {report['size']} px; {place}", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -306,13 +309,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="batch of the maps; the metrics take its first image")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--repeats", type=int, default=3)
+    add_device(parser)
     parser.add_argument("--skip", nargs="*", default=[], metavar="JOB", help="names in the output to leave out")
     parser.add_argument("--output", type=Path, default=Path("results/speed.json"))
     options = parser.parse_args()
 
-    report: dict[str, Any] = machine() | {library: version(library) for library in LIBRARIES}
-    report |= {name: value for name, value in vars(options).items() if name != "output"}
-    model, images = network(options.network, options.size), torch.randn(options.images, 3, options.size, options.size)
+    report: dict[str, Any] = machine(options.device) | {library: version(library) for library in LIBRARIES}
+    report |= {name: value for name, value in vars(options).items() if name != "output"} | {
+        "device": str(options.device)
+    }
+    model = network(options.network, options.size).to(options.device)
+    images = torch.randn(options.images, 3, options.size, options.size, device=options.device)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for precision in options.precision:
         run = (model, images, precision, options.repeats, options.skip)

@@ -38,6 +38,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from measure import gpu_memory, machine
 from score_table import CRITERION, ScoreTable, cell, fill, markdown_table, open_images, verdict
 from torch import Tensor, nn
 from typing_extensions import override
@@ -232,7 +233,7 @@ def samples_of(smoothing: str, images: Tensor) -> list[Tensor]:
         return [torch.lerp(mean, images, (sample + 0.5) / SAMPLES) for sample in range(SAMPLES)]
     spread = float(smoothing.removeprefix("noise ")) * (images.amax((1, 2, 3)) - images.amin((1, 2, 3)))
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(SAMPLES, *images.shape, generator=generator)
+    noise = torch.randn(SAMPLES, *images.shape, generator=generator).to(images.device)
     return list(images + spread.view(-1, 1, 1, 1) * noise)
 
 
@@ -343,6 +344,7 @@ def study(
     screening: int = 80,
     development: int = 160,
     confirmation: int = 400,
+    device: str = "cpu",
 ) -> None:
     """Compare all candidates on the development images, and confirm the best on the others.
 
@@ -353,8 +355,10 @@ def study(
         screening: number of images that all candidates are scored on.
         development: number of images that choose, those among them.
         confirmation: number of images that confirm.
+        device: that computes, for example `cpu` or `cuda:0`.
     """
-    model, dataset = open_images(ckpt_path, data)
+    computing = torch.device(device)
+    model, dataset = open_images(ckpt_path, data, computing)
     chosen = spread_over_classes(dataset.labels, development + confirmation).tolist()
     first, second = chosen[:development], chosen[development:]
     options = {"ckpt_path": Path(ckpt_path).name, "steps": 8, "precision": "bfloat16"}
@@ -381,7 +385,13 @@ def study(
     parts = [f"## Screening, {screening} images", development_table(table, screened, list(CANDIDATES))]
     parts += [f"## Development, {development} images", development_table(table, first, finalists)]
     parts += [f"## Confirmation, {confirmation} images", confirmation_tables(table, second, confirmed)]
-    outcome = {"winner": winner, "criterion": criterion, "objections": found}
+    outcome = {
+        **machine(computing),
+        **gpu_memory(computing),
+        "winner": winner,
+        "criterion": criterion,
+        "objections": found,
+    }
     write_atomically(Path(output) / "study.md", ("\n\n".join(parts) + "\n").encode())
     write_atomically(Path(output) / "study.json", (json.dumps(outcome, indent=2) + "\n").encode())
     write_atomically(Path(output) / "study.png", figure_bytes(figure_of(table, screened)))

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py --root data [--config configs/vit_small_tiny_imagenet.yaml] [--rounds 5] [--steps 12]
 
-Both train the recipe's network on the same batches of Tiny-ImageNet, on the CPU, with the same loader, precision,
+Both train the recipe's network on the same batches of Tiny-ImageNet, with the same device, loader, precision,
 optimizer, schedule and clipping, from random weights, in turn in one run. The Trainer is that of `train.py fit`, with
 TensorBoard, checkpoints, progress bar. A round's time runs from the end of its warm-up to the end of its last step.
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
-from measure import machine
+from measure import add_device, gpu_memory, machine, synchronize, trainer_device
 from torch.utils.data import DataLoader
 
 from gmarpp.callbacks import ModelCardCheckpoint
@@ -41,11 +41,13 @@ from gmarpp.training.trainer import Trainer
 class Clock(L.Callback):
     """Notes when each step ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.ends: list[float] = []
+        self.device = device
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
+        """Note the time, when a GPU has finished the step."""
+        synchronize(self.device)
         self.ends.append(time.perf_counter())
 
 
@@ -55,34 +57,36 @@ def classifier(recipe: dict[str, Any]) -> ViTClassifier:
     return ViTClassifier(**arguments({**recipe["model"], "pretrained": False, "weights": None}))
 
 
-def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
+def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int, device: torch.device) -> list[float]:
     """Train without any framework, and return the time at which each step ended."""
     module, clip = classifier(recipe), recipe["trainer"]["gradient_clip_val"]
-    options, model = module.optimization, module.model.train()
+    options, model = module.optimization, module.model.train().to(device)
     groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas)
     schedule = warmup_cosine_schedule(optimizer, steps, int(steps * options.warmup))
     bfloat16 = recipe["trainer"]["precision"] == "bf16-mixed"
     ends = []
     for batch in itertools.islice(data.train_dataloader(), steps):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            logits = model(batch["image"])
-        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=module.mixing.label_smoothing)
+        images, labels = (batch[name].to(device, non_blocking=True) for name in ("image", "label"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=module.mixing.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         schedule.step()
+        synchronize(device)
         ends.append(time.perf_counter())
     return ends
 
 
-def trainer_fit(recipe: dict[str, Any], data: TinyImageNet, steps: int) -> list[float]:
+def trainer_fit(recipe: dict[str, Any], data: TinyImageNet, steps: int, device: torch.device) -> list[float]:
     """Train as `train.py fit` does, and return the time at which each step ended."""
-    clock = Clock()
+    clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
-            accelerator="cpu",
+            **trainer_device(device),
             max_steps=steps,
             precision=recipe["trainer"]["precision"],
             gradient_clip_val=recipe["trainer"]["gradient_clip_val"],
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="timed steps in a round")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--loader-batches", type=int, default=16)
+    add_device(parser)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -142,12 +147,14 @@ def main() -> None:
     rounds: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(options.rounds):
         for name in list(loops)[:: 1 if turn % 2 == 0 else -1]:
-            ends = loops[name](recipe, data, options.warmup + options.steps)
+            ends = loops[name](recipe, data, options.warmup + options.steps, options.device)
             rounds[name].append((ends[-1] - ends[options.warmup - 1]) / options.steps)
     ratios = [fit / bare for bare, fit in zip(*rounds.values(), strict=True)]
     report = {
-        **machine(),
+        **machine(options.device),
         **vars(options),
+        "device": str(options.device),
+        **gpu_memory(options.device),
         "seconds per step": {name: [round(each, 3) for each in times] for name, times in rounds.items()},
         "images per second": {
             name: round(data.batch_size / statistics.median(times), 1) for name, times in rounds.items()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from measure import machine, resident_mebibytes, seconds
+from measure import add_device, gpu_memory, machine, resident_mebibytes, seconds, trainer_device
 
 from gmarpp.callbacks import ExplanationWriter
 from gmarpp.data import TinyImageNet
@@ -50,6 +50,7 @@ def _predict(connection: Connection, options: argparse.Namespace, output: Path |
     )
     early = _EarlyPeak(-(-options.few // options.batch))
     trainer = Trainer(
+        **trainer_device(options.device),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -57,26 +58,28 @@ def _predict(connection: Connection, options: argparse.Namespace, output: Path |
         limit_predict_batches=-(-options.images // options.batch),
         callbacks=[early] if output is None else [early, ExplanationWriter(output)],
     )
-    elapsed = seconds(lambda: trainer.predict(model, data, return_predictions=False))
+    elapsed = seconds(lambda: trainer.predict(model, data, return_predictions=False), options.device)
     explained = min(len(data.predict_dataloader().dataset), trainer.limit_predict_batches * options.batch)
-    connection.send((explained, elapsed, early.mebibytes, resident_mebibytes("VmHWM")))
+    connection.send((explained, elapsed, early.mebibytes, resident_mebibytes("VmHWM"), gpu_memory(options.device)))
 
 
 def predict(options: argparse.Namespace, output: Path | None) -> dict[str, float]:
     """Explain images in a fresh process; return images per second, peak resident MiB and MiB on disk."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    # The process is forked, and so are its workers: those of a spawned process would be spawned, and start slowly.
+    # The process is forked, and so are its workers: those of a spawned process would be spawned, and start slowly. Up
+    # to then no GPU is in use, which a forked process could not use either.
     process = multiprocessing.get_context("fork").Process(target=_predict, args=(sender, options, output))
     process.start()
     # With the parent's copy open, a child that died would leave `recv` waiting.
     sender.close()
-    explained, elapsed, early, mebibytes = receiver.recv()
+    explained, elapsed, early, mebibytes, on_gpu = receiver.recv()
     process.join()
     result = {
         "images": explained,
         "images per second": round(explained / elapsed, 2),
         "peak MiB after few images": round(early),
         "peak MiB": round(mebibytes),
+        **on_gpu,
     }
     if output is not None:
         result["MiB on disk"] = round(sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 2**20)
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--precision", default="32-true", help="Lightning's, for example bf16-mixed")
+    add_device(parser)
     parser.add_argument("--output", type=Path, help="keep the results of the last run here")
     options = parser.parse_args()
     kinds = ("with the writer", "without")
@@ -108,7 +112,7 @@ def main() -> None:
             shutil.move(Path(scratch) / str(options.rounds - 1), options.output)
     rates = [[run["images per second"] for run in runs[kind]] for kind in kinds]
     ratio = round(sum(rates[0]) / sum(rates[1]), 3)
-    print(json.dumps({**machine(), **vars(options), **runs, "ratio": ratio}, indent=2, default=str))
+    print(json.dumps({**machine(options.device), **vars(options), **runs, "ratio": ratio}, indent=2, default=str))
 
 
 if __name__ == "__main__":

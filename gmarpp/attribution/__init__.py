@@ -26,6 +26,9 @@ four through ReLU(G) ⊙ A.
    backward step does. The layer is freed, and the backward pass goes on to block 2.
 10. Below block 0 the rows' patch tokens (B, 196) are the maps (B, 14, 14), which must be finite.
 
+Block 4 is the last. As the head reads the class token only, `recompute.narrowed` keeps of it only its tokens: the
+backward pass runs its tail again for the class token, which yields one row of dO, and the block up to its attention.
+
 Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks run without a graph, q, k and v are
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.
 

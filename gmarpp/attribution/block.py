@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from gmarpp.attribution.attend import repeated
-from gmarpp.attribution.balanced import ruled
-from gmarpp.attribution.forward import BlockRun, ForwardPass, tokens_of
+from gmarpp.attribution.forward import BlockRun, ForwardPass
+from gmarpp.attribution.head import in_form_of, reads_prefix
+from gmarpp.attribution.recompute import narrowed, recomputed
 from gmarpp.attribution.replay import Forward, forwards_replaced
-from gmarpp.attribution.seam import answered_by, is_intercepted
+from gmarpp.attribution.seam import is_intercepted
 from gmarpp.network.errors import UnsupportedNetworkError
 
 
@@ -41,35 +40,26 @@ class Block:
             )
         tokens, *others = inputs
         tokens = self.passing.enter_block(self.position, tokens)
-        output = self._run(tokens, others, options)
-        rest = output[1:] if isinstance(output, tuple) else None
-        run = BlockRun(self.forward, tokens.detach(), others, options, tokens_of(output), rest)
-        tokens = self.passing.leave_block(self.position, run)
-        return tokens if rest is None else (tokens, *rest)
+        run = BlockRun(self.forward, others, options)
+        return self.passing.leave_block(self.position, run, tokens, self._run(run, tokens))
 
-    def _run(self, tokens: Tensor, others: Sequence[Any], options: dict[str, Any]) -> Any:
-        plan, forward = self.passing.plan, self.forward
+    def _run(self, run: BlockRun, tokens: Tensor) -> Any:
+        passing, plan = self.passing, self.passing.plan
+        is_last = self.position == len(plan.layout.blocks) - 1
+        if is_last and plan.tails_again and plan.head_again:
+            assert plan.layout.head is not None
+            described = in_form_of(None, plan.layout.head)
+            passing.reads_prefix = reads_prefix(described, tokens, plan.layout.prefix_tokens)
         if not plan.gradients:
             # The graphs of the layers' own scores also start after the block has run.
             with torch.no_grad():
-                return forward(tokens, *others, **options)
+                return run(tokens)
+        # The balanced rule follows the graph of the tail.
+        may_narrow = passing.reads_prefix and passing.leaves_tokens and passing.attends_once and not plan.is_balanced
+        if is_last and may_narrow and run.is_by_token:
+            return narrowed(run, tokens, plan.layout.prefix_tokens, passing.attend, passing.descent)
         # The backward pass reaches the last block before it has freed anything.
-        if not plan.recompute or self.position == len(plan.layout.blocks) - 1:
-            return forward(tokens, *others, **options)
-        descent, first = self.passing.descent, True
-        attend_again = repeated(descent)
-
-        def run(tokens: Tensor) -> Any:
-            nonlocal first
-            if first:
-                first = False
-                return forward(tokens, *others, **options)
-            # The backward pass may run this in another thread.
-            with answered_by(attend_again), ruled(descent):
-                return forward(tokens, *others, **options)
-
-        # The recomputed function must not refer to the graph, not even through `self`.
-        return checkpoint(run, tokens, use_reentrant=False, preserve_rng_state=False)
+        return run(tokens) if is_last or not plan.recompute else recomputed(run, tokens, passing.descent)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def explain(
     model = unwrapped(model)
     _check(model, images)
     layout = architecture or architecture_of(model)
-    plan = Plan.of(selected, layout, recompute)
+    plan = Plan.of(model, selected, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
@@ -114,7 +114,7 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         passed.check_calls()
         require_one_layer(total, passed)
         grid = _grid(plan, images, passed.tokens)
-        way = WayDown(passed, output, images, Replay(model, images, plan.layout.blocks, passed.runs))
+        way = WayDown(passed, output, images, Replay(model, images, passed))
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     shape = (*scores.indices.shape, *grid)

@@ -1,6 +1,7 @@
 """The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,27 +21,21 @@ from gmarpp.network.errors import UnsupportedNetworkError
 
 @dataclass(frozen=True)
 class BlockRun:
-    """What a block was given and what it returned, from which the layer's own score is computed.
+    """A block and what it was given beside its tokens, by which it can run again; it refers to nothing of the graph.
 
     Attributes:
         forward: the block's own.
-        tokens: (B, N, D), without a graph.
         others: arguments after the tokens.
         options: arguments by keyword.
-        output: the tokens that left the block, (B, N, D); with a graph where gradients pass from block to block.
-        rest: what the block returned beside the tokens, if that was a tuple.
     """
 
     forward: Callable[..., Any]
-    tokens: Tensor
     others: Sequence[Any]
     options: dict[str, Any]
-    output: Tensor
-    rest: tuple[Any, ...] | None
 
-    def again(self, tokens: Tensor) -> Tensor:
-        """Run the block once more, for some of the tokens, (B, R, D)."""
-        return tokens_of(self.forward(tokens, *self.others, **self.options))
+    def __call__(self, tokens: Tensor) -> Any:
+        """Run the block, and return what it returns."""
+        return self.forward(tokens, *self.others, **self.options)
 
     @property
     def is_by_token(self) -> bool:
@@ -90,6 +85,12 @@ class ForwardPass:
         leaves: the queries in which the graph starts, or would start if no method followed tokens.
         first_tokens: the first block's tokens, in which it starts then.
         runs: of each block, if the layers' own scores are wanted.
+        entered: the tokens that each block was given, (B, N, D), if these scores are wanted; without a graph.
+        left: the tokens that left each block, if these scores are wanted; with a graph where gradients pass from block
+            to block.
+        rests: what each block returned beside the tokens, if that was a tuple and these scores are wanted.
+        reads_prefix: whether the architecture's head is known to read prefix tokens only.
+        leaves_tokens: whether the block that ran last returned tokens alone.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         marks: position of the block whose tokens a node of the graph returns, below the last one.
         dtype: in which the network attends.
@@ -108,6 +109,10 @@ class ForwardPass:
         self.leaves: list[GradientEdge] = []
         self.first_tokens: GradientEdge | None = None
         self.runs: list[BlockRun] = []
+        self.rests: list[tuple[Any, ...] | None] = []
+        self.entered: list[Tensor] = []
+        self.left: list[Tensor] = []
+        self.reads_prefix = self.leaves_tokens = False
         self.last_tokens: Tensor | None = None
         self.marks: dict[object, int] = {}
         self.dtype = torch.float32
@@ -127,6 +132,11 @@ class ForwardPass:
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
         return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} - {0, 1}
+
+    @property
+    def attends_once(self) -> bool:
+        """Whether no block so far has made several attention calls."""
+        return max(Counter(call.block for call in self.calls if call.block is not None).values(), default=1) == 1
 
     @property
     def score_start(self) -> GradientEdge | Tensor | None:
@@ -149,10 +159,10 @@ class ForwardPass:
             self._entered, self._entrance = watch_tokens(tokens, position, self.descent)
         return tokens
 
-    def leave_block(self, position: int, run: BlockRun) -> Tensor:
-        """Record what left a block, and return the tokens that the network continues with."""
-        self._block = None
-        tokens = run.output
+    def leave_block(self, position: int, run: BlockRun, entered: Tensor, output: Any) -> Any:
+        """Record what a block was given and returned, and return what the network continues with."""
+        self._block, tokens = None, tokens_of(output)
+        self.leaves_tokens = isinstance(output, Tensor)
         if self.plan.needs_residuals:
             self._watch_addition(tokens, position)
         if position == len(self.plan.layout.blocks) - 1:
@@ -165,7 +175,14 @@ class ForwardPass:
             self.marks[tokens.grad_fn] = position
         if self.plan.local_scores:
             self.runs.append(run)
-        return tokens
+            self.entered.append(entered.detach())
+            self.left.append(tokens)
+            self.rests.append(output[1:] if isinstance(output, tuple) else None)
+        return tokens if self.leaves_tokens else (tokens, *output[1:])
+
+    def forget_tokens(self) -> None:
+        """Free the blocks' tokens, which only what the head reads and the layers' own scores are computed from."""
+        self.entered, self.left, self.last_tokens = [], [], None
 
     def _watch_addition(self, output: Tensor, block: int) -> None:
         made = self.outputs[-1] if self.calls and self.calls[-1].block == block else None

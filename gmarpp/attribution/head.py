@@ -123,7 +123,7 @@ def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
     """
     assert passed.last_tokens is not None
     described, tokens = passed.plan.layout.head, passed.last_tokens.detach()
-    candidates = (replay,) if described is None else (_in_form_of(output, described), replay)
+    candidates = (replay,) if described is None else (in_form_of(output, described), replay)
     reasons = []
     for head in candidates:
         try:
@@ -142,7 +142,9 @@ def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
     ) from (reasons[-1] if reasons else None)
 
 
-def _in_form_of(output: Any, described: Head) -> Head:
+def in_form_of(output: Any, described: Head) -> Head:
+    """Return a described head whose logits come in the form of the network's output."""
+
     def head(tokens: Tensor) -> Any:
         with answered_by(None):
             made = described(tokens)
@@ -152,16 +154,23 @@ def _in_form_of(output: Any, described: Head) -> Head:
 
 
 def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
-    """Return whether a head reads prefix tokens only, of (B, N, D), and also works without the others."""
+    """Return whether a head reads prefix tokens only, and also works without the others.
+
+    Args:
+        head: of the network.
+        tokens: any of it, (B, N, D), of which the first image's are used.
+        prefix: number of prefix tokens.
+    """
     tokens = tokens[:1].detach().requires_grad_()
-    made = head(tokens)
-    gradient = gradient_of(distinct_sum(made), tokens)
-    if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
-        return False
     try:
+        made = head(tokens)
+        gradient = gradient_of(distinct_sum(made), tokens)
+        if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
+            return False
         return agree(head(tokens[:, :prefix]), made)
     except Exception:
-        # For example, the head may arrange the patch tokens in a grid and give them weights of zero.
+        # For example, the head may arrange the patch tokens in a grid and give them weights of zero; as its code is not
+        # ours, it may fail by any error. One that all tokens cause is raised where the head is needed (`head_of`).
         return False
 
 

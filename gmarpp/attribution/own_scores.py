@@ -8,16 +8,14 @@ is kept, or else the whole block runs again.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmarpp.attribution.attend import Inputs
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.forward import BlockRun, ForwardPass
-from gmarpp.attribution.head import Head, reads_prefix, rounding
-from gmarpp.attribution.seam import answered_by
+from gmarpp.attribution.head import Head, reads_prefix
+from gmarpp.attribution.tail import prefix_tail, whole_tail
 from gmarpp.attribution.target import Score
 
 
@@ -31,15 +29,9 @@ class OwnScores:
 
     def __init__(self, passed: ForwardPass, head: Head) -> None:
         self._passed, self._head = passed, head
-        of_block = [[call for call in passed.calls if call.block == block] for block in range(len(passed.runs))]
-        self._layers = list(zip(passed.runs, of_block, strict=True))
         assert passed.last_tokens is not None
-        by_token = all(run.is_by_token and len(calls) == 1 for run, calls in self._layers)
-        self._by_prefix = (
-            passed.plan.tails_again
-            and by_token
-            and reads_prefix(head, passed.last_tokens, passed.plan.layout.prefix_tokens)
-        )
+        may_run = passed.plan.tails_again and passed.attends_once and all(run.is_by_token for run in passed.runs)
+        self._by_prefix = may_run and reads_prefix(head, passed.last_tokens, passed.plan.layout.prefix_tokens)
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
@@ -51,8 +43,11 @@ class OwnScores:
         Returns:
             by block, (B, H, R, dv), times the factor; R is the number of prefix tokens, or of all.
         """
+        passed = self._passed
+        calls = [[call for call in passed.calls if call.block == block] for block in range(len(passed.runs))]
+        layers = list(zip(passed.runs, calls, passed.entered, passed.left, strict=True))
         if self._by_prefix:
-            tails = [self._prefix_tail(*layer) for layer in self._layers]
+            tails = [self._prefix_tail(*layer) for layer in layers]
             known = [tail for tail in tails if tail is not None]
             if len(known) == len(tails) and bool(torch.stack([alike for _, _, alike in known]).all()):
                 # No tail depends on another, so one sum yields the gradients of all.
@@ -60,50 +55,33 @@ class OwnScores:
                 return list(torch.autograd.grad(total, [attended for attended, _, _ in known]))
             # Tokens mix outside attention, so the prefix tokens need the others.
             self._by_prefix = False
-        return [self._of_all(*layer, score, scale) for layer in self._layers]
+        return [self._of_all(*layer, score, scale) for layer in layers]
 
-    def _prefix_tail(self, run: BlockRun, calls: Sequence[AttentionCall]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _prefix_tail(
+        self, run: BlockRun, calls: Sequence[AttentionCall], entered: Tensor, left: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Run the tail for the prefix tokens: return its start, its output, and whether that is the block's."""
         (call,) = calls
         assert call.prefix is not None
         attended = call.prefix.detach().requires_grad_()
-        tokens = run.tokens[:, : attended.shape[2]]
-        try:
-            with answered_by(lambda *_, **__: attended):
-                own = run.again(tokens)
-        except Exception:
-            # The block cannot run without its other tokens, for example because of a convolution.
-            return None
-        expected = run.output.detach()[:, : tokens.shape[1]]
-        return None if own.shape != expected.shape else (attended, own, _alike(own.detach(), expected, tokens))
+        tokens, expected = (each[:, : attended.shape[2]].detach() for each in (entered, left))
+        found = prefix_tail(run, attended, tokens, expected)
+        return None if found is None else (attended, *found)
 
-    def _of_all(self, run: BlockRun, calls: Sequence[AttentionCall], score: Score, scale: float) -> Tensor:
+    def _of_all(
+        self, run: BlockRun, calls: Sequence[AttentionCall], entered: Tensor, left: Tensor, score: Score, scale: float
+    ) -> Tensor:
         """Differentiate through the tail of all tokens."""
         plan = self._passed.plan
         # A graph that is recomputed in part would also keep the rest of what it recomputed.
         if plan.gradients and not plan.recompute:
             starts = [start for call in calls if (start := self._passed.outputs[call.index]) is not None]
-            total = self._score(run.output, score, scale)
+            total = self._score(left, score, scale)
             found = [torch.autograd.grad(total, start, retain_graph=True)[0] for start in starts]
             return torch.cat(found, dim=1)
-        attended: list[Tensor] = []
-
-        def answer(*args: Any, **kwargs: Any) -> Tensor:
-            attended.append(Inputs.of(*args, **kwargs).attend().detach().requires_grad_())
-            return attended[-1]
-
-        with answered_by(answer):
-            own = run.again(run.tokens)
+        attended, own = whole_tail(run, entered)
         return torch.cat(torch.autograd.grad(self._score(own, score, scale), attended), dim=1)
 
     def _score(self, tokens: Tensor, score: Score, scale: float) -> Tensor:
         """Return the sum of the images' scores of a layer's tokens, times a factor."""
         return score(self._head(tokens)).float().sum() * scale
-
-
-def _alike(own: Tensor, expected: Tensor, tokens: Tensor) -> Tensor:
-    """Return whether a block's output is the expected one, measured by what the block adds to its tokens."""
-    norm = torch.linalg.vector_norm
-    added, size = norm((expected - tokens).float()), norm(expected.float())
-    alike: Tensor = norm((own - expected).float()) <= 1e-3 * added + 4 * rounding(own, expected) * size
-    return alike

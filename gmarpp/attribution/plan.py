@@ -54,7 +54,9 @@ class Plan:
         layout: the network's tokens and blocks.
         gradients: whether gradients pass from block to block. If not, blocks run without a graph.
         local_scores: whether the layers' own scores are wanted.
-        tails_again: whether blocks may run once more for their layers' own scores, because they have no hooks.
+        tails_again: whether blocks may run once more, because they have no hooks.
+        head_again: whether the head may run once more, because it does so for the layers' own scores or nothing in the
+            network has hooks.
         recompute: whether blocks run again in the backward pass instead of keeping their activations.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     gradients: bool
     local_scores: bool
     tails_again: bool
+    head_again: bool
     recompute: bool
 
     @property
@@ -87,10 +90,11 @@ class Plan:
         return self.needs_residuals or any(method.needs_tokens for group in self.groups for method in group)
 
     @staticmethod
-    def of(methods: Sequence[Method], layout: Architecture, recompute: bool) -> "Plan":
+    def of(model: nn.Module, methods: Sequence[Method], layout: Architecture, recompute: bool) -> "Plan":
         """Plan a call.
 
         Args:
+            model: the network.
             methods: each once, in the order of the maps.
             layout: of the network.
             recompute: whether the caller wants recomputation; methods without gradients need none.
@@ -101,7 +105,8 @@ class Plan:
         """
         local_scores = any(method.needs_local_gradient for method in methods)
         tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
-        # Without such a run, the layers' own scores come from the graph of the forward pass.
+        head_again = layout.head is not None and (local_scores or not any(map(_is_hooked, model.modules())))
+        # Without a second run, the layers' own scores come from the graph of the forward pass.
         gradients = any(method.needs_gradient for method in methods) or (local_scores and not tails_again)
         recompute = recompute and gradients
         if (local_scores or recompute) and not layout.blocks:
@@ -115,4 +120,5 @@ class Plan:
                 "gmarpp.Architecture(..., blocks=...)"
             )
         names = tuple(method.name for method in methods)
-        return Plan(names, _by_rule(methods), layout, gradients, local_scores, tails_again, recompute)
+        groups = _by_rule(methods)
+        return Plan(names, groups, layout, gradients, local_scores, tails_again, head_again, recompute)

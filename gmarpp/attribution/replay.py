@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gmarpp.attribution.forward import BlockRun
+from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.seam import answered_by
 
 Forward = Callable[..., Any]
@@ -39,20 +39,23 @@ class Replay:
     Args:
         model: the network.
         images: (B, 3, H, W), that the forward pass was given.
-        blocks: of the network, from the input upward.
-        runs: of the blocks in the forward pass.
+        passed: the forward pass.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, blocks: Sequence[nn.Module], runs: Sequence[BlockRun]) -> None:
-        self._model, self._images, self._blocks, self._runs = model, images, blocks, runs
+    def __init__(self, model: nn.Module, images: Tensor, passed: ForwardPass) -> None:
+        self._model, self._images, self._passed = model, images, passed
         self._embedded: dict[nn.Module, Tensor | None] = {}
         self._is_first = self._is_embedding = True
 
     def __call__(self, tokens: Tensor) -> Any:
         """Return the network's output for tokens of the first images that leave the last block, (b, R, D)."""
-        *skipped, last = zip(self._blocks, self._runs, strict=True)
-        replaced = {block: self._skip(run, None) for block, run in skipped} | {last[0]: self._skip(last[1], tokens)}
-        inside = {module for block in self._blocks for module in block.modules()}
+        blocks = self._passed.plan.layout.blocks
+        given = [*(None for _ in blocks[1:]), tokens]
+        replaced = {
+            block: self._skip(block.forward, rest, each)
+            for block, rest, each in zip(blocks, self._passed.rests, given, strict=True)
+        }
+        inside = {module for block in blocks for module in block.modules()}
         convolutions = [each for each in self._model.modules() if isinstance(each, nn.Conv2d) and each not in inside]
         replaced |= {each: self._embed(each) for each in convolutions}
         self._is_embedding = True
@@ -61,15 +64,15 @@ class Replay:
         self._is_first = False
         return output
 
-    def _skip(self, run: BlockRun, tokens: Tensor | None) -> Forward:
+    def _skip(self, run: Forward, rest: tuple[Any, ...] | None, tokens: Tensor | None) -> Forward:
         """Return a block's forward that returns given tokens, or those it is given."""
 
         def forward(*inputs: Any, **_: Any) -> Any:
             self._is_embedding = False
             left = inputs[0] if tokens is None else tokens
-            return left if run.rest is None else (left, *run.rest)
+            return left if rest is None else (left, *rest)
 
-        return _in_this_thread(forward, run.forward)
+        return _in_this_thread(forward, run)
 
     def _embed(self, convolution: nn.Conv2d) -> Forward:
         """Return a convolution's forward that gives again what it gave the first time, up to the first block."""

@@ -75,6 +75,8 @@ class WayDown:
         if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
             _warn_where_all_are_read(readout[:, patches])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
+        if not keep:
+            passed.forget_tokens()
         relevance = Relevance(methods, readout, self._images, passed.tokens, patches)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:

@@ -1,0 +1,125 @@
+"""Blocks of which little is kept for the backward pass, because it runs them again.
+
+The last block is one whenever the head reads prefix tokens only: its tail has no gradient for the others.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gmarpp.attribution.attend import repeated
+from gmarpp.attribution.balanced import ruled
+from gmarpp.attribution.descent import Descent
+from gmarpp.attribution.forward import BlockRun
+from gmarpp.attribution.seam import Handler, answered_by
+from gmarpp.attribution.tail import alike, prefix_tail, whole_tail
+from gmarpp.network.errors import UnsupportedNetworkError
+
+
+def recomputed(run: BlockRun, tokens: Tensor, descent: Descent) -> Any:
+    """Run a block without keeping its activations; the backward pass runs it again."""
+    attend_again, first = repeated(descent), True
+
+    def run_either_time(tokens: Tensor) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            return run(tokens)
+        # The backward pass may run this in another thread.
+        with answered_by(attend_again), ruled(descent):
+            return run(tokens)
+
+    # The recomputed function must not refer to the graph.
+    return checkpoint(run_either_time, tokens, use_reentrant=False, preserve_rng_state=False)
+
+
+def narrowed(run: BlockRun, tokens: Tensor, prefix: int, attend: Handler, descent: Descent) -> Any:
+    """Run the last block; the backward pass runs it again up to its attention, and its tail for the prefix tokens.
+
+    Args:
+        run: of the block, which returns tokens alone.
+        tokens: with a graph, (B, N, D).
+        prefix: number of prefix tokens; the tail runs again for all tokens if a gradient reaches others, too.
+        attend: answers the block's attention call.
+        descent: the way down.
+    """
+    answers: list[tuple[Tensor, Tensor]] = []
+
+    def attend_and_stop(*args: Any, **kwargs: Any) -> Tensor:
+        output = attend(*args, **kwargs)
+        answers.append((_Place.apply(output), output[:, :, :prefix].detach().clone()))
+        torch.set_grad_enabled(False)
+        return output
+
+    with torch.set_grad_enabled(torch.is_grad_enabled()), answered_by(attend_and_stop):
+        left = recomputed(run, tokens, descent)
+    if len(answers) != 1:
+        # Refused when the forward pass is over.
+        return left
+    if not isinstance(left, Tensor):
+        raise UnsupportedNetworkError(
+            f"the last block returns {type(left).__name__}, the one below it a tensor: expected "
+            "blocks that return alike"
+        )
+    found: Tensor = _NarrowTail.apply(left, *answers[0], tokens, run)
+    return found
+
+
+class _Place(torch.autograd.Function):
+    """A tensor's place in the graph, without its values and their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(()).expand_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class _NarrowTail(torch.autograd.Function):
+    """The tokens that left a block; backward, its tail, run again for the prefix tokens if no other has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, place: Tensor, attended: Tensor, tokens: Tensor, run: BlockRun) -> Tensor:
+        device = left.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # The backward pass may run in another thread.
+        ctx.autocast = torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
+        ctx.run = run
+        ctx.save_for_backward(attended, tokens, left[:, : attended.shape[2]].clone())
+        return left.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,), (attended, tokens, left) = gradients, ctx.saved_tensors
+        with torch.enable_grad(), ctx.autocast:
+            starts, own = _again(ctx.run, attended, tokens, left, is_narrow=not outer[:, left.shape[1] :].any())
+        found = torch.autograd.grad(own, starts, outer[:, : own.shape[1]], materialize_grads=True)
+        others = outer.shape[1] - own.shape[1]
+        of_place, of_tokens = (F.pad(each, (0, 0, 0, others)) for each in found)
+        return None, of_place, None, of_tokens, None
+
+
+def _again(
+    run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor, is_narrow: bool
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Run the tail for the prefix tokens, or, if these need the others, for all: return its start and its end."""
+    prefix = left.shape[1]
+    if is_narrow:
+        starts = attended.detach().requires_grad_(), tokens[:, :prefix].detach().requires_grad_()
+        found = prefix_tail(run, *starts, left)
+        if found is not None and found[1]:
+            return starts, found[0]
+    tokens = tokens.detach().requires_grad_()
+    (all_attended,), own = whole_tail(run, tokens)
+    if not alike(own[:, :prefix], left, tokens[:, :prefix]):
+        raise UnsupportedNetworkError(
+            "the last block, run a second time, returns other tokens than the first time: expected a block that keeps "
+            "no state and does not change its input"
+        )
+    # The tokens' way through the attention is the forward pass's own.
+    return (all_attended, tokens), own
