@@ -13,12 +13,13 @@ from gmarpp.run.lock import LOCK_FILE, FolderLock
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 
 HOLDER = """
-import multiprocessing, runpy, sys, time
+import multiprocessing, os, runpy, sys, time
 from pathlib import Path
+def run():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
 lock = runpy.run_path(sys.argv[1])["FolderLock"](Path(sys.argv[2]))
-child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-child.start()
-print(child.pid, flush=True)
+multiprocessing.get_context("fork").Process(target=run).start()
 time.sleep(60)
 """
 
