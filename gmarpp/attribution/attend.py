@@ -1,5 +1,7 @@
 """Answers to attention calls: the network's own fused attention, with a node in the graph that visits the layer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,71 +59,58 @@ class Inputs(NamedTuple):
         )
 
 
+Visit = Callable[..., None]
+"""Hands a layer to the way down: query, key, value, mask, dO and, if they are wanted, where gradients are written."""
+
+
 class _DenseAttention(torch.autograd.Function):
-    """Fused attention forward; backward, a visit to the layer, whose matrices yield the inputs' gradients."""
+    """Fused attention of query, key, value and mask; backward, a visit to the layer, whose matrices yield gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        call: AttentionCall,
-        descent: Descent,
-    ) -> Tensor:
-        ctx.call, ctx.descent = call, descent
+    def forward(ctx: Any, visit: Visit, scale: float, *inputs: Any) -> Tensor:
+        ctx.visit = visit
         # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
-        ctx.save_for_backward(query, key, value, mask)
-        return fused_attention(query, key, value, mask, scale=call.scale)
+        ctx.save_for_backward(*inputs)
+        query, key, value, mask = inputs
+        return fused_attention(query, key, value, mask, scale=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (outer,) = gradients
-        query, key, value, mask = ctx.saved_tensors
-        found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+        (outer,), inputs = gradients, ctx.saved_tensors
+        found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in inputs[:3]]
         with torch.autocast(outer.device.type, enabled=False):
-            ctx.descent.visit(ctx.call, query, key, value, mask, outer, found)
-        return (*found, None, None, None)
+            ctx.visit(*inputs, outer, found)
+        return (None, None, *found, None)
 
 
 class _Visited(torch.autograd.Function):
     """The unchanged output of fused attention; backward, a visit to the layer before the network's own step."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        call: AttentionCall,
-        descent: Descent,
-    ) -> Tensor:
-        ctx.call, ctx.descent = call, descent
-        ctx.save_for_backward(query, key, value, mask)
+    def forward(ctx: Any, visit: Visit, output: Tensor, *inputs: Any) -> Tensor:
+        ctx.visit = visit
+        ctx.save_for_backward(*inputs)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (outer,) = gradients
         with torch.autocast(outer.device.type, enabled=False):
-            ctx.descent.visit(ctx.call, *ctx.saved_tensors, outer)
-        return (outer, None, None, None, None, None, None)
+            ctx.visit(*ctx.saved_tensors, outer)
+        return (None, outer, None, None, None, None)
 
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     """Return the output of attention, (B, H, Q, d); the backward pass will hand the layer to the descent."""
     if descent.may_balance:
         inputs = inputs._replace(query=shared(inputs.query, descent), key=shared(inputs.key, descent))
+    visit = partial(descent.visit, call)
     if descent.needs_attention and not is_fused(inputs.query):
-        query, key, value, mask, _ = inputs.ungrouped()
-        output: Tensor = _DenseAttention.apply(query, key, value, mask, call, descent)
+        output: Tensor = _DenseAttention.apply(visit, inputs.scale, *inputs.ungrouped()[:4])
         return output
     # The layer is visited before the network's own backward step, which stays the fused one.
     query, key, value, mask, _ = inputs
-    visited: Tensor = _Visited.apply(inputs.attend(), query.detach(), key.detach(), value.detach(), mask, call, descent)
+    visited: Tensor = _Visited.apply(visit, inputs.attend(), query.detach(), key.detach(), value.detach(), mask)
     return visited
 
 
