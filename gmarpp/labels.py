@@ -16,7 +16,7 @@ METHOD_LABELS = {
     "attention": "Attention",
     "random": "Random",
 }
-"""Label for people of each method, as the method itself has it."""
+"""Label for people of each method, as the method itself has it; registered ones join."""
 
 METRIC_LABELS = {
     "average_drop": "Average Drop",
@@ -33,7 +33,12 @@ METRIC_LABELS = {
     "pixel_accuracy": "Pixel Accuracy",
     "sparseness": "Sparseness",
 }
-"""Label for people of each metric."""
+"""Label for people of each metric; registered ones join."""
+
+
+def name_metric(metric: str, label: str) -> None:
+    """Give a metric of one's own a label."""
+    METRIC_LABELS[metric] = label
 
 
 def metric_label(metric: str) -> str:
@@ -60,8 +65,15 @@ _METHOD_COLORS = {
 _SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
 
 
+def name_method(method: str, label: str, color: str | None = None) -> None:
+    """Give a method of one's own a label and, as `#rrggbb`, a color."""
+    METHOD_LABELS[method] = label
+    if color is not None:
+        _METHOD_COLORS[method] = color
+
+
 def method_label(method: str) -> str:
-    """Return the name of a method for people; a custom method keeps its name."""
+    """Return the name of a method for people; one that is not known keeps its name."""
     return METHOD_LABELS.get(method, method)
 
 

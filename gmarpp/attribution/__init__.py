@@ -39,11 +39,9 @@ each, before and after step 6.
 
 from gmarpp.attribution.explain import explain
 from gmarpp.attribution.explanation import Explanation
-from gmarpp.attribution.method import Method
+from gmarpp.attribution.method import AttributionMethod, FunctionMethod, MapMethod, Method
 from gmarpp.attribution.methods import (
     GMAR,
-    METHODS,
-    VARIANTS,
     BalancedRollout,
     Chefer,
     GMARPlusPlus,
@@ -52,8 +50,8 @@ from gmarpp.attribution.methods import (
     RandomMap,
     Rollout,
     TokenRelevance,
-    resolve_method,
 )
+from gmarpp.attribution.registry import METHODS, VARIANTS, register_method, resolve_method, select_methods
 from gmarpp.attribution.target import Contrast
 from gmarpp.labels import METHOD_LABELS
 from gmarpp.network.architecture import Architecture, architecture_of
@@ -65,13 +63,16 @@ __all__ = [
     "METHOD_LABELS",
     "VARIANTS",
     "Architecture",
+    "AttributionMethod",
     "BalancedRollout",
     "Chefer",
     "Contrast",
     "Explanation",
+    "FunctionMethod",
     "GMARPlusPlus",
     "LastAttention",
     "LeGrad",
+    "MapMethod",
     "Method",
     "RandomMap",
     "Rollout",
@@ -79,5 +80,7 @@ __all__ = [
     "UnsupportedNetworkError",
     "architecture_of",
     "explain",
+    "register_method",
     "resolve_method",
+    "select_methods",
 ]
