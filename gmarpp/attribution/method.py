@@ -17,13 +17,13 @@ class AttributionMethod(ABC):
     Attributes:
         name: key of the method's map, used in code, config, tags and file names.
         label: name for people.
-        color: of the method in figures and reports, `#rrggbb`; one that depends on the name if `None`.
+        color: of the method in figures and reports, `#rrggbb`; one that nothing else has, if it is empty.
         signed: whether maps have negative values, for what speaks against the score.
     """
 
     name: str
     label: str
-    color: str | None = None
+    color: str = ""
     signed: bool = False
 
     @property
@@ -107,14 +107,14 @@ class FunctionMethod(MapMethod):
         name: key of the map.
         function: takes network, images (B, 3, H, W) and classes (B,), and returns maps; see `MapMethod.maps`.
         label: name for people; the key if it is empty.
-        color: in figures and reports, `#rrggbb`.
+        color: in figures and reports, `#rrggbb`; one that nothing else has, if it is empty.
         signed: whether maps have negative values, for what speaks against the class.
     """
 
     name: str
     function: MapFunction
     label: str = ""
-    color: str | None = None
+    color: str = ""
     signed: bool = False
 
     def __post_init__(self) -> None:

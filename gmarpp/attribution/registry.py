@@ -98,7 +98,7 @@ def _check_presentation(method: AttributionMethod) -> None:
         )
     if not isinstance(label, str) or not label.strip() or not label.isprintable() or len(label) > 60:
         raise ValueError(f"{name}: label: expected up to 60 printable characters, got {label!r:.80}")
-    if color is not None and not (isinstance(color, str) and _COLOR.fullmatch(color)):
+    if not isinstance(color, str) or (color and not _COLOR.fullmatch(color)):
         raise ValueError(f"{name}: color: expected #rrggbb in small hexadecimal digits, got {color!r:.80}")
 
 

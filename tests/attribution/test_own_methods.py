@@ -32,6 +32,14 @@ def test_a_color_of_ones_own_is_used():
     assert method_label("flat") == "flat"
 
 
+def test_methods_without_a_color_get_different_ones():
+    names = [f"flat_{number}" for number in range(5)]
+    for name in names:
+        gmarpp.register_method(gmarpp.FunctionMethod(name, flat))
+    known = [*gmarpp.METHODS, *gmarpp.VARIANTS, *names]
+    assert len({method_color(name) for name in known}) == len(known)
+
+
 def test_the_same_may_be_registered_again_and_another_may_not():
     gmarpp.register_method(gmarpp.FunctionMethod("flat", flat))
     gmarpp.register_method(gmarpp.FunctionMethod("flat", flat))

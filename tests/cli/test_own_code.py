@@ -25,7 +25,7 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 METHODS = (
     "[{class_path: my_own_code.Center, init_args: {width: 2}}, "
     "{class_path: gmarpp.FunctionMethod, init_args: "
-    "{name: saliency, function: my_own_code.saliency, label: Saliency}}, "
+    "{name: saliency, function: my_own_code.saliency, label: Saliency, color: '#17a2a2'}}, "
     "{class_path: gmarpp.attribution.GMARPlusPlus, init_args: "
     "{name: late, label: Late, alpha: 0.5, norm: 2, start_layer: 1}}, "
     "brightness, rollout]"
@@ -81,6 +81,7 @@ def test_predict_takes_them_from_the_command_line(folder):
     assert described["own_code"]["peak"].endswith(".Peak")
     report = (folder / "out/report.html").read_text()
     assert '"label":"Center first","color":"#123456"' in report
+    assert '"label":"Saliency","color":"#17a2a2"' in report
     assert '"name":"peak","label":"Peak value","higher":false' in report
 
 
