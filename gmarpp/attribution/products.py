@@ -68,8 +68,7 @@ class RowProducts:
         self._share_of_sum = self._normalized.float()
         self._has_share = torch.tensor([method.needs_residual for method in methods], device=device)[:, None]
         self._needs_share = any(method.needs_residual for method in methods)
-        self._start_layers = torch.tensor([method.start_layer for method in methods], device=device)[:, None]
-        self._lowest_for_all = max(method.start_layer for method in methods)
+        self._last_start = max(method.start_layer for method in methods)
         self._may_be_empty = self._needs_share or min(alphas) == 0
 
     def step(self, rows: Tensor, layer: AttentionLayer) -> Tensor:
@@ -78,7 +77,7 @@ class RowProducts:
         Raises:
             ValueError: a method begins above the last layer.
         """
-        if self._lowest_for_all >= layer.depth:
+        if self._last_start >= layer.depth:
             late = next(method for method in self._methods if method.start_layer >= layer.depth)
             raise ValueError(
                 f"{late.name}: start_layer: expected less than the network's {layer.depth} layers, got "
@@ -98,8 +97,9 @@ class RowProducts:
             residual = torch.where(empty, torch.ones_like(residual), residual)
         shares = rows / total
         carried = torch.addcmul(self._relevance(shares, weights, layer), residual, shares)
-        if layer.index < self._lowest_for_all:
-            carried = torch.where(self._start_layers > layer.index, rows, carried)
+        if layer.index < self._last_start:
+            skips = torch.tensor([method.start_layer > layer.index for method in self._methods], device=rows.device)
+            carried = torch.where(skips[:, None], rows, carried)
         return carried
 
     def _through_pool(self, rows: Tensor, weights: Tensor, sums: Tensor, layer: AttentionLayer) -> Tensor:
