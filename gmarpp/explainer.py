@@ -107,11 +107,15 @@ class Explainer:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("explain.methods: expected at least one method, got none")
-        methods = [resolve_method(method) if isinstance(method, str) else method for method in self.methods]
-        for method in methods:
-            if isinstance(method, AttributionMethod):
-                register_method(method)
-        object.__setattr__(self, "methods", tuple(dict.fromkeys(methods)))
+        methods: dict[str, str | AttributionMethod] = {}
+        for item in self.methods:
+            if isinstance(item, AttributionMethod):
+                register_method(item)
+                methods.setdefault(item.name, item)
+            else:
+                name = resolve_method(item)
+                methods.setdefault(name, name)
+        object.__setattr__(self, "methods", tuple(methods.values()))
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
         for metric in self.metrics:
             require_metric(metric)
@@ -140,10 +144,10 @@ class Explainer:
 
     @property
     def own_code(self) -> dict[str, Any]:
-        """What stands for methods and metrics of one's own: class and options, by name; empty without any."""
-        own = {method.name: method.description for method in select_methods(self.methods) if is_own(method)}
-        classes = {name: METRICS[name] for name in self.metrics if is_own_metric(name)}
-        return own | {name: f"{each.__module__}.{each.__qualname__}" for name, each in classes.items()}
+        """Classes and options of `methods` and classes of `metrics` of one's own, by name; empty without any."""
+        methods = {method.name: method.description for method in select_methods(self.methods) if is_own(method)}
+        metrics = {name: METRICS[name] for name in self.metrics if is_own_metric(name)}
+        return {kind: own for kind, own in (("methods", methods), ("metrics", metrics)) if own}
 
     @property
     def signed_methods(self) -> tuple[str, ...]:
@@ -246,9 +250,10 @@ class Explainer:
         if "masks" in arguments and "masks" not in given:
             return torch.full((len(given["maps"]),), torch.nan, dtype=torch.float32)
         value = metric_function(metric)(**{name: given[name] for name in arguments}, reduction="none")
-        if value.shape != (len(given["maps"]),):
+        if not isinstance(value, Tensor) or value.shape != (len(given["maps"]),):
             expected = f"expected a value per image, shape ({len(given['maps'])},)"
-            raise ValueError(f"{metric}: {expected} with reduction='none', got {tuple(value.shape)}")
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{metric}: {expected} with reduction='none', got {got}")
         return value.float()
 
 

@@ -75,10 +75,11 @@ def test_predict_takes_them_from_the_command_line(folder):
 
     described = json.loads((folder / "out/run.json").read_text())["explainer"]
     assert described["methods"] == NAMES
-    assert described["own_code"]["center"] == {"class": "my_own_code.Center", "options": {"width": 2.0}}
-    assert described["own_code"]["saliency"]["options"]["function"] == "my_own_code.saliency"
-    assert described["own_code"]["late"]["options"]["start_layer"] == 1
-    assert described["own_code"]["peak"].endswith(".Peak")
+    own = described["own_code"]
+    assert own["methods"]["center"] == {"class": "my_own_code.Center", "options": {"width": 2.0}}
+    assert own["methods"]["saliency"]["options"]["function"] == "my_own_code.saliency"
+    assert own["methods"]["late"]["options"]["start_layer"] == 1
+    assert own["metrics"]["peak"].endswith(".Peak")
     report = (folder / "out/report.html").read_text()
     assert '"label":"Center first","color":"#123456"' in report
     assert '"label":"Saliency","color":"#17a2a2"' in report
@@ -95,9 +96,8 @@ def test_a_run_is_resumed_with_the_same_options_alone(folder, capsys):
     explain_main([each.replace("%s", "2") for each in [*one, "--resume"]])
     registry._OWN.clear()  # as in a process of its own
     error = failure(capsys, explain_main, [each.replace("%s", "3") for each in [*one, "--resume"]])
-    assert (
-        "explainer.own_code was {'center': {'class': 'my_own_code.Center', 'options': {'width': 2.0}}} and is" in error
-    )
+    center = "{'center': {'class': 'my_own_code.Center', 'options': {'width': 2.0}}}"
+    assert f"explainer.own_code was {{'methods': {center}}} and is {{" in error
 
 
 def test_the_sanity_check_takes_them(folder):
