@@ -36,8 +36,7 @@ from gmarpp.visualize import MapStyle, SignedMaps, pixels
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 30.0
-_QUEUED_BATCHES = 4
-_DRAWING_PROCESSES = 4
+_QUEUED_BATCHES = _DRAWING_PROCESSES = 4
 
 
 class ExplanationWriter(BasePredictionWriter):
