@@ -39,7 +39,6 @@ from gmarpp.labels import METHOD_LABELS, metric_label
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.run.summary import bootstrap, higher_is_better, leaders
 
-LABELS = METHOD_LABELS | {name: label for name, (label, _) in OUTSIDE_METHODS.items()}
 OURS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmarpp_balanced", "token_relevance")
 METHODS = (*OURS, "gmar_l1", "rollout", "legrad", "chefer", "attention", "random", *OUTSIDE_METHODS)
 REFERENCES = ("gmarpp_l1", "token_relevance")
@@ -51,20 +50,13 @@ Indices = Mapping[str, Sequence[int]]
 
 def explain(model: nn.Module, images: Tensor, methods: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Compute maps (B, h, w) by method, and the predicted classes (B,)."""
-    inside = [method for method in methods if method not in OUTSIDE_METHODS]
-    explanation = gmarpp.explain(model, images, inside or "rollout")
-    maps = {
-        method: explanation.maps[method]
-        if method in inside
-        else OUTSIDE_METHODS[method][1](model, images, explanation.target)
-        for method in methods
-    }
-    return maps, explanation.target
+    explanation = gmarpp.explain(model, images, methods)
+    return explanation.maps, explanation.target
 
 
 def means_table(table: ScoreTable, indices: Sequence[int], baseline: str, methods: Sequence[str]) -> str:
     """Tabulate means with intervals; the best, and those that tie with it, in bold."""
-    cells: dict[str, list[str]] = {method: [LABELS[method]] for method in methods}
+    cells: dict[str, list[str]] = {method: [METHOD_LABELS[method]] for method in methods}
     for metric in table.metrics:
         columns = {method: table.values(indices, baseline, method, metric) for method in methods}
         best = leaders(columns, bool(higher_is_better(metric)))
@@ -84,8 +76,8 @@ def differences_table(
         if method != reference:
             intervals = {m: table.difference(indices, baseline, reference, method, m) for m in table.metrics}
             row = [f"{cell(each, metric, signed=True)} {verdict(each, metric)}" for metric, each in intervals.items()]
-            rows.append([LABELS[method], *row])
-    return markdown_table([f"{LABELS[reference]} minus …", *map(metric_label, table.metrics)], rows)
+            rows.append([METHOD_LABELS[method], *row])
+    return markdown_table([f"{METHOD_LABELS[reference]} minus …", *map(metric_label, table.metrics)], rows)
 
 
 def mean_values(table: ScoreTable, indices: Indices, methods: Sequence[str], metric: str) -> dict[str, Tensor]:
@@ -101,7 +93,7 @@ def ranks_table(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> 
     """Tabulate each method's rank by insertion AUC minus deletion AUC under each baseline, 1 for the best."""
     means = mean_values(table, indices, methods, CRITERION)
     ranks = {baseline: (-values).argsort().argsort() + 1 for baseline, values in means.items()}
-    rows = [[LABELS[m], *(str(int(rank[place])) for rank in ranks.values())] for place, m in enumerate(methods)]
+    rows = [[METHOD_LABELS[m], *(str(int(rank[place])) for rank in ranks.values())] for place, m in enumerate(methods)]
     return markdown_table(["", *ranks], rows)
 
 
@@ -137,7 +129,7 @@ def figure_of(table: ScoreTable, indices: Indices, methods: Sequence[str]) -> Fi
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, length=0)
-    panels[0].set_yticks(range(len(order)), [LABELS[method] for method in order], fontsize=8)
+    panels[0].set_yticks(range(len(order)), [METHOD_LABELS[method] for method in order], fontsize=8)
     figure.supxlabel(
         "insertion AUC minus deletion AUC, with 95 % intervals; higher is better\n"
         "red: GMAR++, gray: gmarpp's other methods, blue: other libraries",
@@ -170,9 +162,9 @@ def benchmark(
         precision: of the scores.
         device: that computes, for example `cpu` or `cuda:0`.
     """
-    unknown = [method for method in methods if method not in LABELS]
+    unknown = [method for method in methods if method not in METHOD_LABELS]
     if unknown:
-        raise SystemExit(f"--methods: {', '.join(unknown)} unknown: choose from {', '.join(LABELS)}")
+        raise SystemExit(f"--methods: {', '.join(unknown)} unknown: choose from {', '.join(METHOD_LABELS)}")
     computing = torch.device(device)
     model, dataset = open_images(ckpt_path, data, computing)
     order = spread_over_classes(dataset.labels, skip + max(images.values())).tolist()[skip:]

@@ -1,17 +1,18 @@
-"""Maps of other libraries on the network's patch grid: captum, grad-cam, and LRP by lxt with zennit's gamma rule.
+"""Methods of other libraries, registered by name: captum, grad-cam, and LRP by lxt with zennit's gamma rule.
 
 Omitted are captum's LRP, which has no rules for attention, and RISE and LeGrad, which none of the libraries offers for
 timm networks.
 """
 
 import copy
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from gmarpp import FunctionMethod, register_method
 
 try:
     from captum.attr import InputXGradient, IntegratedGradients, Occlusion, Saliency
@@ -30,9 +31,6 @@ monkey_patch_zennit()
 
 IG_STEPS = 16
 CONV_GAMMA, LINEAR_GAMMA = 0.25, 0.05
-
-OutsideMethod = Callable[[VisionTransformer, Tensor, Tensor], Tensor]
-"""Takes network, images (B, 3, H, W) and classes (B,); returns maps (B, h, w)."""
 
 
 def _by_patch(model: VisionTransformer, values: Tensor) -> Tensor:
@@ -111,13 +109,19 @@ def _with_lrp_rules(model: VisionTransformer) -> VisionTransformer:
     return copied
 
 
-OUTSIDE_METHODS: dict[str, tuple[str, OutsideMethod]] = {
-    "saliency": ("Saliency", saliency),
-    "input_x_gradient": ("Input x Gradient", input_x_gradient),
-    "integrated_gradients": (f"Integrated Gradients ({IG_STEPS} steps)", integrated_gradients),
-    "occlusion": ("Occlusion", occlusion),
-    "grad_cam": ("Grad-CAM", grad_cam),
-    "attn_lrp": ("LRP (lxt)", attn_lrp),
-    "attn_lrp_margin": ("LRP (lxt) of the margin", partial(attn_lrp, margin=True)),
-}
-"""Label for people and function of each method."""
+_METHODS = (
+    FunctionMethod("saliency", saliency, "Saliency"),
+    FunctionMethod("input_x_gradient", input_x_gradient, "Input x Gradient", signed=True),
+    FunctionMethod(
+        "integrated_gradients", integrated_gradients, f"Integrated Gradients ({IG_STEPS} steps)", signed=True
+    ),
+    FunctionMethod("occlusion", occlusion, "Occlusion", signed=True),
+    FunctionMethod("grad_cam", grad_cam, "Grad-CAM"),
+    FunctionMethod("attn_lrp", attn_lrp, "LRP (lxt)", signed=True),
+    FunctionMethod("attn_lrp_margin", partial(attn_lrp, margin=True), "LRP (lxt) of the margin", signed=True),
+)
+for _method in _METHODS:
+    register_method(_method)
+
+OUTSIDE_METHODS = tuple(method.name for method in _METHODS)
+"""Names of the methods, which are registered."""

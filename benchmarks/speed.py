@@ -130,7 +130,10 @@ def maps_of_timm(model: nn.Module, images: Tensor, precision: str, repeats: int,
     batch, one = len(images), images[:1]
     target = model(images).detach().argmax(dim=1)
     calls = {f"gmarpp: {len(gmarpp.METHODS)} methods in one call": partial(gmarpp.explain, methods=gmarpp.METHODS)}
-    calls |= {f"gmarpp: {label}": partial(gmarpp.explain, methods=method) for method, label in METHOD_LABELS.items()}
+    calls |= {
+        f"gmarpp: {METHOD_LABELS[method]}": partial(gmarpp.explain, methods=method)
+        for method in (*gmarpp.METHODS, *gmarpp.VARIANTS)
+    }
     calls |= {
         "captum: Saliency": outside_maps.saliency,
         "grad-cam: Grad-CAM": outside_maps.grad_cam,

@@ -13,12 +13,16 @@ __all__ = [
     "Architecture",
     "Contrast",
     "Explanation",
+    "FunctionMethod",
+    "MapMethod",
+    "Method",
     "UnsupportedNetworkError",
     "architecture_of",
     "explain",
     "load_explanations",
     "load_model",
     "perturbation_curves",
+    "register_method",
 ]
 
 if TYPE_CHECKING:
@@ -33,9 +37,13 @@ if TYPE_CHECKING:
         Architecture,
         Contrast,
         Explanation,
+        FunctionMethod,
+        MapMethod,
+        Method,
         UnsupportedNetworkError,
         architecture_of,
         explain,
+        register_method,
     )
     from gmarpp.labels import METHOD_LABELS
     from gmarpp.network.load import load_model
@@ -53,12 +61,16 @@ else:
         "Architecture": "gmarpp.attribution",
         "Contrast": "gmarpp.attribution",
         "Explanation": "gmarpp.attribution",
+        "FunctionMethod": "gmarpp.attribution",
+        "MapMethod": "gmarpp.attribution",
+        "Method": "gmarpp.attribution",
         "UnsupportedNetworkError": "gmarpp.attribution",
         "architecture_of": "gmarpp.attribution",
         "explain": "gmarpp.attribution",
         "load_explanations": "gmarpp.run.reader",
         "load_model": "gmarpp.network.load",
         "perturbation_curves": "gmarpp.perturbation",
+        "register_method": "gmarpp.attribution",
     }
 
     def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -52,6 +53,7 @@ def run_command(command: Callable[[list[str] | None], T], args: list[str] | None
         args: that command line; `sys.argv`'s when `None`.
     """
     _silence_lightning()
+    _import_from_working_directory()
     watch_rank_zero()
     settle_before_forks()
     try:
@@ -110,7 +112,7 @@ def _without_union(message: str) -> str:
     if found is None:
         return message
     errors = re.split(r"\n\s*- ", found[1])[1:]
-    told = [error.strip() for error in errors if not re.match(r"Expected a .*NoneType", error)]
+    told = [error.strip() for error in errors if not re.match(r"Expected a .*NoneType|Not of type Name", error)]
     return message[: found.start()] + "; ".join(told or errors)
 
 
@@ -144,6 +146,13 @@ def _data_modules() -> list[str]:
         for name, value in vars(gmarpp.data).items()
         if isinstance(value, type) and issubclass(value, L.LightningDataModule)
     ]
+
+
+def _import_from_working_directory() -> None:
+    """Have `class_path` find modules where the command runs, last of all places: a file there hides no package."""
+    folder = str(Path.cwd())
+    if not {"", folder} & {*sys.path}:
+        sys.path.append(folder)
 
 
 @contextmanager

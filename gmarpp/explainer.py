@@ -1,6 +1,5 @@
 """Maps, perturbation curves and metric values of one batch: what the predict loop and the monitor share."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -8,12 +7,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution import Explanation, explain, resolve_method
-from gmarpp.attribution.methods import select_methods
-from gmarpp.metrics import METRICS, functional
+from gmarpp.attribution import AttributionMethod, Explanation, explain, register_method, resolve_method
+from gmarpp.attribution.registry import is_own, select_methods
+from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
+from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
 from gmarpp.network.extent import fit_to_extent
 from gmarpp.network.preprocessing import Preprocessing, denormalize
+from gmarpp.options import Name
 from gmarpp.perturbation import (
     BASELINES,
     SCORES,
@@ -74,7 +75,8 @@ class Explainer:
     """Explains batches of a data module.
 
     Args:
-        methods: attribution methods, in the order of all outputs.
+        methods: names of attribution methods, in the order of all outputs; or objects, which are registered, in files
+            and on command lines as `class_path` and `init_args`.
         target: the class explained: `predicted`, `label`, or a class name or index for all images.
         metrics: names in `gmarpp.metrics.METRICS`; localization metrics need boxes or masks in the data. Empty for maps
             only, which is about fifty times faster.
@@ -90,7 +92,7 @@ class Explainer:
         ValueError: for an unknown method, metric, baseline, score or mask, or options that exclude each other.
     """
 
-    methods: Sequence[str] = ("gmarpp_l1", "gmar_l1", "rollout", "legrad")
+    methods: Sequence[Name | AttributionMethod] = ("gmarpp_l1", "gmar_l1", "rollout", "legrad")
     target: str | int = "predicted"
     metrics: Sequence[str] = FAITHFULNESS_METRICS
     steps: int = 28
@@ -105,17 +107,25 @@ class Explainer:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("explain.methods: expected at least one method, got none")
-        object.__setattr__(self, "methods", tuple(dict.fromkeys(map(resolve_method, self.methods))))
+        methods: dict[str, str | AttributionMethod] = {}
+        for item in self.methods:
+            if isinstance(item, AttributionMethod):
+                register_method(item)
+                methods.setdefault(item.name, item)
+            else:
+                name = resolve_method(item)
+                methods.setdefault(name, name)
+        object.__setattr__(self, "methods", tuple(methods.values()))
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
+        for metric in self.metrics:
+            require_metric(metric)
         for option, value, choices in (
-            *(("metrics", metric, tuple(METRICS)) for metric in self.metrics),
             ("baseline", self.baseline, BASELINES),
             ("score", self.score, SCORES),
             ("mask", self.mask, get_args(KeptMask)),
         ):
             if value not in choices:
-                name = option.removesuffix("s")
-                raise ValueError(f"explain.{option}: unknown {name} {value!r}: choose from {', '.join(choices)}")
+                raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {', '.join(choices)}")
         if self.steps < 1 or self.batch_size < 1:
             given = f"{self.steps} and {self.batch_size}"
             raise ValueError(f"explain.steps and explain.batch_size: expected at least 1, got {given}")
@@ -126,6 +136,18 @@ class Explainer:
                 "baseline blur, mean or black"
             )
         object.__setattr__(self, "_needs", frozenset(needs))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the methods, which are the keys of all outputs."""
+        return tuple(method.name for method in select_methods(self.methods))
+
+    @property
+    def own_code(self) -> dict[str, Any]:
+        """Classes and options of `methods` and classes of `metrics` of one's own, by name; empty without any."""
+        methods = {method.name: method.description for method in select_methods(self.methods) if is_own(method)}
+        metrics = {name: METRICS[name] for name in self.metrics if is_own_metric(name)}
+        return {kind: own for kind, own in (("methods", methods), ("metrics", metrics)) if own}
 
     @property
     def signed_methods(self) -> tuple[str, ...]:
@@ -151,9 +173,7 @@ class Explainer:
         boxes, masks = _cropped(batch.get("box"), batch.get("mask"), (height, width))
         objects = masks if masks is not None or boxes is None else boxes_to_masks(boxes, (height, width))
         inputs = self._metric_inputs(model, images, explanation, objects)
-        values = {
-            method: {metric: self._value(metric, inputs[method]) for metric in self.metrics} for method in self.methods
-        }
+        values = {method: {metric: self._value(metric, inputs[method]) for metric in self.metrics} for method in inputs}
         curves = {
             method: Curves(given["fractions"], given["insertion"], given["deletion"])
             for method, given in inputs.items()
@@ -229,8 +249,11 @@ class Explainer:
         arguments = metric_inputs(metric)
         if "masks" in arguments and "masks" not in given:
             return torch.full((len(given["maps"]),), torch.nan, dtype=torch.float32)
-        twin = getattr(functional, metric)
-        value: Tensor = twin(**{name: given[name] for name in arguments}, reduction="none")
+        value = metric_function(metric)(**{name: given[name] for name in arguments}, reduction="none")
+        if not isinstance(value, Tensor) or value.shape != (len(given["maps"]),):
+            expected = f"expected a value per image, shape ({len(given['maps'])},)"
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{metric}: {expected} with reduction='none', got {got}")
         return value.float()
 
 
@@ -239,12 +262,6 @@ def _cropped(boxes: Tensor | None, masks: Tensor | None, size: tuple[int, int]) 
     if boxes is not None:
         boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
     return boxes, None if masks is None else fit_to_extent(masks, size)
-
-
-def metric_inputs(metric: str) -> tuple[str, ...]:
-    """Return the names of the inputs that a metric takes, such as `full` and `kept`."""
-    parameters = inspect.signature(METRICS[metric].update).parameters
-    return tuple(name for name in parameters if name != "self")
 
 
 def _add_scores(inputs: dict[str, dict[str, Tensor]], scores: PerturbationScores) -> None:

@@ -1,6 +1,7 @@
 """Names, colors and line styles of methods and metrics for people."""
 
 import zlib
+from collections.abc import Sequence
 
 METHOD_LABELS = {
     "gmarpp_l1": "GMAR++ (L1)",
@@ -16,7 +17,7 @@ METHOD_LABELS = {
     "attention": "Attention",
     "random": "Random",
 }
-"""Label for people of each method, as the method itself has it."""
+"""Label for people of each method, as the method itself has it; registered ones join."""
 
 METRIC_LABELS = {
     "average_drop": "Average Drop",
@@ -33,7 +34,12 @@ METRIC_LABELS = {
     "pixel_accuracy": "Pixel Accuracy",
     "sparseness": "Sparseness",
 }
-"""Label for people of each metric."""
+"""Label for people of each metric; registered ones join."""
+
+
+def name_metric(metric: str, label: str) -> None:
+    """Give a metric of one's own a label."""
+    METRIC_LABELS[metric] = label
 
 
 def metric_label(metric: str) -> str:
@@ -60,14 +66,27 @@ _METHOD_COLORS = {
 _SPARE_COLORS = ("#17a2a2", "#7a8b1f", "#b0413e", "#5b6ee1", "#c99a00")
 
 
+def name_method(method: str, label: str, color: str = "") -> None:
+    """Give a method of one's own a label and a color, `#rrggbb`; without one, a spare color that no method has yet."""
+    METHOD_LABELS[method] = label
+    _METHOD_COLORS.pop(method, None)
+    taken = {*_METHOD_COLORS.values()}
+    free = [each for each in _SPARE_COLORS if each not in taken]
+    _METHOD_COLORS[method] = color or _choose(free or _SPARE_COLORS, method)
+
+
+def _choose(colors: Sequence[str], method: str) -> str:
+    return colors[zlib.crc32(method.encode()) % len(colors)]
+
+
 def method_label(method: str) -> str:
-    """Return the name of a method for people; a custom method keeps its name."""
+    """Return the name of a method for people; one that is not known keeps its name."""
     return METHOD_LABELS.get(method, method)
 
 
 def method_color(method: str) -> str:
     """Return the color of a method, the same in every figure and report, as `#rrggbb`."""
-    return _METHOD_COLORS.get(method) or _SPARE_COLORS[zlib.crc32(method.encode()) % len(_SPARE_COLORS)]
+    return _METHOD_COLORS.get(method) or _choose(_SPARE_COLORS, method)
 
 
 def method_dashes(method: str) -> str:

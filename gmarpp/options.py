@@ -1,9 +1,17 @@
-"""Ranges of options: checked where the options are declared, with messages that name them."""
+"""Types and ranges of options: checked where the options are declared, with messages that name them."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from jsonargparse.typing import restricted_string_type
+
+if TYPE_CHECKING:
+    Name: TypeAlias = str
+else:
+    # Beside a plain `str`, the parser takes a class with wrong options for a name, and does not say what is wrong.
+    Name = restricted_string_type("Name", r"[^\[{]", docstring="A text that is no list and no mapping.")
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from gmarpp.attribution import METHODS, Architecture, architecture_of, explain, resolve_method
+from gmarpp.attribution import METHODS, Architecture, AttributionMethod, architecture_of, explain
+from gmarpp.attribution.registry import register_method, select_methods
 from gmarpp.command import run_function
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.figures import figure_bytes
 from gmarpp.files import write_atomically
-from gmarpp.labels import METHOD_LABELS, method_color, method_dashes
+from gmarpp.labels import method_color, method_dashes, method_label
 from gmarpp.metrics.functional import rank_correlation
 from gmarpp.network.preprocessing import Preprocessing
+from gmarpp.options import Name
 from gmarpp.training.module import load_classifier
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class SanityCheck:
 def sanity_check(
     model: nn.Module,
     images: Tensor,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str | AttributionMethod] = METHODS,
     target: Tensor | None = None,
     *,
     architecture: Architecture | None = None,
@@ -73,7 +75,7 @@ def sanity_check(
     Args:
         model: a network that `gmarpp.explain` can explain, whose blocks are known.
         images: shape (B, 3, H, W), preprocessed.
-        methods: names in `gmarpp.METHODS`.
+        methods: names of attribution methods, or objects.
         target: class explained at every stage, (B,); the trained network's prediction by default.
         architecture: token layout of a network of an unknown family.
         seed: of the random parameters.
@@ -144,7 +146,7 @@ def cascade_figure(check: SanityCheck) -> Figure:
     axes = figure.subplots()
     for method in sorted(check.correlations, key=lambda name: -float(check.correlations[name][1:].mean())):
         mean = check.correlations[method].mean(dim=1).numpy()
-        (line,) = axes.plot(np.arange(len(mean)), mean, label=METHOD_LABELS.get(method, method), linewidth=1.6)
+        (line,) = axes.plot(np.arange(len(mean)), mean, label=method_label(method), linewidth=1.6)
         line.set(color=method_color(method), linestyle=method_dashes(method))
     axes.set_xticks(np.arange(len(check.stages)), check.stages, rotation=45, ha="right", fontsize=8)
     axes.set_xlabel("randomized from the head down to …", fontsize=9)
@@ -161,7 +163,7 @@ def write_sanity_check(
     ckpt_path: str,
     data: L.LightningDataModule,
     output: str = "results/sanity",
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[Name | AttributionMethod] = METHODS,
     images: int = 64,
     seed: int = 0,
 ) -> None:
@@ -171,7 +173,7 @@ def write_sanity_check(
         ckpt_path: checkpoint, as for `explain.py`.
         data: data module; images are chosen from those it predicts on, spread over the classes.
         output: folder of the results.
-        methods: attribution methods.
+        methods: names of attribution methods; or their `class_path` and `init_args`.
         images: number of images, at least 1.
         seed: of the random parameters.
 
@@ -182,12 +184,14 @@ def write_sanity_check(
     """
     if images < 1:
         raise ValueError(f"--images: expected at least 1, got {images}")
-    names = [resolve_method(method) for method in methods]
+    selected = select_methods(methods)
+    for each in selected:
+        register_method(each)
     module = load_classifier(ckpt_path)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     batch = _chosen_images(data, module.preprocessing, images)
-    check = sanity_check(module.model, batch, names, seed=seed)
+    check = sanity_check(module.model, batch, selected, seed=seed)
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(("method", *check.stages))
@@ -201,7 +205,7 @@ def write_sanity_check(
         (check.blind_to_head(), "does not change when the head is random: it does not depend on the class"),
     ):
         for name in names:
-            logger.warning("%s %s", METHOD_LABELS.get(name, name), text)
+            logger.warning("%s %s", method_label(name), text)
 
 
 def _chosen_images(data: Any, preprocessing: Preprocessing, count: int) -> Tensor:

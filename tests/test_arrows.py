@@ -7,8 +7,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gmarpp"
 
 # What a room may import, from the ground up. Nothing runs back, and there are no other arrows between siblings.
-GROUND = {"colormaps", "files", "labels", "maps", "options", "processes"}
+GROUND = {"colormaps", "entry_points", "files", "labels", "maps", "options", "processes"}
 ARROWS = {
+    "entry_points": set(),
     "files": set(),
     "labels": set(),
     "maps": set(),
@@ -18,11 +19,11 @@ ARROWS = {
     "visualize": {"colormaps", "maps"},
     "figures": {"colormaps", "labels", "maps", "visualize"},
     "network": {"files"},
-    "attribution": {"network", "labels", "figures", "visualize"},
+    "attribution": {"network", "entry_points", "labels", "figures", "visualize"},
     "perturbation": {"attribution", "network", "maps"},
-    "metrics": {"maps"},
+    "metrics": {"entry_points", "labels", "maps"},
     "data": {"network", "files", "options", "processes"},
-    "explainer": {"attribution", "perturbation", "metrics", "network"},
+    "explainer": {"attribution", "perturbation", "metrics", "network", "options"},
     "run": {"explainer", "metrics", "colormaps", "files", "labels", "processes", "maps", "visualize", "figures"},
     "training": {"network", "data", "files", "options"},
     "callbacks": {"explainer", "run", "training", "data", "metrics", *GROUND, "visualize", "figures"},

@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import timm
@@ -7,9 +8,8 @@ from signed_method import Downwards
 from small_networks import vit
 
 import gmarpp
-from gmarpp.attribution import methods
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
-from gmarpp.metrics import METRICS, functional
+from gmarpp.metrics import METRICS, Sparseness, functional, register_metric
 from gmarpp.perturbation import score_perturbations
 
 
@@ -35,13 +35,40 @@ def batch(**extra):
     }
 
 
-def test_signed_methods_are_known(model, monkeypatch):
-    monkeypatch.setitem(methods._REGISTERED, "downwards", Downwards())
+def test_signed_methods_are_known(model):
+    gmarpp.register_method(Downwards())
     assert Explainer(["rollout", "downwards"]).signed_methods == ("downwards",)
     assert Explainer(["rollout"]).signed_methods == ()
     found = gmarpp.explain(model, batch()["image"], ["rollout", Downwards()])
     assert found.signed_methods == ("downwards",)
     assert (found.maps["downwards"][0, 0] < 0).all()
+
+
+@dataclass
+class Changeable(gmarpp.MapMethod):
+    name: str = "changeable"
+    label: str = "Changeable"
+
+    def maps(self, model, images, target):
+        return images.detach()
+
+
+def test_objects_are_taken_once_and_known_by_their_names(model):
+    explainer = Explainer(["rollout", Changeable(), "gmar++", Changeable(), "changeable"], metrics=[])
+    assert explainer.names == ("rollout", "changeable", "gmarpp_l1")
+    explained = explainer(model, batch())
+    patches = batch()["image"].mean(1).unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean((2, 4))
+    torch.testing.assert_close(explained.maps["changeable"], patches)
+    assert replace(explainer, metrics=["sparseness"]).names == explainer.names
+    with pytest.raises(ValueError, match="'changeable' is the name of another method"):
+        Explainer([Changeable(label="Other")])
+
+
+@pytest.mark.parametrize(("value", "got"), [(torch.ones(()), r"\(\)"), (1.0, "float")])
+def test_a_metric_without_a_value_per_image_is_named(model, value, got):
+    register_metric("whole", Sparseness, lambda maps, reduction: value)
+    with pytest.raises(ValueError, match=rf"whole: expected a value per image, shape \(3,\).*, got {got}"):
+        Explainer(["rollout"], metrics=["whole"])(model, batch())
 
 
 def test_gives_maps_and_metrics_per_image(model):
@@ -102,7 +129,7 @@ def test_targets(model, target, expected):
 def test_bad_options_are_named(model):
     with pytest.raises(ValueError, match="unknown method 'gradcam'"):
         Explainer(["gradcam"])
-    with pytest.raises(ValueError, match=r"explain.metrics: unknown metric 'auc': choose from average_drop"):
+    with pytest.raises(ValueError, match=r"unknown metric 'auc': choose from average_drop"):
         Explainer(metrics=["auc"])
     with pytest.raises(ValueError, match=r"explain.baseline: unknown baseline 'white': choose from blur, mean"):
         Explainer(baseline="white")

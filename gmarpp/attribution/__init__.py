@@ -32,6 +32,8 @@ backward pass runs its tail again for the class token, which yields one row of d
 Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks run without a graph, q, k and v are
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.
 
+Methods that make their maps themselves run after all that, each by itself (`own_maps`).
+
 Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter
 block 3 and the addition behind its attention have hooks (`stream`), which bring `x · ds/dm` and `x · ds/dx`, (B, 197)
 each, before and after step 6.
@@ -39,11 +41,9 @@ each, before and after step 6.
 
 from gmarpp.attribution.explain import explain
 from gmarpp.attribution.explanation import Explanation
-from gmarpp.attribution.method import Method
+from gmarpp.attribution.method import AttributionMethod, FunctionMethod, MapMethod, Method
 from gmarpp.attribution.methods import (
     GMAR,
-    METHODS,
-    VARIANTS,
     BalancedRollout,
     Chefer,
     GMARPlusPlus,
@@ -52,8 +52,8 @@ from gmarpp.attribution.methods import (
     RandomMap,
     Rollout,
     TokenRelevance,
-    resolve_method,
 )
+from gmarpp.attribution.registry import METHODS, VARIANTS, register_method, resolve_method, select_methods
 from gmarpp.attribution.target import Contrast
 from gmarpp.labels import METHOD_LABELS
 from gmarpp.network.architecture import Architecture, architecture_of
@@ -65,13 +65,16 @@ __all__ = [
     "METHOD_LABELS",
     "VARIANTS",
     "Architecture",
+    "AttributionMethod",
     "BalancedRollout",
     "Chefer",
     "Contrast",
     "Explanation",
+    "FunctionMethod",
     "GMARPlusPlus",
     "LastAttention",
     "LeGrad",
+    "MapMethod",
     "Method",
     "RandomMap",
     "Rollout",
@@ -79,5 +82,7 @@ __all__ = [
     "UnsupportedNetworkError",
     "architecture_of",
     "explain",
+    "register_method",
     "resolve_method",
+    "select_methods",
 ]

@@ -188,6 +188,7 @@ class Descent:
                     is_top=call.index == self.layers - 1,
                     is_pool=call.is_pool,
                     depth=self.depth,
+                    index=call.index if call.block is None else call.block,
                     residual=None if residual is None else residual[part] / self.gradient_scale,
                 ),
             )

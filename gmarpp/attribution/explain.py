@@ -14,9 +14,10 @@ from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.head import require_one_layer
-from gmarpp.attribution.method import Method
-from gmarpp.attribution.methods import select_methods
+from gmarpp.attribution.method import AttributionMethod, MapMethod, Method
+from gmarpp.attribution.own_maps import own_maps, require_classes
 from gmarpp.attribution.plan import Plan
+from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
@@ -33,7 +34,7 @@ from gmarpp.network.preprocessing import displayable
 def explain(
     model: nn.Module,
     images: Tensor,
-    methods: str | Method | Iterable[str | Method] = ("gmarpp_l1",),
+    methods: str | AttributionMethod | Iterable[str | AttributionMethod] = ("gmarpp_l1",),
     target: Target = None,
     *,
     architecture: Architecture | None = None,
@@ -47,7 +48,8 @@ def explain(
     Args:
         model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
         images: preprocessed for the network, shape (B, 3, H, W).
-        methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, aliases, or `Method` objects with their own options.
+        methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, of registered methods, aliases, or objects with their
+            own options; those that make their maps themselves run one after the other, after the others.
         target: `None` for the predicted class; a class (index or name), one per image, or (B, K) with as many backward
             passes; a `Contrast`; or a function of the network's output that returns one score per image.
         architecture: token layout of a network of an unknown family.
@@ -65,14 +67,19 @@ def explain(
         torch.Size([4, 2, 2])
     """
     selected = select_methods(methods)
+    rules = [method for method in selected if isinstance(method, Method)]
+    outside = [method for method in selected if isinstance(method, MapMethod)]
+    require_classes(outside, target)
     model = unwrapped(model)
     _check(model, images)
     layout = architecture or architecture_of(model)
-    plan = Plan.of(model, selected, layout, recompute)
+    plan = Plan.of(model, rules, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        maps, scores = _maps(model, usable, plan, target)
+        maps, scores = _maps(model, usable, plan, target) if rules else ({}, _scores(model, usable, target))
+        maps |= own_maps(outside, model, usable, scores.indices, layout)
+    maps = {method.name: maps[method.name] for method in selected}
     names = () if callable(target) else class_names(model)
     seen = fit_to_extent(usable, grid_extent(layout, *images.shape[-2:]))
     signed = tuple(method.name for method in selected if method.signed)
@@ -124,6 +131,11 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     }
     _check_maps(maps)
     return maps, scores
+
+
+def _scores(model: nn.Module, images: Tensor, target: Target) -> Scores:
+    with torch.no_grad():
+        return Scores.of(_output(model, images), target, model, len(images))
 
 
 def _output(model: nn.Module, images: Tensor) -> Any:

@@ -35,6 +35,7 @@ class AttentionLayer:
         is_top: whether this is the last layer of the network, which is visited first.
         is_pool: whether the layer is an attention-pool head, whose queries are not tokens.
         depth: number of self-attention layers of the network, an attention-pool head not counted.
+        index: position among them, from 0 at the input; of its block, if blocks are known.
     """
 
     query: Tensor
@@ -48,6 +49,7 @@ class AttentionLayer:
     is_top: bool
     is_pool: bool
     depth: int
+    index: int
     residual: Tensor | None = None
 
     @cached_property

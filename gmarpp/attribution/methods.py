@@ -4,7 +4,6 @@ A method carries one row vector per image, shape (B, N), from the readout to the
 """
 
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -25,9 +24,10 @@ class Rollout(RowProduct):
         alpha: weight of the residual connection beside the attention, 0 or more.
         name: key of the map.
         label: name for people.
+        start_layer: the lowest layer that takes part, counted from the input and from 0; those below are skipped.
 
     Raises:
-        ValueError: alpha is negative.
+        ValueError: alpha or the layer is negative.
 
     Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """
@@ -35,11 +35,14 @@ class Rollout(RowProduct):
     alpha: float = 1.0
     name: str = "rollout"
     label: str = "Rollout"
+    start_layer: int = 0
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise ValueError(f"{self.name}: alpha: expected 0 or more, got {self.alpha}")
+        if not self.start_layer >= 0:
+            raise ValueError(f"{self.name}: start_layer: expected 0 or more, got {self.start_layer}")
 
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
@@ -54,6 +57,7 @@ class GMAR(Rollout):
         alpha: weight of the residual connection beside the attention.
         name: key of the map.
         label: name for people.
+        start_layer: the lowest layer that takes part.
         norm: p, 1 or 2.
 
     Source: Jo et al., "GMAR: Gradient-Driven Multi-Head Attention Rollout for Vision Transformer Interpretability",
@@ -85,6 +89,7 @@ class GMARPlusPlus(Rollout):
         alpha: weight of the residual connection beside the relevance.
         name: key of the map.
         label: name for people.
+        start_layer: the lowest layer that takes part.
         norm: p, 1 or 2; `None` adds the heads up without weights, `w_h = 1`.
     """
 
@@ -148,7 +153,7 @@ class TokenRelevance(Method):
     gradient_rule: ClassVar[str] = "balanced"
     needs_attention: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = True
-    signed: ClassVar[bool] = True
+    signed = True
 
     @override
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
@@ -255,67 +260,3 @@ class RandomMap(Method):
 def _check_norm(name: str, norm: int | None, choices: tuple[int | None, ...]) -> None:
     if norm not in choices:
         raise ValueError(f"{name}: unknown norm {norm!r}: choose from {', '.join(map(str, choices))}")
-
-
-def _by_name(*methods: Method) -> dict[str, Method]:
-    return {method.name: method for method in methods}
-
-
-_PUBLISHED = _by_name(
-    GMARPlusPlus(),
-    GMARPlusPlus(name="gmarpp_l2", label="GMAR++ (L2)", norm=2),
-    GMAR(),
-    GMAR(name="gmar_l2", label="GMAR (L2)", norm=2),
-    Rollout(),
-    LeGrad(),
-    Chefer(),
-    LastAttention(),
-    RandomMap(),
-)
-# Found to be more faithful than the published rule: docs/study.md.
-_VARIANTS = _by_name(
-    GMARPlusPlus(name="gmarpp_sum", label="GMAR++ (sum)", norm=None), BalancedRollout(), TokenRelevance()
-)
-_REGISTERED = _PUBLISHED | _VARIANTS
-_ALIASES = {"gmar++": "gmarpp_l1", "gmar": "gmar_l1"}
-
-METHODS: tuple[str, ...] = tuple(_PUBLISHED)
-"""Names of the published methods and the controls."""
-VARIANTS: tuple[str, ...] = tuple(_VARIANTS)
-"""Names of this project's own variants of them."""
-
-
-def resolve_method(name: str) -> str:
-    """Return the canonical name of a method.
-
-    Args:
-        name: a name in `METHODS` or `VARIANTS`, or an alias (`gmar++`, `gmar`).
-
-    Raises:
-        ValueError: if there is no such method; the message lists the names.
-
-    Examples:
-        >>> resolve_method("gmar++")
-        'gmarpp_l1'
-    """
-    canonical = _ALIASES.get(name, name)
-    if canonical not in _REGISTERED:
-        raise ValueError(f"unknown method {name!r}: choose from {', '.join((*_REGISTERED, *_ALIASES))}")
-    return canonical
-
-
-def select_methods(methods: str | Method | Iterable[str | Method]) -> tuple[Method, ...]:
-    """Return the methods that names and objects stand for, each once, in the given order.
-
-    Raises:
-        ValueError: for an unknown name, two different methods under one name, or no method.
-    """
-    wanted = [methods] if isinstance(methods, str | Method) else list(methods)
-    selected: dict[str, Method] = {}
-    for item in wanted:
-        method = item if isinstance(item, Method) else _REGISTERED[resolve_method(item)]
-        if selected.setdefault(method.name, method) != method:
-            raise ValueError(f"two different methods are named {method.name!r}: give each its own name")
-    if not selected:
-        raise ValueError(f"expected at least one method, got none: choose from {', '.join(_REGISTERED)}")
-    return tuple(selected.values())

@@ -31,9 +31,11 @@ class RowProduct(Method):
         normalized: whether rows of M are divided by their sum.
         needs_residual: whether alpha is replaced by the positive part of `AttentionLayer.residual`.
         is_summed: whether the map is the sum of the rows below all layers, and not the lowest row.
+        start_layer: the lowest layer that takes part.
     """
 
     alpha: float
+    start_layer: int = 0
     relevance: ClassVar[Literal["attention", "product"]] = "attention"
     normalized: ClassVar[bool] = True
     is_summed: ClassVar[bool] = False
@@ -66,10 +68,21 @@ class RowProducts:
         self._share_of_sum = self._normalized.float()
         self._has_share = torch.tensor([method.needs_residual for method in methods], device=device)[:, None]
         self._needs_share = any(method.needs_residual for method in methods)
+        self._last_start = max(method.start_layer for method in methods)
         self._may_be_empty = self._needs_share or min(alphas) == 0
 
     def step(self, rows: Tensor, layer: AttentionLayer) -> Tensor:
-        """Carry rows (B, M, Q), one for each method, through a layer, and return (B, M, N)."""
+        """Carry rows (B, M, Q), one for each method, through a layer, and return (B, M, N).
+
+        Raises:
+            ValueError: a method begins above the last layer.
+        """
+        if self._last_start >= layer.depth:
+            late = next(method for method in self._methods if method.start_layer >= layer.depth)
+            raise ValueError(
+                f"{late.name}: start_layer: expected less than the network's {layer.depth} layers, got "
+                f"{late.start_layer}"
+            )
         weights = torch.stack([method.head_weights(layer) for method in self._methods], dim=1)  # (B, M, H)
         sums = self._row_sums(weights, layer)  # (B, M, Q)
         if layer.is_pool:
@@ -82,8 +95,12 @@ class RowProducts:
             empty = total == 0
             total = total.masked_fill(empty, 1)
             residual = torch.where(empty, torch.ones_like(residual), residual)
-        rows = rows / total
-        return torch.addcmul(self._relevance(rows, weights, layer), residual, rows)
+        shares = rows / total
+        carried = torch.addcmul(self._relevance(shares, weights, layer), residual, shares)
+        if layer.index < self._last_start:
+            skips = torch.tensor([method.start_layer > layer.index for method in self._methods], device=rows.device)
+            carried = torch.where(skips[:, None], rows, carried)
+        return carried
 
     def _through_pool(self, rows: Tensor, weights: Tensor, sums: Tensor, layer: AttentionLayer) -> Tensor:
         """Carry rows through an attention-pool head: its queries are not tokens, so there is no residual to add."""

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
 from gmarpp.files import write_atomically
-from gmarpp.labels import METHOD_LABELS, metric_label
+from gmarpp.labels import method_label, metric_label
 from gmarpp.run.versions import versions
 from gmarpp.training.hyperparameters import GROUPS
 from gmarpp.training.lightning_private import ObservedCheckpoint
@@ -136,10 +136,7 @@ def _attribution(metrics: Mapping[str, float]) -> list[str]:
     """Return a section with a row per method and a column per metric; none where nothing was explained."""
     values = {(parts[1], parts[2]): metrics[key] for key in metrics if len(parts := key.split("/")) == 3}
     methods, columns = dict.fromkeys(method for method, _ in values), dict.fromkeys(metric for _, metric in values)
-    rows = [
-        (METHOD_LABELS.get(method, method), *(f"{values[method, metric]:.4g}" for metric in columns))
-        for method in methods
-    ]
+    rows = [(method_label(method), *(f"{values[method, metric]:.4g}" for metric in columns)) for method in methods]
     head = ("method", *(metric_label(metric) for metric in columns))
     return ["## Explanations", "Measured on the monitor's images.", _table(head, rows)] if rows else []
 

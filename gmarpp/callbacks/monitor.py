@@ -16,10 +16,11 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from gmarpp.data.probe import spread_over_classes
-from gmarpp.explainer import ExplainedBatch, Explainer, metric_inputs
+from gmarpp.explainer import ExplainedBatch, Explainer
 from gmarpp.figures import comparison_figure, figure_bytes
 from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
+from gmarpp.metrics.registry import metric_inputs
 from gmarpp.options import Range, require_ranges
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import CurveSum
@@ -76,7 +77,7 @@ class AttributionMonitor(L.Callback):
     @property
     @override
     def state_key(self) -> str:
-        return state_key(self, methods=self.explainer.methods, metrics=self.explainer.metrics)
+        return state_key(self, methods=self.explainer.names, metrics=self.explainer.metrics)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class AttributionMonitor(L.Callback):
         charts = {
             metric_label(metric): [
                 "Multiline",
-                [f"attribution/{method}/{metric}$" for method in self.explainer.methods],
+                [f"attribution/{method}/{metric}$" for method in self.explainer.names],
             ]
             for metric in self.explainer.metrics
         }
@@ -112,7 +113,7 @@ class AttributionMonitor(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._metrics = {
             method: MetricCollection({name: METRICS[name]() for name in self.explainer.metrics}, compute_groups=False)
-            for method in self.explainer.methods
+            for method in self.explainer.names
         }
         for collection in self._metrics.values():
             collection.to(pl_module.device)

@@ -22,7 +22,7 @@ def require_monitored_metrics(trainer: L.Trainer, module: ViTClassifier) -> None
     for callback in callbacks:
         if isinstance(callback, AttributionMonitor) and callback.images:
             explainer = callback.explainer
-            logged += [f"attribution/{method}/{metric}" for method in explainer.methods for metric in explainer.metrics]
+            logged += [f"attribution/{method}/{metric}" for method in explainer.names for metric in explainer.metrics]
             logged.append("attribution/seconds")
     for callback in callbacks:
         known = [*logged, "epoch", "step"] if isinstance(callback, Checkpoint) else logged

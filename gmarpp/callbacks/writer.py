@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from gmarpp.data.batches import pending_batches
 from gmarpp.data.module import chosen_batches
-from gmarpp.explainer import ExplainedBatch, metric_inputs
+from gmarpp.explainer import ExplainedBatch
 from gmarpp.figures import FIGURE_FORMATS
 from gmarpp.files import expand_path, sync_disk
+from gmarpp.metrics.registry import metric_inputs
 from gmarpp.options import Range, require_ranges
 from gmarpp.processes import usable_cores
 from gmarpp.run.background import BackgroundTasks
@@ -35,8 +36,7 @@ from gmarpp.visualize import MapStyle, SignedMaps, pixels
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 30.0
-_QUEUED_BATCHES = 4
-_DRAWING_PROCESSES = 4
+_QUEUED_BATCHES = _DRAWING_PROCESSES = 4
 
 
 class ExplanationWriter(BasePredictionWriter):
@@ -170,7 +170,7 @@ class ExplanationWriter(BasePredictionWriter):
         """Make the folder ready on rank 0, while the others wait."""
         names = [PARTS, MAPS, IMAGES]
         if self.overlays:
-            names += [f"{OVERLAYS}/{method}" for method in ("", *module.explainer.methods)]
+            names += [f"{OVERLAYS}/{method}" for method in ("", *module.explainer.names)]
         _on_rank_zero(trainer, lambda: self.output.open(self._run, not self._resumed, names))
         self._opened = True
 

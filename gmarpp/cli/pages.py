@@ -1,8 +1,10 @@
 """The help that fits a screen; all of it is known without torch."""
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gmarpp.entry_points import announced
 from gmarpp.labels import METHOD_LABELS, METRIC_LABELS
 
 _WIDTH = 100
@@ -134,8 +136,8 @@ def overview() -> str:
         "commands:",
         *(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()),
         "",
-        *_names("methods", METHOD_LABELS),
-        *_names("metrics", METRIC_LABELS),
+        *_names("methods", (*METHOD_LABELS, *announced("gmarpp.methods"))),
+        *_names("metrics", (*METRIC_LABELS, *announced("gmarpp.metrics"))),
         "",
         "options:",
         "  --help     this page; with a command, its main options and an example",
@@ -166,5 +168,7 @@ def page(name: str) -> str:
     return "\n".join(lines)
 
 
-def _names(heading: str, names: dict[str, str]) -> list[str]:
-    return textwrap.wrap(", ".join(names), _WIDTH, initial_indent=f"{heading}:  ", subsequent_indent=" " * 10)
+def _names(heading: str, names: Iterable[str]) -> list[str]:
+    return textwrap.wrap(
+        ", ".join(dict.fromkeys(names)), _WIDTH, initial_indent=f"{heading}:  ", subsequent_indent=" " * 10
+    )

@@ -13,24 +13,8 @@ from gmarpp.metrics.base import MeanOverImages
 from gmarpp.metrics.curves import ROAD, DeletionAUC, InsertionAUC, InsertionDeletionGap
 from gmarpp.metrics.kept_region import AverageDrop, AverageGain, AverageIncrease
 from gmarpp.metrics.localization import AveragePrecision, EnergyInside, IoU, PixelAccuracy, PointingGame
+from gmarpp.metrics.registry import METRICS, register_metric
 from gmarpp.metrics.sparseness import Sparseness
-
-METRICS: dict[str, type[MeanOverImages]] = {
-    "average_drop": AverageDrop,
-    "average_increase": AverageIncrease,
-    "average_gain": AverageGain,
-    "insertion_auc": InsertionAUC,
-    "deletion_auc": DeletionAUC,
-    "insertion_deletion_gap": InsertionDeletionGap,
-    "road": ROAD,
-    "pointing_game": PointingGame,
-    "energy_inside": EnergyInside,
-    "iou": IoU,
-    "average_precision": AveragePrecision,
-    "pixel_accuracy": PixelAccuracy,
-    "sparseness": Sparseness,
-}
-"""Metric classes by the name used in configurations, tags and files; functional twins have the same names."""
 
 __all__ = [
     "METRICS",
@@ -48,4 +32,5 @@ __all__ = [
     "PixelAccuracy",
     "PointingGame",
     "Sparseness",
+    "register_metric",
 ]

@@ -32,7 +32,8 @@ class MeanOverImages(Metric):
         self.add_state(self._sum, default=torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state(self._count, default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def _accumulate(self, values: Tensor) -> None:
+    def accumulate(self, values: Tensor) -> None:
+        """Add values per image, (B,); for `update` of subclasses."""
         setattr(self, self._sum, getattr(self, self._sum) + values.nansum())
         setattr(self, self._count, getattr(self, self._count) + (~values.isnan()).sum())
 

@@ -35,7 +35,7 @@ class InsertionAUC(_MeanScore):
 
     def update(self, fractions: Tensor, insertion: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(insertion_auc(fractions, insertion, reduction="none"))
+        self.accumulate(insertion_auc(fractions, insertion, reduction="none"))
 
 
 class DeletionAUC(_MeanScore):
@@ -57,7 +57,7 @@ class DeletionAUC(_MeanScore):
 
     def update(self, fractions: Tensor, deletion: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(deletion_auc(fractions, deletion, reduction="none"))
+        self.accumulate(deletion_auc(fractions, deletion, reduction="none"))
 
 
 class InsertionDeletionGap(_MeanScore):
@@ -80,7 +80,7 @@ class InsertionDeletionGap(_MeanScore):
 
     def update(self, fractions: Tensor, insertion: Tensor, deletion: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(insertion_deletion_gap(fractions, insertion, deletion, reduction="none"))
+        self.accumulate(insertion_deletion_gap(fractions, insertion, deletion, reduction="none"))
 
 
 class ROAD(_MeanScore):
@@ -111,4 +111,4 @@ class ROAD(_MeanScore):
 
     def update(self, most_relevant_first: Tensor, least_relevant_first: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(road(most_relevant_first, least_relevant_first, self.order, reduction="none"))
+        self.accumulate(road(most_relevant_first, least_relevant_first, self.order, reduction="none"))

@@ -27,7 +27,7 @@ class AverageDrop(MeanOverImages):
 
     def update(self, full: Tensor, kept: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(average_drop(full, kept, reduction="none"))
+        self.accumulate(average_drop(full, kept, reduction="none"))
 
 
 class AverageIncrease(MeanOverImages):
@@ -51,7 +51,7 @@ class AverageIncrease(MeanOverImages):
 
     def update(self, full: Tensor, kept: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(average_increase(full, kept, reduction="none"))
+        self.accumulate(average_increase(full, kept, reduction="none"))
 
 
 class AverageGain(MeanOverImages):
@@ -75,4 +75,4 @@ class AverageGain(MeanOverImages):
 
     def update(self, full: Tensor, kept: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(average_gain(full, kept, reduction="none"))
+        self.accumulate(average_gain(full, kept, reduction="none"))

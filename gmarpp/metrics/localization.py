@@ -31,7 +31,7 @@ class PointingGame(MeanOverImages):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(pointing_game(maps, masks, reduction="none"))
+        self.accumulate(pointing_game(maps, masks, reduction="none"))
 
 
 class EnergyInside(MeanOverImages):
@@ -54,7 +54,7 @@ class EnergyInside(MeanOverImages):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(energy_inside(maps, masks, reduction="none"))
+        self.accumulate(energy_inside(maps, masks, reduction="none"))
 
 
 class IoU(MeanOverImages):
@@ -82,7 +82,7 @@ class IoU(MeanOverImages):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(iou(maps, masks, self.threshold, reduction="none"))
+        self.accumulate(iou(maps, masks, self.threshold, reduction="none"))
 
 
 class PixelAccuracy(MeanOverImages):
@@ -110,7 +110,7 @@ class PixelAccuracy(MeanOverImages):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(pixel_accuracy(maps, masks, self.threshold, reduction="none"))
+        self.accumulate(pixel_accuracy(maps, masks, self.threshold, reduction="none"))
 
 
 class AveragePrecision(MeanOverImages):
@@ -133,4 +133,4 @@ class AveragePrecision(MeanOverImages):
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(average_precision(maps, masks, reduction="none"))
+        self.accumulate(average_precision(maps, masks, reduction="none"))

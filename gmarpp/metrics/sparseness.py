@@ -27,4 +27,4 @@ class Sparseness(MeanOverImages):
 
     def update(self, maps: Tensor) -> None:
         """Add a batch."""
-        self._accumulate(sparseness(maps, reduction="none"))
+        self.accumulate(sparseness(maps, reduction="none"))

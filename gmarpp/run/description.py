@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from gmarpp.run.content import check_run
@@ -48,6 +49,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
     data = trainer.datamodule
     paths = getattr(getattr(dataset, "source", None), "paths", None)
     options = [field.name for field in dataclasses.fields(module.explainer) if field.init]
+    own_code = module.explainer.own_code
     configuration = getattr(module.model, "pretrained_cfg", None) or {}
     run = {
         "status": "running",
@@ -59,7 +61,11 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
             "architecture": configuration.get("architecture"),
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
         },
-        "explainer": {name: getattr(module.explainer, name) for name in options},
+        "explainer": {
+            **{name: getattr(module.explainer, name) for name in options},
+            "methods": list(module.explainer.names),
+            **({"own_code": own_code} if own_code else {}),
+        },
         "signed_methods": list(module.explainer.signed_methods),
         "data": {
             "name": None if data is None else type(data).__name__,
@@ -112,4 +118,11 @@ def _compared(run: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, partial):
+        return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+    kind: Any = type(value)
+    if callable(value) or kind.__repr__ is object.__repr__:
+        # Not by its address, which differs from run to run.
+        named = value if hasattr(value, "__qualname__") else kind
+        return f"{named.__module__}.{named.__qualname__}"
     return str(value)

@@ -26,7 +26,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def products(kind, query, key, value, outer, mask):
     """Give all that a layer offers, by name."""
-    layer = kind(query, key, value, mask, 0.3, outer, outer[:, :, :2], 4.0, is_top=False, is_pool=False, depth=1)
+    layer = kind(
+        query, key, value, mask, 0.3, outer, outer[:, :, :2], 4.0, is_top=False, is_pool=False, depth=1, index=0
+    )
     generator = torch.Generator().manual_seed(2)
     rows = [
         torch.rand(*query.shape[:2], count, query.shape[2], generator=generator).to(query.device) for count in (1, 3)

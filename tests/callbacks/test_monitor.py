@@ -16,7 +16,6 @@ from squares import ColouredSquares, OrderedSquares, Squares
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gmarpp
-from gmarpp.attribution import methods
 from gmarpp.callbacks import AttributionMonitor, AveragedWeights
 from gmarpp.data.probe import spread_over_classes
 from gmarpp.explainer import Explainer
@@ -62,7 +61,7 @@ def test_a_dry_run_explains_one_image(tmp_path):
     monitor = AttributionMonitor(EXPLAINER, images=6)
     explained = []
     monitor.explainer = lambda network, batch: explained.append(len(batch["image"])) or EXPLAINER(network, batch)
-    for option in ("methods", "metrics", "score", "normalize", "signed_methods"):
+    for option in ("names", "metrics", "score", "normalize", "signed_methods"):
         setattr(monitor.explainer, option, getattr(EXPLAINER, option))
     trainer(tmp_path, monitor, fast_dev_run=True).fit(classifier(), Squares())
     assert explained == [1]
@@ -104,9 +103,9 @@ def test_fits_as_without_it_and_draws(tmp_path):
 
 @pytest.mark.parametrize(("signed_maps", "against"), [("diverging", True), ("positive", False)])
 def test_relevance_against_the_class_is_drawn_in_blue_unless_its_positive_part_is_asked_for(
-    tmp_path, monkeypatch, signed_maps, against
+    tmp_path, signed_maps, against
 ):
-    monkeypatch.setitem(methods._REGISTERED, "downwards", Downwards())
+    gmarpp.register_method(Downwards())
     explainer = Explainer(methods=["downwards"], metrics=["sparseness"])
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     monitor = AttributionMonitor(explainer, images=3, signed_maps=signed_maps)
@@ -195,7 +194,6 @@ from PIL import Image
 from signed_method import Downwards
 from squares import Squares
 from callbacks.test_monitor import EXPLAINER, classifier, trainer
-from gmarpp.attribution import methods
 from gmarpp.callbacks import AttributionMonitor
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 from signed_method import Downwards
 from torch.utils.data import DataLoader
 
-from gmarpp.attribution import methods
+import gmarpp
 from gmarpp.callbacks import ExplanationWriter
 from gmarpp.run.reader import load_explanations
 
@@ -78,8 +78,8 @@ class ForAndAgainst(FakeExplaining):
         return replace(explained, maps={**explained.maps, "downwards": signs})
 
 
-def test_signed_methods_are_drawn_and_recorded_as_such(tmp_path, monkeypatch):
-    monkeypatch.setitem(methods._REGISTERED, "downwards", Downwards())
+def test_signed_methods_are_drawn_and_recorded_as_such(tmp_path):
+    gmarpp.register_method(Downwards())
     folder = tmp_path / "run"
     predict(folder, SquaresData(count=3), ForAndAgainst())
     run = json.loads((folder / "run.json").read_text())
