@@ -196,7 +196,13 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
         ValueError: for gradients that are not finite, or zero where they are needed.
     """
     start = passed.score_start
-    gradient = gradient_of(scores.float().sum() * scale, start)
+
+    def by_token(total: Tensor) -> Tensor | None:
+        gradient = gradient_of(total, start)
+        # Some networks lay out tokens as (B, h, w, D).
+        return gradient.flatten(1, -2) if gradient is not None and start is passed.last_tokens else gradient
+
+    gradient = by_token(scores.float().sum() * scale)
     if gradient is None:
         raise UnsupportedNetworkError(
             "the score does not depend on the last attention layer by any gradient: explain a score of the network's "
@@ -215,7 +221,7 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
             "attention)"
         )
     # What the head reads for other classes, it also reads for this one.
-    general = gradient_of(distinct_sum(output), start)
+    general = by_token(distinct_sum(output))
     if general is None or not _shares(general)[without].any(dim=1).all():
         raise ValueError(f"no output of the network depends on the tokens of images {images}, so they have no readout")
     return torch.where(without[:, None], _shares(general), readout)

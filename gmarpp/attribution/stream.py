@@ -27,7 +27,10 @@ class Entered:
     block: int
 
     def relevance(self, gradient: Tensor) -> Tensor:
-        """Return `x · g`, (B, N), for the gradient (B, N, D) with respect to the tokens or what was added to them."""
+        """Return `x · g`, (B, N), for the gradient with respect to the tokens, or what was added to them.
+
+        The gradient has shape (B, N, D), or (B, h, w, D) as some networks lay out their tokens.
+        """
         if self.tokens._version != self.version:
             raise UnsupportedNetworkError(
                 f"block {self.block} changes the tokens it was given in place, so their relevance is lost: add to a "
@@ -35,7 +38,7 @@ class Entered:
             )
         tokens = self.tokens[:, : gradient.shape[1]]
         products: Tensor = torch.linalg.vecdot(tokens.float(), gradient.float())
-        return products
+        return products.flatten(1)
 
 
 def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> tuple[Entered, GradientEdge | None]:

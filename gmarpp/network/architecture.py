@@ -4,14 +4,18 @@ Maps need the grid and the number of tokens around the patches; LeGrad and recom
 of a family that is not listed here is described by hand with `Architecture`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
+from gmarpp.network import swin
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.transport import Grid, Step
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Architecture:
             Only a shortcut: without it, or where the network does something else, LeGrad runs the network itself again
             with its blocks skipped.
         suffix_tokens: number of tokens after the patch tokens (detection tokens).
+        transport: returns, for an image of a given height and width in pixels, over which tokens each block attends;
+            `None` if all blocks attend over all tokens. Maps are on the finest grid, which `grid` returns.
+        fused: attention modules that write their attention out, and for each a forward that computes the same by
+            `scaled_dot_product_attention`.
     """
 
     grid: Callable[[int, int], tuple[int, int]]
@@ -33,6 +41,8 @@ class Architecture:
     blocks: Sequence[nn.Module] = ()
     head: Callable[[Tensor], Any] | None = None
     suffix_tokens: int = 0
+    transport: Callable[[int, int], Sequence[Step]] | None = None
+    fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
 
     def patches(self, tokens: int) -> slice:
         """Return where the patch tokens are among all of a number of tokens."""
@@ -70,8 +80,8 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
         )
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
-        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with windowed or "
-        "pyramid attention (Swin, PVT, MaxViT), and with attention between channels (XCiT), cannot be explained by "
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with other "
+        "windowed or pyramid attention than Swin's (PVT, MaxViT), and with attention between channels (XCiT), cannot be explained by "
         "these methods: use a ViT"
     )
 
@@ -206,9 +216,40 @@ def _hugging_face(model: Any) -> Architecture:
     )
 
 
+def _timm_swin(model: Any) -> Architecture:
+    stages = [stage.blocks for stage in model.layers]
+    return _swin(
+        lambda *size: _pair(model.patch_embed.dynamic_feat_size(size)), stages, swin.timm_step, swin.timm_attention
+    )
+
+
+def _torchvision_swin(model: Any) -> Architecture:
+    # An embedding, and then, by turns, the blocks of a stage and what merges tokens.
+    embedding, *layers = model.features
+    return _swin(_by_patch(embedding[0].stride), layers[::2], swin.torchvision_step, swin.torchvision_attention)
+
+
+def _swin(
+    grid: Callable[[int, int], Grid],
+    stages: Sequence[Sequence[nn.Module]],
+    step: Callable[[Any, Grid], Step],
+    fused: Callable[[Any], Callable[..., Any]],
+) -> Architecture:
+    blocks: list[Any] = [block for stage in stages for block in stage]
+    return Architecture(
+        grid=grid,
+        prefix_tokens=0,
+        blocks=blocks,
+        transport=lambda *size: [step(*each) for each in swin.merged_grids(grid(*size), stages)],
+        fused={block.attn: fused(block.attn) for block in blocks},
+    )
+
+
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
+    (lambda model: isinstance(model, SwinTransformer), _timm_swin),
+    (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
 )

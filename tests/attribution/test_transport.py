@@ -1,0 +1,237 @@
+"""Windows and merged tokens against explicit N x N matrices."""
+
+import dataclasses
+import itertools
+from functools import partial
+
+import pytest
+import timm
+import torch
+from naive_balanced import balanced_run, margin_of
+from naive_windows import assembled, merging, naive_row, softmax_collected, whole_matrices, windows_of
+from test_families import images, relative_error, sharpened
+from torchvision.models import SwinTransformer
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+
+import gmarpp
+from gmarpp.attribution import Method
+from gmarpp.network.transport import spread
+
+PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
+BALANCED = ("token_relevance", "gmarpp_balanced")
+TARGET = torch.tensor([2, 4])
+
+
+def timm_swin(size, window, **options):
+    torch.manual_seed(0)
+    given = {"img_size": size, "window_size": window, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)} | options
+    return sharpened(timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **given))
+
+
+def torchvision_swin(window, **options):
+    torch.manual_seed(0)
+    model = SwinTransformer([4, 4], 8, [2, 2], [1, 2], [window, window], num_classes=5, **options)
+    return sharpened(model)
+
+
+second_version = partial(torchvision_swin, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
+
+# name: network, size of the image, grids of the stages
+NETWORKS = {
+    "timm": (lambda: timm_swin(32, 4), (32, 32), [(8, 8), (4, 4)]),
+    "timm, not square, windows that do not divide": (lambda: timm_swin((32, 48), 4), (32, 48), [(8, 12), (4, 6)]),
+    "timm, shift and padding, odd sizes": (lambda: timm_swin((28, 36), 3), (28, 36), [(7, 9), (4, 5)]),
+    "timm, windows larger than the grid": (
+        lambda: timm_swin((24, 32), 5, always_partition=True), (24, 32), [(6, 8), (3, 4)],
+    ),
+    "timm, windows that are not square": (lambda: timm_swin((24, 40), (2, 5)), (24, 40), [(6, 10), (3, 5)]),
+    "timm, dynamic size": (lambda: timm_swin(32, 4, dynamic_img_size=True), (20, 36), [(5, 9), (3, 5)]),
+    "torchvision": (lambda: torchvision_swin(4), (32, 32), [(8, 8), (4, 4)]),
+    "torchvision, shift and padding, odd sizes": (lambda: torchvision_swin(3), (28, 36), [(7, 9), (4, 5)]),
+    "torchvision, sizes that patches do not divide": (lambda: torchvision_swin(4), (31, 43), [(7, 10), (4, 5)]),
+    "torchvision, version 2": (lambda: second_version(3), (28, 32), [(7, 8), (4, 4)]),
+}  # fmt: skip
+
+
+def logit(output):
+    return output.gather(1, TARGET[:, None])[:, 0]
+
+
+def blocks_and_grids(model, stages):
+    layers = [stage.blocks for stage in model.layers] if hasattr(model, "layers") else model.features[1::2]
+    return [(block, grid) for layer, grid in zip(layers, stages, strict=True) for block in layer]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_are_the_product_of_all_blocks_and_mergings(name):
+    make, size, stages = NETWORKS[name]
+    model, batch = make(), images(size)
+    blocks, grids = zip(*blocks_and_grids(model, stages), strict=True)
+    found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
+    torch.testing.assert_close(found.logits, model(batch), rtol=1e-4, atol=1e-4)
+    attentions, gradients = whole_matrices(model, batch, logit, blocks, grids)
+    for method, image in itertools.product(PRODUCTS, range(2)):
+        expected = naive_row(method, attentions, gradients, grids, image).view(stages[0])
+        assert relative_error(found.maps[method][image], expected) < 1e-4, method
+    for method in set(PRODUCTS) - {"chefer", "attention"}:
+        torch.testing.assert_close(found.maps[method].sum((1, 2)), torch.ones(2))
+    recomputed = gmarpp.explain(model, batch, PRODUCTS, TARGET, recompute=True).maps
+    assert all(relative_error(recomputed[method], found.maps[method]) < 1e-5 for method in PRODUCTS)
+    alone = gmarpp.explain(model, batch, ("rollout", "attention"), TARGET).maps
+    assert all(relative_error(alone[method], found.maps[method]) < 1e-5 for method in alone)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_changed_cell_changes_the_tokens_that_attend_to_it(name):
+    make, size, stages = NETWORKS[name]
+    model, batch = make(), images(size, batch=1)
+    entered = []
+    for block, _ in blocks_and_grids(model, stages):
+        block.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+    with softmax_collected() as collected, torch.no_grad():
+        model(batch)
+    with torch.no_grad():
+        for (block, grid), tokens, attention in zip(
+            blocks_and_grids(model, stages), entered[:4], collected[:4], strict=True
+        ):
+            whole = assembled(attention, 1, grid, *windows_of(block, grid))[0].sum(0)
+            cell = (grid[0] - 1, grid[1] // 2)
+            changed = tokens.clone()
+            changed[:, cell[0], cell[1], 0] += 3
+            change = (block.forward(changed) - block.forward(tokens)).abs().sum(3).flatten() > 0
+            column = whole[:, cell[0] * grid[1] + cell[1]]
+            assert set(change.nonzero()[:, 0].tolist()) <= set(column.nonzero()[:, 0].tolist())
+            assert change[column > 0.01].all()
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("timm")])
+def test_balanced_methods_equal_the_reference_on_the_finest_grid(name):
+    make, size, stages = NETWORKS[name]
+    model, batch = make(), images(size)
+    found = gmarpp.explain(model, batch, BALANCED, TARGET).maps
+    blocks, grids = zip(*blocks_and_grids(model, stages), strict=True)
+    for block in blocks:
+        block.attn.fused_attn = True
+    run = balanced_run(model, batch, margin_of(TARGET), blocks)
+    attentions, gradients = (
+        [assembled(each, 2, grid, *windows_of(block, grid)) for each, block, grid in zip(all_, blocks, grids)]  # noqa: B905
+        for all_ in ([each.detach() for each in run.attentions], run.gradients)
+    )
+    residuals = [(x.reshape(2, -1, x.shape[-1]) * dm.flatten(1, -2)).sum(-1) for x, dm in zip(run.x, run.dm)]  # noqa: B905
+    relevances = [(x * dx).sum(-1).flatten(1) for x, dx in zip(run.x, run.dx, strict=True)]
+    finest = grids[0]
+    to_finest = [torch.eye(finest[0] * finest[1]) if grid == finest else merging(finest, grid) for grid in grids]
+    expected = sum(
+        relevance / relevance.abs().sum(1, keepdim=True) @ down
+        for relevance, down in zip(relevances, to_finest, strict=True)
+    )
+    assert relative_error(found["token_relevance"], expected.view(2, *finest)) < 1e-4
+    for image in range(2):
+        top = grids[-1][0] * grids[-1][1]
+        row, above, total = torch.full((top,), 1 / top), grids[-1], 0
+        for index in reversed(range(4)):
+            if grids[index] != above:
+                row, above = row @ merging(grids[index], above), grids[index]
+            matrix = (gradients[index][image].clamp(min=0) * attentions[index][image]).sum(0)
+            matrix = matrix + torch.diag(residuals[index][image].clamp(min=0))
+            empty = matrix.sum(1) == 0
+            matrix[empty] = torch.eye(len(matrix))[empty]
+            row = row @ (matrix / matrix.sum(1, keepdim=True))
+            total = total + row @ to_finest[index]
+        assert relative_error(found["gmarpp_balanced"][image], total.view(finest)) < 1e-4
+
+
+def test_weights_of_torchvision_give_the_same_maps_in_timm():
+    source, model = torchvision_swin(4), timm_swin(32, 4)
+    renamed = {"features.0.0": "patch_embed.proj", "features.0.2": "patch_embed.norm", "head.": "head.fc."}
+    renamed |= {
+        "features.1.": "layers.0.blocks.",
+        "features.3.": "layers.1.blocks.",
+        "features.2.": "layers.1.downsample.",
+    }
+    renamed |= {"mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
+    state = {}
+    for key, value in source.state_dict().items():
+        if not key.endswith("relative_position_index"):
+            for old, new in renamed.items():
+                key = key.replace(old, new)
+            state[key] = value
+    model.load_state_dict(state)
+    ours, theirs = (gmarpp.explain(each, images(), (*PRODUCTS, *BALANCED), TARGET) for each in (model, source))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+    for method, maps in ours.maps.items():
+        assert relative_error(maps, theirs.maps[method]) < 1e-4, method
+
+
+def test_relevance_of_merged_tokens_is_shared_out_by_hand():
+    rows = torch.tensor([[6.0, 2.0, 4.0, 1.0]])
+    expected = [[1.5, 1.5, 1.0], [1.5, 1.5, 1.0], [2.0, 2.0, 1.0]]
+    assert spread(rows, (2, 2), (3, 3)).view(3, 3).tolist() == expected
+    with pytest.raises(ValueError, match=r"a \(3, 3\) grid that tokens"):
+        spread(torch.ones(1, 4), (4, 1), (3, 3))
+
+
+class ByMatrix(Method):
+    """Rollout of a method of one's own, with the layers' N x N matrices."""
+
+    name, label, needs_gradient = "by_matrix", "By matrix", False
+
+    def step(self, row, layer):
+        matrix = layer.attention.mean(1) + torch.eye(layer.queries)
+        return (row[:, None] @ (matrix / matrix.sum(2, keepdim=True)))[:, 0]
+
+
+def test_methods_of_ones_own_get_whole_matrices():
+    make, size, _ = NETWORKS["timm, shift and padding, odd sizes"]
+    maps = gmarpp.explain(make(), images(size), [ByMatrix(), "rollout"], TARGET).maps
+    assert relative_error(maps["by_matrix"], maps["rollout"]) < 1e-5
+
+
+def test_random_maps_are_as_fine_as_others():
+    maps = gmarpp.explain(timm_swin(32, 4), images(), ("random", "rollout"), TARGET).maps
+    assert maps["random"].shape == maps["rollout"].shape == (2, 8, 8)
+    assert len(maps["random"].unique()) == 128
+    assert torch.equal(maps["random"], gmarpp.explain(timm_swin(32, 4), images(), "random", TARGET).maps["random"])
+
+
+def test_legrad_needs_blocks_of_one_grid():
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="legrad: the head would have to score"):
+        gmarpp.explain(timm_swin(32, 4), images(), ("gmarpp_l1", "legrad"))
+
+    model, batch, grid = timm_swin((28, 36), 3, depths=(2,), num_heads=(2,)), images((28, 36)), (7, 9)
+    left, blocks = [], list(model.layers[0].blocks)
+    hooks = [block.register_forward_hook(lambda _, args, output: left.append(output)) for block in blocks]
+    with softmax_collected() as attentions:
+        model(batch.clone().requires_grad_())
+    expected = 0
+    for block, tokens, attention in zip(blocks, left, attentions, strict=True):
+        score = logit(model.forward_head(model.norm(tokens))).sum()
+        gradient = torch.autograd.grad(score, attention, retain_graph=True)[0]
+        whole = assembled(gradient, 2, grid, *windows_of(block, grid))
+        expected = expected + whole.clamp(min=0).mean((1, 2)) / 2
+    for hook in hooks:
+        hook.remove()
+    for methods in ("legrad", ("legrad", "gmarpp_l1")):
+        found = gmarpp.explain(model, batch, methods, TARGET).maps["legrad"]
+        assert relative_error(found, expected.view(2, *grid)) < 1e-4
+
+
+def test_the_network_is_left_as_it_was():
+    for model in (timm_swin(32, 4).train(), torchvision_swin(4).train()):
+        attention = blocks_and_grids(model, [0, 1])[0][0].attn
+        before = dict(vars(attention))
+        gmarpp.explain(model, images(), ("gmarpp_l1", *BALANCED))
+        assert vars(attention) == before
+        assert model.training
+        assert all(module.training for module in model.modules())
+
+
+def test_windows_other_than_described_are_named():
+    model = timm_swin(32, 4)
+    layout, smaller = gmarpp.architecture_of(model), gmarpp.architecture_of(timm_swin(16, 4))
+    wrong = dataclasses.replace(layout, transport=lambda height, width: smaller.transport(height // 2, width // 2))
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="expected block 0 to attend in 1 windows of 16 tokens"):
+        gmarpp.explain(model, images(), "rollout", architecture=wrong)
+    few = dataclasses.replace(layout, blocks=layout.blocks[1:])
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="transport to describe 3 blocks, got 4"):
+        gmarpp.explain(model, images(), "rollout", architecture=few)
