@@ -73,7 +73,8 @@ class Relevance:
             if self._summed and not layer.is_pool:
                 self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
-            rows[part] = self._of_all_tokens(method.step((above if layer.is_top else rows)[part], layer))
+            if method.needs_attention:
+                rows[part] = self._of_all_tokens(method.step((above if layer.is_top else rows)[part], layer))
 
     def _of_all_tokens(self, rows: Tensor) -> Tensor:
         """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""

@@ -37,7 +37,7 @@ class _WithoutPadding(AttentionLayer):
     def _without_padding(self, matrices: Tensor) -> Tensor:
         """Set rows and columns of padding to 0, (B * W, H, n, n)."""
         is_pair = self._is_token[:, :, None] & self._is_token[:, None]  # (W, n, n)
-        kept = matrices.unflatten(0, (-1, len(is_pair))) * is_pair[:, None]
+        kept = torch.unflatten(matrices, 0, (-1, len(is_pair))) * is_pair[:, None]
         return kept.flatten(0, 1)
 
 
@@ -91,7 +91,7 @@ class WindowedLayer(AttentionLayer):
 
     @override
     def head_norm(self, which: HeadNorm) -> Tensor:
-        norms = self._windows.head_norm(which).unflatten(0, (-1, len(self._step.windows)))
+        norms = torch.unflatten(self._windows.head_norm(which), 0, (-1, len(self._step.windows)))
         total: Tensor = torch.linalg.vector_norm(norms, ord=_order(which), dim=1)
         return total
 
@@ -120,7 +120,7 @@ class WindowedLayer(AttentionLayer):
     def _matrices(self, blocks: Tensor) -> Tensor:
         """Return matrices (B, H, N, N) with given blocks (B * W, H, n, n)."""
         windows, places = self._step.windows.shape
-        by_head = blocks.unflatten(0, (-1, windows)).movedim(1, 2)  # (B, H, W, n, n)
+        by_head = torch.unflatten(blocks, 0, (-1, windows)).movedim(1, 2)  # (B, H, W, n, n)
         columns = by_head.new_zeros((*by_head.shape[:-1], self._step.tokens + 1))
         index = self._step.windows[:, None].expand(windows, places, places)
         columns.scatter_(-1, index.expand_as(by_head), by_head)

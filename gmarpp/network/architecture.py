@@ -81,8 +81,8 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with other "
-        "windowed or pyramid attention than Swin's (PVT, MaxViT), and with attention between channels (XCiT), cannot be explained by "
-        "these methods: use a ViT"
+        "windowed or pyramid attention than Swin's (PVT, MaxViT), and with attention between channels (XCiT), cannot "
+        "be explained by these methods: use a ViT"
     )
 
 

@@ -84,7 +84,7 @@ def _projected(attention: Any, windows: Tensor) -> tuple[Tensor, Tensor, Tensor,
         of_query, of_key, of_value = bias.chunk(3)
         bias = torch.cat([of_query, torch.zeros_like(of_key), of_value])
     projected = F.linear(windows, attention.qkv.weight, bias)
-    query, key, value = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    query, key, value = torch.unflatten(projected, 2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if logit_scale is None:
         return query, key, value, None
     # Cosines, whose factor is at most 100.

@@ -51,12 +51,12 @@ class Step:
     def into_windows(self, rows: Tensor) -> Tensor:
         """Lay rows (B, ..., N) out in windows, (B * W, ..., n); padding gets 0."""
         rows = F.pad(rows, (0, 1)) if self.is_padded else rows
-        placed = rows.index_select(-1, self.windows.flatten()).unflatten(-1, self.windows.shape)
+        placed = torch.unflatten(rows.index_select(-1, self.windows.flatten()), -1, self.windows.shape)
         return placed.movedim(-2, 1).flatten(0, 1)
 
     def out_of_windows(self, placed: Tensor) -> Tensor:
         """Return rows (B, ..., N) of what lies in windows, (B * W, ..., n)."""
-        by_window = placed.unflatten(0, (-1, len(self.windows))).movedim(1, -2)
+        by_window = torch.unflatten(placed, 0, (-1, len(self.windows))).movedim(1, -2)
         return by_window.flatten(-2).index_select(-1, self.places)
 
     @cached_property

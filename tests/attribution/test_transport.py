@@ -167,7 +167,7 @@ def test_relevance_of_merged_tokens_is_shared_out_by_hand():
     rows = torch.tensor([[6.0, 2.0, 4.0, 1.0]])
     expected = [[1.5, 1.5, 1.0], [1.5, 1.5, 1.0], [2.0, 2.0, 1.0]]
     assert spread(rows, (2, 2), (3, 3)).view(3, 3).tolist() == expected
-    with pytest.raises(ValueError, match=r"a \(3, 3\) grid that tokens"):
+    with pytest.raises(ValueError, match=r"tokens of a \(3, 3\) grid can be merged into, got \(4, 1\)"):
         spread(torch.ones(1, 4), (4, 1), (3, 3))
 
 
