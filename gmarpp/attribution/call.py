@@ -60,8 +60,8 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) 
     if not calls:
         raise UnsupportedNetworkError(
             "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-            f"followed. {_SWITCH}. Networks with attention of another kind (XCiT, "
-            "ConViT) or without attention cannot be explained by these methods: use a ViT"
+            f"followed. {_SWITCH}. Networks with attention of another kind (XCiT, ConViT) or without attention "
+            "cannot be explained by these methods: use a ViT"
         )
     if not any(call.step for call in calls):
         _require_same_tokens(calls, blocks, prefix)
@@ -70,6 +70,7 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) 
 
 
 def _require_same_tokens(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
+    """Refuse calls that attend to different tokens; they may where it is described how tokens are merged."""
     *below, top = calls
     tokens = {top.keys, top.keys + prefix} if top.is_pool and blocks else {top.keys}
     for call in below:

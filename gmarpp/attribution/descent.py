@@ -177,7 +177,7 @@ class Descent:
         """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it.
 
         Returns:
-            which images a part has, which entries of the call's inputs, and the layer.
+            of each part, which images and which entries of the call's inputs it has, and its layer.
         """
         call, query, key, value, mask, outer = vars(given).values()
         has_local = is_whole and call.block is not None and len(self.local) > 0
@@ -188,7 +188,6 @@ class Descent:
         may_fuse = is_fused(query) and (step is None or not step.is_padded)
         for part in _parts(query, key, windows, may_fuse):
             rows = slice(part.start * windows, part.stop * windows)
-            share = None if residual is None else residual[part] / self.gradient_scale
             layer = (FusedLayer if may_fuse else AttentionLayer)(
                 query[rows],
                 key[rows],
@@ -201,9 +200,9 @@ class Descent:
                 is_top=call.index == self.layers - 1,
                 is_pool=call.is_pool,
                 depth=self.depth,
-                residual=None if step is not None else share,
+                residual=None if residual is None else residual[part] / self.gradient_scale,
             )
-            yield part, rows, layer if step is None else WindowedLayer(layer, step, share)
+            yield part, rows, layer if step is None else WindowedLayer(layer, step)
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

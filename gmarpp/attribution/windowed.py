@@ -48,13 +48,12 @@ class WindowedLayer(AttentionLayer):
     the windows, with (B * W) in place of B and n in place of N.
 
     Args:
-        windows: the same attention, with each window as an image.
+        windows: the same attention, with each window as an image, but the `residual` of the tokens.
         step: over which tokens the windows extend.
-        residual: see `AttentionLayer`.
     """
 
-    def __init__(self, windows: AttentionLayer, step: Step, residual: Tensor | None) -> None:
-        super().__init__(**{**vars(windows), "residual": residual})
+    def __init__(self, windows: AttentionLayer, step: Step) -> None:
+        super().__init__(**vars(windows))
         self._step, self._whole = step, windows
         self._windows = _WithoutPadding(windows, step.is_token) if step.is_padded else windows
 
