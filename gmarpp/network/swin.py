@@ -4,6 +4,7 @@ Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shi
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def _projected(attention: Any, windows: Tensor) -> tuple[Tensor, Tensor, Tensor,
     if logit_scale is None:
         return query, key, value, None
     # Cosines, whose factor is at most 100.
-    query = F.normalize(query, dim=-1) * logit_scale.clamp(max=torch.tensor(100.0).log().item()).exp()
+    query = F.normalize(query, dim=-1) * logit_scale.clamp(max=math.log(100)).exp()
     return query, F.normalize(key, dim=-1), value, 1.0
 
 
@@ -103,4 +104,4 @@ def _apart(grid: Sequence[int], window: Sequence[int], shift: Sequence[int], lik
 def _regions(side: int, window: int, shift: int) -> Tensor:
     """Return numbers of the parts of a shifted side that other windows cover, or that were at its other end."""
     places = torch.arange(side)
-    return (places >= side - window).long() + (places >= side - shift) if shift else torch.zeros_like(places)
+    return (places >= side - window).long() + (places >= side - shift)
