@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from timm.models.maxxvit import MaxxVit, MaxxVitBlock
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
-from gmarpp.network import swin
+from gmarpp.network import maxvit, swin
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Grid, Step
 
@@ -217,32 +219,60 @@ def _hugging_face(model: Any) -> Architecture:
 
 
 def _timm_swin(model: Any) -> Architecture:
-    stages = [stage.blocks for stage in model.layers]
-    return _swin(
-        lambda *size: _pair(model.patch_embed.dynamic_feat_size(size)), stages, swin.timm_step, swin.timm_attention
+    is_second = isinstance(model, SwinTransformerV2)
+    stages = [list(stage.blocks) for stage in model.layers]
+    fused = swin.timm_cosine_attention if is_second else swin.timm_attention
+    return _in_stages(
+        lambda *size: _pair(model.patch_embed.dynamic_feat_size(size)),
+        stages,
+        swin.timm_step,
+        {block.attn: fused(block.attn) for stage in stages for block in stage},
     )
 
 
 def _torchvision_swin(model: Any) -> Architecture:
     # An embedding, and then, by turns, the blocks of a stage and what merges tokens.
     embedding, *layers = model.features
-    return _swin(_by_patch(embedding[0].stride), layers[::2], swin.torchvision_step, swin.torchvision_attention)
+    stages = [list(stage) for stage in layers[::2]]
+    fused = {block.attn: swin.torchvision_attention(block.attn) for stage in stages for block in stage}
+    return _in_stages(_by_patch(embedding[0].stride), stages, swin.torchvision_step, fused)
 
 
-def _swin(
+def _hugging_face_swin(model: Any) -> Architecture:
+    side = model.config.patch_size
+    stages = [list(stage.blocks) for stage in model.encoder.layers]
+    return _in_stages(lambda *size: (-(-size[0] // side), -(-size[1] // side)), stages, swin.hugging_face_step, {})
+
+
+def _is_timm_maxvit(model: nn.Module) -> bool:
+    # Others of this class attend over all tokens in some stages (CoAtNet), in other layouts, or in parallel.
+    blocks = [block for stage in model.stages for block in stage.blocks] if isinstance(model, MaxxVit) else []
+    return bool(blocks) and all(isinstance(block, MaxxVitBlock) and not block.nchw_attn for block in blocks)
+
+
+def _timm_maxvit(model: Any) -> Architecture:
+    # The stem and the first stage halve the image each.
+    stages = [maxvit.partitions(stage) for stage in model.stages]
+    return _in_stages(lambda *size: (-(-size[0] // 4), -(-size[1] // 4)), stages, maxvit.timm_step, {})
+
+
+def _in_stages(
     grid: Callable[[int, int], Grid],
     stages: Sequence[Sequence[nn.Module]],
     step: Callable[[Any, Grid], Step],
-    fused: Callable[[Any], Callable[..., Any]],
+    fused: Mapping[nn.Module, Callable[..., Any]],
 ) -> Architecture:
-    blocks: list[Any] = [block for stage in stages for block in stage]
-    return Architecture(
-        grid=grid,
-        prefix_tokens=0,
-        blocks=blocks,
-        transport=lambda *size: [step(*each) for each in swin.merged_grids(grid(*size), stages)],
-        fused={block.attn: fused(block.attn) for block in blocks},
-    )
+    """Describe a network of several stages, with half as many tokens along each side from stage to stage."""
+
+    def transport(*size: int) -> list[Step]:
+        grids = [grid(*size)]
+        for _ in stages[1:]:
+            height, width = grids[-1]
+            grids.append(((height + 1) // 2, (width + 1) // 2))
+        return [step(block, each) for stage, each in zip(stages, grids, strict=True) for block in stage]
+
+    blocks = [block for stage in stages for block in stage]
+    return Architecture(grid, prefix_tokens=0, blocks=blocks, transport=transport, fused=fused)
 
 
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
@@ -250,6 +280,8 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
-    (lambda model: isinstance(model, SwinTransformer), _timm_swin),
+    (lambda model: isinstance(model, SwinTransformer | SwinTransformerV2), _timm_swin),
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
+    (lambda model: type(model).__name__ == "SwinModel" and _has(model, "config", "encoder"), _hugging_face_swin),
+    (_is_timm_maxvit, _timm_maxvit),
 )

@@ -104,8 +104,17 @@ def shifted(tokens: Tensor, shift: Sequence[int]) -> Tensor:
 
 
 def partitioned(tokens: Tensor, window: Sequence[int]) -> Tensor:
-    """Cut tokens (B, h, w, D) into windows, (B * W, n, D)."""
+    """Cut tokens (B, h, w, D) into windows, (B * W, n, D).
+
+    Raises:
+        ValueError: if the windows do not divide the grid.
+    """
     batch, height, width, channels = tokens.shape
+    if height % window[0] or width % window[1]:
+        raise ValueError(
+            f"expected a grid that windows of {window[0]} x {window[1]} divide, got {height} x {width}: give images of "
+            "another size"
+        )
     parts = tokens.view(batch, height // window[0], window[0], width // window[1], window[1], channels)
     return parts.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
 
