@@ -83,6 +83,8 @@ def hold_by_class(model):
             hold = lambda _, args, y: held(lambda _: y)(args[0])  # noqa: E731
         elif kind in ("SwiGLU", "GluMlp", "Dinov2SwiGLUFFN"):
             module, hold = module.act, lambda _, args, y: y.detach()
+        elif kind == "SEModule":
+            module, hold = module.gate, lambda _, args, y: y.detach()
         else:
             continue
         hooks.append(module.register_forward_hook(hold))

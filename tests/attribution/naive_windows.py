@@ -1,6 +1,7 @@
 """Networks with windows and merged tokens written out naively: an explicit N x N matrix for each block.
 
-Attention is the network's own, unfused, as its softmax returns it. Nothing here comes from gmarpp.
+Attention is unfused: the network's own, as its softmax returns it, or that of a fused call, written out. Nothing here
+comes from gmarpp.
 """
 
 import contextlib
@@ -12,41 +13,60 @@ from naive_attribution import layer_matrix
 
 @contextlib.contextmanager
 def softmax_collected():
-    """Give the list that collects the attention matrices of a network without fused attention, in forward order."""
-    collected, original = [], F.softmax
+    """Give the list that collects the attention matrices, in forward order."""
+    collected, original, fused = [], F.softmax, F.scaled_dot_product_attention
 
     def softmax(*args, **options):
         collected.append(original(*args, **options))
         return collected[-1]
 
-    F.softmax = softmax
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        assert dropout_p == 0
+        assert not is_causal
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        return softmax(scores if attn_mask is None else scores + attn_mask, dim=-1) @ value
+
+    F.softmax, F.scaled_dot_product_attention = softmax, attend
     try:
         yield collected
     finally:
-        F.softmax = original
+        F.softmax, F.scaled_dot_product_attention = original, fused
 
 
-def place(row, column, grid, window, shift, pads_first):
-    """Give the window of a cell, and its place in the window."""
-    height, width = (-(-side // length) * length for side, length in zip(grid, window, strict=True))
-    around = (height, width) if pads_first else grid
-    row, column = (row - shift[0]) % around[0], (column - shift[1]) % around[1]
-    number = row // window[0] * (width // window[1]) + column // window[1]
-    return number, row % window[0] * window[1] + column % window[1]
+def places_of(block, grid):
+    """Give the window of each cell, and its place in the window, for a block of any of the networks."""
+    cells = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    if hasattr(block, "partition_block") and not block.partition_block:
+        apart = [side // count for side, count in zip(grid, block.partition_size, strict=True)]
+        windows = [row % apart[0] * apart[1] + column % apart[1] for row, column in cells]
+        return windows, [row // apart[0] * block.partition_size[1] + column // apart[1] for row, column in cells]
+    window, shift, pads_first = window_and_shift(block, grid)
+    whole = [-(-side // length) * length for side, length in zip(grid, window, strict=True)]
+    around = whole if pads_first else grid
+    cells = [((row - shift[0]) % around[0], (column - shift[1]) % around[1]) for row, column in cells]
+    windows = [row // window[0] * (whole[1] // window[1]) + column // window[1] for row, column in cells]
+    return windows, [row % window[0] * window[1] + column % window[1] for row, column in cells]
 
 
-def assembled(in_windows, batch, grid, window, shift, pads_first):
+def window_and_shift(block, grid):
+    """Give the window and the shift of a block, and whether it pads before it shifts."""
+    if hasattr(block, "partition_block"):
+        return block.partition_size, (0, 0), True
+    if hasattr(block, "layernorm_before"):  # transformers, which changes the block by what it was given last
+        return [block.window_size] * 2, [block.shift_size] * 2, True
+    if hasattr(block, "input_resolution"):  # timm
+        return block.window_size, block.shift_size, False
+    whole = [-(-side // length) * length for side, length in zip(grid, block.attn.window_size, strict=True)]
+    sides = zip(block.attn.shift_size, block.attn.window_size, whole, strict=True)
+    return block.attn.window_size, [0 if window >= side else shift for shift, window, side in sides], True
+
+
+def assembled(in_windows, batch, block, grid):
     """Give matrices (B, H, N, N) of the entries of matrices (B * W, H, n, n), without padding."""
-    tokens = grid[0] * grid[1]
-    places = [place(i // grid[1], i % grid[1], grid, window, shift, pads_first) for i in range(tokens)]
-    count = len(in_windows) // batch
-    whole = torch.zeros(batch, in_windows.shape[1], tokens, tokens)
-    for image in range(batch):
-        for i, (window_i, place_i) in enumerate(places):
-            for j, (window_j, place_j) in enumerate(places):
-                if window_i == window_j:
-                    whole[image, :, i, j] = in_windows[image * count + window_i, :, place_i, place_j]
-    return whole
+    windows, places = (torch.tensor(each) for each in places_of(block, grid))
+    by_image = in_windows.view(batch, -1, *in_windows.shape[1:]).transpose(1, 2)
+    entries = by_image[:, :, windows[:, None], places[:, None], places[None]]
+    return entries * (windows[:, None] == windows[None])
 
 
 def merging(fine, coarse):
@@ -58,15 +78,6 @@ def merging(fine, coarse):
     return matrix / matrix.sum(1, keepdim=True)
 
 
-def windows_of(block, grid):
-    """Give the window and the shift of a block of timm or torchvision, and whether it pads before it shifts."""
-    if hasattr(block, "input_resolution"):
-        return block.window_size, block.shift_size, False
-    whole = [-(-side // length) * length for side, length in zip(grid, block.attn.window_size, strict=True)]
-    sides = zip(block.attn.shift_size, block.attn.window_size, whole, strict=True)
-    return block.attn.window_size, [0 if window >= side else shift for shift, window, side in sides], True
-
-
 def whole_matrices(model, images, score, blocks, grids):
     """Give lists of A and G, (B, H, N, N), lowest layer first."""
     with softmax_collected() as collected:
@@ -75,7 +86,7 @@ def whole_matrices(model, images, score, blocks, grids):
     layers = zip(collected, gradients, blocks, grids, strict=True)
     return zip(
         *(
-            [assembled(each.detach(), len(images), grid, *windows_of(block, grid)) for each in matrices]
+            [assembled(each.detach(), len(images), block, grid) for each in matrices]
             for *matrices, block, grid in layers
         ),
         strict=True,
