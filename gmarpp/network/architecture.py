@@ -6,16 +6,20 @@ of a family that is not listed here is described by hand with `Architecture`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from timm.models.maxxvit import MaxxVit, MaxxVitBlock
+from timm.models.metaformer import Attention as MetaFormerAttention
+from timm.models.metaformer import MetaFormer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
-from gmarpp.network import maxvit, swin
+from gmarpp.network import hybrid, swin
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Grid, Step
 
@@ -241,7 +245,7 @@ def _torchvision_swin(model: Any) -> Architecture:
 def _hugging_face_swin(model: Any) -> Architecture:
     side = model.config.patch_size
     stages = [list(stage.blocks) for stage in model.encoder.layers]
-    return _in_stages(lambda *size: (-(-size[0] // side), -(-size[1] // side)), stages, swin.hugging_face_step, {})
+    return _in_stages(lambda *size: (-(-size[0] // side), -(-size[1] // side)), stages, swin.hugging_face_step)
 
 
 def _is_timm_maxvit(model: nn.Module) -> bool:
@@ -252,23 +256,46 @@ def _is_timm_maxvit(model: nn.Module) -> bool:
 
 def _timm_maxvit(model: Any) -> Architecture:
     # The stem and the first stage halve the image each.
-    stages = [maxvit.partitions(stage) for stage in model.stages]
-    return _in_stages(lambda *size: (-(-size[0] // 4), -(-size[1] // 4)), stages, maxvit.timm_step, {})
+    stages = [hybrid.maxvit_partitions(stage) for stage in model.stages]
+    return _in_stages(lambda *size: _halved(size, 2), stages, hybrid.maxvit_step)
+
+
+def _timm_tiny_vit(model: Any) -> Architecture:
+    # The stem halves the image twice; the first stage is one of convolutions.
+    stages = [list(stage.blocks) for stage in model.stages[1:]]
+    return _in_stages(lambda *size: _halved(size, 3), stages, hybrid.tiny_vit_step)
+
+
+def _attending_stages(model: Any) -> list[Any]:
+    return [stage for stage in model.stages if isinstance(stage.blocks[0].token_mixer, MetaFormerAttention)]
+
+
+def _timm_caformer(model: Any) -> Architecture:
+    stages = [list(stage.blocks) for stage in _attending_stages(model)]
+    convolutional = len(model.stages) - len(stages)
+    # The stem has patches of 7 x 7 pixels at every fourth pixel, from 2 pixels outside the image.
+    return _in_stages(
+        lambda *size: _halved([(side + 1) // 4 for side in size], convolutional), stages, hybrid.whole_step
+    )
+
+
+def _halved(sides: Sequence[int], times: int) -> Grid:
+    height, width = (-(-side // 2**times) for side in sides)
+    return height, width
 
 
 def _in_stages(
     grid: Callable[[int, int], Grid],
     stages: Sequence[Sequence[nn.Module]],
     step: Callable[[Any, Grid], Step],
-    fused: Mapping[nn.Module, Callable[..., Any]],
+    fused: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
 ) -> Architecture:
     """Describe a network of several stages, with half as many tokens along each side from stage to stage."""
 
     def transport(*size: int) -> list[Step]:
         grids = [grid(*size)]
         for _ in stages[1:]:
-            height, width = grids[-1]
-            grids.append(((height + 1) // 2, (width + 1) // 2))
+            grids.append(_halved(grids[-1], 1))
         return [step(block, each) for stage, each in zip(stages, grids, strict=True) for block in stage]
 
     blocks = [block for stage in stages for block in stage]
@@ -284,4 +311,6 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
     (lambda model: type(model).__name__ == "SwinModel" and _has(model, "config", "encoder"), _hugging_face_swin),
     (_is_timm_maxvit, _timm_maxvit),
+    (lambda model: isinstance(model, TinyVit), _timm_tiny_vit),
+    (lambda model: isinstance(model, MetaFormer) and bool(_attending_stages(model)), _timm_caformer),
 )

@@ -52,6 +52,10 @@ def window_and_shift(block, grid):
     """Give the window and the shift of a block, and whether it pads before it shifts."""
     if hasattr(block, "partition_block"):
         return block.partition_size, (0, 0), True
+    if hasattr(block, "token_mixer"):  # one window
+        return grid, (0, 0), True
+    if hasattr(block, "local_conv"):  # TinyViT
+        return [block.window_size] * 2, (0, 0), True
     if hasattr(block, "layernorm_before"):  # transformers, which changes the block by what it was given last
         return [block.window_size] * 2, [block.shift_size] * 2, True
     if hasattr(block, "input_resolution"):  # timm
