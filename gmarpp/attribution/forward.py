@@ -261,7 +261,7 @@ class ForwardPass:
             raise UnsupportedNetworkError(
                 f"an attention call has queries of shape {tuple(query.shape)} for {self._batch} images: windowed "
                 "attention does not connect all tokens, and can be explained where it is known which tokens are in a "
-                "window: that of Swin, unless it is described by hand. Use a ViT with global attention"
+                "window, as in the families of docs/networks.md. Use a ViT with global attention"
             )
         self.dtype = query.dtype
         queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.tokens, step.tokens)

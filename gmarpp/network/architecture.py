@@ -86,9 +86,9 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
         )
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
-        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with other "
-        "windowed or pyramid attention than Swin's (PVT, MaxViT), and with attention between channels (XCiT), cannot "
-        "be explained by these methods: use a ViT"
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks "
+        "with windowed or pyramid attention (PVT, Hiera, SAM), and those with attention between channels (XCiT), cannot "
+        "be explained by these methods: use a ViT, Swin or MaxViT"
     )
 
 
