@@ -166,7 +166,8 @@ class ForwardPass:
                 self.first_tokens = get_gradient_edge(tokens.requires_grad_())
                 # Blocks may not change a tensor in place in which a graph starts.
                 tokens = tokens.clone()
-            self._entered, self._entrance = watch_tokens(tokens, position, self.descent)
+            channels = 1 if self.plan.layout.channels_first else -1
+            self._entered, self._entrance = watch_tokens(tokens, position, channels, self.descent)
         return tokens
 
     def leave_block(self, position: int, run: BlockRun, entered: Tensor, output: Any) -> Any:

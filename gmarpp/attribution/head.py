@@ -199,8 +199,10 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
 
     def by_token(total: Tensor) -> Tensor | None:
         gradient = gradient_of(total, start)
-        # Some networks lay out tokens as (B, h, w, D).
-        return gradient.flatten(1, -2) if gradient is not None and start is passed.last_tokens else gradient
+        if gradient is None or start is not passed.last_tokens:
+            return gradient
+        # Some networks lay out tokens as (B, h, w, D) or (B, D, h, w).
+        return (gradient.movedim(1, -1) if passed.plan.layout.channels_first else gradient).flatten(1, -2)
 
     gradient = by_token(scores.float().sum() * scale)
     if gradient is None:

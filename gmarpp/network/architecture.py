@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from timm.models.fastvit import AttentionBlock as FastVitAttention
+from timm.models.fastvit import FastVit
 from timm.models.maxxvit import MaxxVit, MaxxVitBlock
 from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.metaformer import MetaFormer
@@ -17,6 +19,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torchvision.models import MaxVit as TorchvisionMaxVit
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
 from gmarpp.network import hybrid, swin
@@ -40,6 +43,7 @@ class Architecture:
             `None` if all blocks attend over all tokens. Maps are on the finest grid, which `grid` returns.
         fused: attention modules that write their attention out, and for each a forward that computes the same by
             `scaled_dot_product_attention`.
+        channels_first: whether blocks are given tokens as (B, D, h, w), and not as (B, N, D) or (B, h, w, D).
     """
 
     grid: Callable[[int, int], tuple[int, int]]
@@ -49,6 +53,7 @@ class Architecture:
     suffix_tokens: int = 0
     transport: Callable[[int, int], Sequence[Step]] | None = None
     fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    channels_first: bool = False
 
     def patches(self, tokens: int) -> slice:
         """Return where the patch tokens are among all of a number of tokens."""
@@ -86,9 +91,9 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
         )
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
-        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks "
-        "with windowed or pyramid attention (PVT, Hiera, SAM), and those with attention between channels (XCiT), cannot "
-        "be explained by these methods: use a ViT, Swin or MaxViT"
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
+        "windowed or pyramid attention (PVT, Hiera, SAM), and those with attention between channels (XCiT), cannot be "
+        "explained by these methods: use a ViT, Swin or MaxViT"
     )
 
 
@@ -245,7 +250,7 @@ def _torchvision_swin(model: Any) -> Architecture:
 def _hugging_face_swin(model: Any) -> Architecture:
     side = model.config.patch_size
     stages = [list(stage.blocks) for stage in model.encoder.layers]
-    return _in_stages(lambda *size: (-(-size[0] // side), -(-size[1] // side)), stages, swin.hugging_face_step)
+    return _in_stages(lambda *size: _merged(size, side), stages, swin.hugging_face_step)
 
 
 def _is_timm_maxvit(model: nn.Module) -> bool:
@@ -257,13 +262,34 @@ def _is_timm_maxvit(model: nn.Module) -> bool:
 def _timm_maxvit(model: Any) -> Architecture:
     # The stem and the first stage halve the image each.
     stages = [hybrid.maxvit_partitions(stage) for stage in model.stages]
-    return _in_stages(lambda *size: _halved(size, 2), stages, hybrid.maxvit_step)
+    return _in_stages(lambda *size: _merged(size, 4), stages, hybrid.maxvit_step)
 
 
 def _timm_tiny_vit(model: Any) -> Architecture:
     # The stem halves the image twice; the first stage is one of convolutions.
     stages = [list(stage.blocks) for stage in model.stages[1:]]
-    return _in_stages(lambda *size: _halved(size, 3), stages, hybrid.tiny_vit_step)
+    return _in_stages(lambda *size: _merged(size, 8), stages, hybrid.tiny_vit_step)
+
+
+def _torchvision_maxvit(model: Any) -> Architecture:
+    # The stem and the first stage halve the image each.
+    layers = [[each.layers for each in stage.layers] for stage in model.blocks]
+    stages = [[each for layer in stage for each in (layer.window_attention, layer.grid_attention)] for stage in layers]
+    attentions = [partition.attn_layer[1] for stage in stages for partition in stage]
+    fused = {each: hybrid.torchvision_maxvit_attention(each) for each in attentions}
+    found = _in_stages(lambda *size: _merged(size, 4), stages, hybrid.torchvision_maxvit_step, fused)
+    return replace(found, channels_first=True)
+
+
+def _fast_vit_stages(model: Any) -> list[Any]:
+    return [stage for stage in model.stages if isinstance(stage.blocks[0], FastVitAttention)]
+
+
+def _timm_fast_vit(model: Any) -> Architecture:
+    stages = [list(stage.blocks) for stage in _fast_vit_stages(model)]
+    reduction = model.feature_info[-len(stages)]["reduction"]
+    found = _in_stages(lambda *size: _merged(size, reduction), stages, hybrid.whole_step)
+    return replace(found, channels_first=True)
 
 
 def _attending_stages(model: Any) -> list[Any]:
@@ -275,12 +301,12 @@ def _timm_caformer(model: Any) -> Architecture:
     convolutional = len(model.stages) - len(stages)
     # The stem has patches of 7 x 7 pixels at every fourth pixel, from 2 pixels outside the image.
     return _in_stages(
-        lambda *size: _halved([(side + 1) // 4 for side in size], convolutional), stages, hybrid.whole_step
+        lambda *size: _merged([(side + 1) // 4 for side in size], 2**convolutional), stages, hybrid.whole_step
     )
 
 
-def _halved(sides: Sequence[int], times: int) -> Grid:
-    height, width = (-(-side // 2**times) for side in sides)
+def _merged(sides: Sequence[int], stride: int) -> Grid:
+    height, width = (-(-side // stride) for side in sides)
     return height, width
 
 
@@ -295,7 +321,7 @@ def _in_stages(
     def transport(*size: int) -> list[Step]:
         grids = [grid(*size)]
         for _ in stages[1:]:
-            grids.append(_halved(grids[-1], 1))
+            grids.append(_merged(grids[-1], 2))
         return [step(block, each) for stage, each in zip(stages, grids, strict=True) for block in stage]
 
     blocks = [block for stage in stages for block in stage]
@@ -311,6 +337,8 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
     (lambda model: type(model).__name__ == "SwinModel" and _has(model, "config", "encoder"), _hugging_face_swin),
     (_is_timm_maxvit, _timm_maxvit),
+    (lambda model: isinstance(model, TorchvisionMaxVit), _torchvision_maxvit),
     (lambda model: isinstance(model, TinyVit), _timm_tiny_vit),
+    (lambda model: isinstance(model, FastVit) and bool(_fast_vit_stages(model)), _timm_fast_vit),
     (lambda model: isinstance(model, MetaFormer) and bool(_attending_stages(model)), _timm_caformer),
 )

@@ -1,15 +1,18 @@
-"""Networks of convolutions and attention by turns: MaxViT, TinyViT and CAFormer, as timm has them.
+"""Networks of convolutions and attention by turns: MaxViT, TinyViT, CAFormer and FastViT.
 
 Convolutions mix neighboring tokens; relevance passes those between two layers of attention place by place.
 
 Sources: Tu et al., "MaxViT: Multi-Axis Vision Transformer", ECCV 2022; Wu et al., "TinyViT: Fast Pretraining
-Distillation for Small Vision Transformers", ECCV 2022; Yu et al., "MetaFormer Baselines for Vision", PAMI 2024.
+Distillation for Small Vision Transformers", ECCV 2022; Yu et al., "MetaFormer Baselines for Vision", PAMI 2024;
+Vasu et al., "FastViT: A Fast Hybrid Vision Transformer Using Structural Reparameterization", ICCV 2023.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from gmarpp.network.transport import Grid, Step, cells, padded, partitioned
 
@@ -28,6 +31,26 @@ def maxvit_step(partition: Any, grid: Grid) -> Step:
     # Each window has one place of each of these.
     apart = [side // count for side, count in zip(grid, size, strict=True)]
     return Step(grid, partitioned(cells(grid), apart)[..., 0].T)
+
+
+def torchvision_maxvit_step(partition: Any, grid: Grid) -> Step:
+    """Describe the windows of a partition of torchvision's MaxViT."""
+    parts = partitioned(cells(grid), [partition.p] * 2)[..., 0]
+    return Step(grid, parts.T if partition.partition_type == "grid" else parts)
+
+
+def torchvision_maxvit_attention(attention: Any) -> Callable[[Tensor], Tensor]:
+    """Return what computes the same as an attention module of torchvision's MaxViT by fused attention."""
+
+    def forward(windows: Tensor) -> Tensor:
+        projected = torch.unflatten(attention.to_qkv(windows), -1, (3, attention.n_heads, -1))
+        query, key, value = projected.flatten(0, 1).permute(2, 0, 3, 1, 4)
+        bias = attention.get_relative_positional_bias()
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attention.scale_factor)
+        left: Tensor = attention.merge(attended.transpose(1, 2).reshape(windows.shape))
+        return left
+
+    return forward
 
 
 def tiny_vit_step(block: Any, grid: Grid) -> Step:

@@ -107,7 +107,7 @@ def watch_addition(block, added):
     kind = type(block).__name__
     if "Parallel" in kind:  # attention and MLP are added together
         return block.register_forward_hook(lambda _, args, output: added.append(output))
-    names = ("mlp",) if "Post" in kind else ("norm2", "layernorm_after", "layer_norm2", "ln_2", "local_conv")
+    names = ("mlp",) if "Post" in kind else ("norm2", "layernorm_after", "layer_norm2", "ln_2", "local_conv", "mlp")
     following = next(getattr(block, name) for name in names if hasattr(block, name))
     return following.register_forward_pre_hook(lambda _, args: added.append(args[0]))
 

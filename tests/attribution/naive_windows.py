@@ -36,10 +36,11 @@ def softmax_collected():
 def places_of(block, grid):
     """Give the window of each cell, and its place in the window, for a block of any of the networks."""
     cells = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
-    if hasattr(block, "partition_block") and not block.partition_block:
-        apart = [side // count for side, count in zip(grid, block.partition_size, strict=True)]
+    if getattr(block, "partition_type", "") == "grid" or not getattr(block, "partition_block", True):
+        count = getattr(block, "partition_size", None) or [side // block.p for side in grid]
+        apart = [side // parts for side, parts in zip(grid, count, strict=True)]
         windows = [row % apart[0] * apart[1] + column % apart[1] for row, column in cells]
-        return windows, [row // apart[0] * block.partition_size[1] + column // apart[1] for row, column in cells]
+        return windows, [row // apart[0] * count[1] + column // apart[1] for row, column in cells]
     window, shift, pads_first = window_and_shift(block, grid)
     whole = [-(-side // length) * length for side, length in zip(grid, window, strict=True)]
     around = whole if pads_first else grid
@@ -52,6 +53,8 @@ def window_and_shift(block, grid):
     """Give the window and the shift of a block, and whether it pads before it shifts."""
     if hasattr(block, "partition_block"):
         return block.partition_size, (0, 0), True
+    if hasattr(block, "partition_type"):  # torchvision's MaxViT
+        return [block.p] * 2, (0, 0), True
     if hasattr(block, "token_mixer"):  # one window
         return grid, (0, 0), True
     if hasattr(block, "local_conv"):  # TinyViT
@@ -68,7 +71,7 @@ def window_and_shift(block, grid):
 def assembled(in_windows, batch, block, grid):
     """Give matrices (B, H, N, N) of the entries of matrices (B * W, H, n, n), without padding."""
     windows, places = (torch.tensor(each) for each in places_of(block, grid))
-    by_image = in_windows.view(batch, -1, *in_windows.shape[1:]).transpose(1, 2)
+    by_image = in_windows.reshape(batch, -1, *in_windows.shape[-3:]).transpose(1, 2)
     entries = by_image[:, :, windows[:, None], places[:, None], places[None]]
     return entries * (windows[:, None] == windows[None])
 

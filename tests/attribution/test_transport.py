@@ -11,10 +11,11 @@ import transformers
 from naive_balanced import balanced_run, margin_of
 from naive_windows import assembled, merging, naive_row, softmax_collected, whole_matrices
 from test_families import images, relative_error, sharpened
+from timm.models.fastvit import AttentionBlock, FastVit
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from timm.models.tiny_vit import TinyVit
-from torchvision.models import SwinTransformer
+from torchvision.models import MaxVit, SwinTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import gmarpp
@@ -78,6 +79,21 @@ def timm_caformer():
     return sharpened(MetaFormer(token_mixers=mixers, norm_layers=norms, **sizes))
 
 
+def timm_fast_vit():
+    torch.manual_seed(0)
+    sizes = {"layers": (1, 1, 2), "embed_dims": (8, 32, 64), "mlp_ratios": (2,) * 3}
+    model = FastVit(token_mixers=("repmixer", "attention", "attention"), num_classes=5, **sizes)
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            torch.nn.init.ones_(parameter)
+    return sharpened(model)
+
+
+def torchvision_maxvit():
+    torch.manual_seed(0)
+    return sharpened(MaxVit((32, 32), 8, 2, [8, 16], [1, 2], 4, 0.0, num_classes=5))
+
+
 second_version = partial(torchvision_swin, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
 
 # name: network, size of the image, grids of the stages
@@ -101,6 +117,8 @@ NETWORKS = {
     "timm, MaxViT": (lambda: timm_maxvit((32, 48)), (32, 48), [(8, 12), (4, 6)]),
     "timm, TinyViT": (timm_tiny_vit, (60, 76), [(8, 10), (4, 5)]),
     "timm, CAFormer": (timm_caformer, (30, 44), [(4, 6), (2, 3)]),
+    "timm, FastViT": (timm_fast_vit, (60, 76), [(8, 10), (4, 5)]),
+    "torchvision, MaxViT": (torchvision_maxvit, (32, 32), [(8, 8), (4, 4)]),
     "torchvision, version 2": (lambda: second_version(3), (28, 32), [(7, 8), (4, 4)]),
 }  # fmt: skip
 
@@ -118,6 +136,11 @@ def blocks_and_grids(model, stages):
         found = [
             [each for block in stage.blocks for each in (block.attn_block, block.attn_grid)] for stage in model.stages
         ]
+    elif hasattr(model, "blocks"):
+        layers = [[layer.layers for layer in stage.layers] for stage in model.blocks]
+        found = [
+            [each for layer in stage for each in (layer.window_attention, layer.grid_attention)] for stage in layers
+        ]
     elif hasattr(model, "stages"):
         found = [stage.blocks for stage in model.stages[1:]]
     elif hasattr(model, "features"):
@@ -125,6 +148,13 @@ def blocks_and_grids(model, stages):
     else:
         found = [stage.blocks for stage in (model.swin.encoder if hasattr(model, "swin") else model).layers]
     return [(block, grid) for stage, grid in zip(found, stages, strict=True) for block in stage]
+
+
+def by_token(tokens, block):
+    """Give a view (B, N, D) of what a block is given or returns."""
+    if isinstance(block, AttentionBlock) or hasattr(block, "partition_type"):
+        return tokens.flatten(2).mT
+    return tokens.reshape(len(tokens), -1, tokens.shape[-1])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -164,12 +194,13 @@ def test_a_changed_cell_changes_the_tokens_that_attend_to_it(name):
             attends = assembled(attention, 1, block, grid)[0].sum(0)
             cell = (grid[0] - 1) * grid[1] + grid[1] // 2
             changed = tokens.clone()
-            changed.view(-1, tokens.shape[-1])[cell, 0] += 3
+            by_token(changed, block)[0, cell, 0] += 3
             before, after = (block(each, *others, **options) for each in (tokens, changed))
             change = after[0] - before[0] if isinstance(after, tuple) else after - before
-            is_changed = change.reshape(len(attends), -1).abs().sum(1) > 0
-            # That of TinyViT has a convolution, too.
-            assert hasattr(block, "local_conv") or not (is_changed & (attends[:, cell] == 0)).any()
+            is_changed = by_token(change, block)[0].abs().sum(1) > 0
+            # Those of TinyViT and FastViT have convolutions, too.
+            has_convolutions = any(isinstance(module, torch.nn.Conv2d) for module in block.modules())
+            assert has_convolutions or not (is_changed & (attends[:, cell] == 0)).any()
             assert is_changed[attends[:, cell] > 0.01].all()
 
 
@@ -188,16 +219,14 @@ def test_balanced_methods_equal_the_reference_on_the_finest_grid(name):
             module.fused_attn = True
     run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
     attentions, gradients = (
-        [assembled(each, 2, block, grid) for each, block, grid in zip(all_, blocks, grids)]  # noqa: B905
+        [assembled(each, 2, block, grid) for each, block, grid in zip(all_, blocks, grids, strict=True)]
         for all_ in ([each.detach() for each in run.attentions], run.gradients)
     )
+    x, dx = ([by_token(each, blocks[0]) for each in all_] for all_ in (run.x, run.dx))
     # TinyViT adds attention before a convolution.
-    added = [dm.permute(0, 2, 3, 1) if hasattr(blocks[0], "local_conv") else dm for dm in run.dm]
-    residuals = [
-        (x.reshape(2, -1, x.shape[-1]) * dm.reshape(2, -1, x.shape[-1])).sum(-1)
-        for x, dm in zip(run.x, added, strict=True)
-    ]
-    relevances = [(x * dx).sum(-1).flatten(1) for x, dx in zip(run.x, run.dx, strict=True)]
+    added = [each.movedim(1, -1) if hasattr(blocks[0], "local_conv") else each for each in run.dm]
+    residuals = [(each * by_token(dm, blocks[0])).sum(-1) for each, dm in zip(x, added, strict=True)]
+    relevances = [(each * gradient).sum(-1) for each, gradient in zip(x, dx, strict=True)]
     finest = grids[0]
     to_finest = [torch.eye(finest[0] * finest[1]) if grid == finest else merging(finest, grid) for grid in grids]
     expected = sum(
