@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -219,34 +220,46 @@ def test_where_the_balanced_rule_does_not_hold_it_is_refused(name):
         gmarpp.explain(make(), images(size), BALANCED, TARGET)
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_RULE])
-def test_balanced_methods_equal_the_reference_on_the_finest_grid(name):
-    make, size, stages = NETWORKS[name]
-    model, batch = make(), images(size)
-    found = gmarpp.explain(model, batch, BALANCED, TARGET).maps
+def balanced_reference(model, batch, stages):
+    """Give blocks, grids, the merging of each grid from the finest, and what the balanced methods are made of."""
     blocks, grids = zip(*blocks_and_grids(model, stages), strict=True)
     # The reference shares out fused attention; that it computes the same is seen by the logits above.
     for module, forward in gmarpp.architecture_of(model).fused.items():
         module.forward = forward
     run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
+    run.x, run.dx = ([by_token(each, blocks[0]) for each in all_] for all_ in (run.x, run.dx))
+    to_finest = [torch.eye(math.prod(grid)) if grid == grids[0] else merging(grids[0], grid) for grid in grids]
+    return blocks, grids, to_finest, run
+
+
+@pytest.mark.parametrize("name", [*(name for name in NETWORKS if name not in WITHOUT_RULE), "torchvision, MaxViT"])
+def test_token_relevance_is_that_of_all_blocks_on_the_finest_grid(name):
+    make, size, stages = NETWORKS[name]
+    model, batch = make(), images(size)
+    found = gmarpp.explain(model, batch, "token_relevance", TARGET).maps["token_relevance"]
+    _, _, to_finest, run = balanced_reference(model, batch, stages)
+    expected = 0
+    for x, dx, down in zip(run.x, run.dx, to_finest, strict=True):
+        relevance = (x * dx).sum(-1)
+        expected = expected + relevance / relevance.abs().sum(1, keepdim=True) @ down
+    assert relative_error(found, expected.view(2, *stages[0])) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_RULE])
+def test_the_balanced_rollout_is_the_sum_over_all_blocks_on_the_finest_grid(name):
+    make, size, stages = NETWORKS[name]
+    model, batch = make(), images(size)
+    found = gmarpp.explain(model, batch, "gmarpp_balanced", TARGET).maps["gmarpp_balanced"]
+    blocks, grids, to_finest, run = balanced_reference(model, batch, stages)
     attentions, gradients = (
         [assembled(each, 2, block, grid) for each, block, grid in zip(all_, blocks, grids, strict=True)]
         for all_ in ([each.detach() for each in run.attentions], run.gradients)
     )
-    x, dx = ([by_token(each, blocks[0]) for each in all_] for all_ in (run.x, run.dx))
     # TinyViT adds attention before a convolution.
     added = [each.movedim(1, -1) if hasattr(blocks[0], "local_conv") else each for each in run.dm]
-    residuals = [(each * by_token(dm, blocks[0])).sum(-1) for each, dm in zip(x, added, strict=True)]
-    relevances = [(each * gradient).sum(-1) for each, gradient in zip(x, dx, strict=True)]
-    finest = grids[0]
-    to_finest = [torch.eye(finest[0] * finest[1]) if grid == finest else merging(finest, grid) for grid in grids]
-    expected = sum(
-        relevance / relevance.abs().sum(1, keepdim=True) @ down
-        for relevance, down in zip(relevances, to_finest, strict=True)
-    )
-    assert relative_error(found["token_relevance"], expected.view(2, *finest)) < 1e-4
+    residuals = [(x * by_token(dm, blocks[0])).sum(-1) for x, dm in zip(run.x, added, strict=True)]
     for image in range(2):
-        top = grids[-1][0] * grids[-1][1]
+        top = math.prod(grids[-1])
         row, above, total = torch.full((top,), 1 / top), grids[-1], 0
         for index in reversed(range(len(grids))):
             if grids[index] != above:
@@ -257,7 +270,7 @@ def test_balanced_methods_equal_the_reference_on_the_finest_grid(name):
             matrix[empty] = torch.eye(len(matrix))[empty]
             row = row @ (matrix / matrix.sum(1, keepdim=True))
             total = total + row @ to_finest[index]
-        assert relative_error(found["gmarpp_balanced"][image], total.view(finest)) < 1e-4
+        assert relative_error(found[image], total.view(stages[0])) < 1e-4
 
 
 def test_weights_of_torchvision_give_the_same_maps_in_timm():
