@@ -6,25 +6,14 @@ of a family that is not listed here is described by hand with `Architecture`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
-from timm.models.fastvit import AttentionBlock as FastVitAttention
-from timm.models.fastvit import FastVit
-from timm.models.maxxvit import MaxxVit, MaxxVitBlock
-from timm.models.metaformer import Attention as MetaFormerAttention
-from timm.models.metaformer import MetaFormer
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.tiny_vit import TinyVit
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torchvision.models import MaxVit as TorchvisionMaxVit
-from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
-from gmarpp.network import hybrid, swin
+from gmarpp.network import stages
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.transport import Grid, Step
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -227,105 +216,8 @@ def _hugging_face(model: Any) -> Architecture:
     )
 
 
-def _timm_swin(model: Any) -> Architecture:
-    is_second = isinstance(model, SwinTransformerV2)
-    stages = [list(stage.blocks) for stage in model.layers]
-    fused = swin.timm_cosine_attention if is_second else swin.timm_attention
-    return _in_stages(
-        lambda *size: _pair(model.patch_embed.dynamic_feat_size(size)),
-        stages,
-        swin.timm_step,
-        {block.attn: fused(block.attn) for stage in stages for block in stage},
-    )
-
-
-def _torchvision_swin(model: Any) -> Architecture:
-    # An embedding, and then, by turns, the blocks of a stage and what merges tokens.
-    embedding, *layers = model.features
-    stages = [list(stage) for stage in layers[::2]]
-    fused = {block.attn: swin.torchvision_attention(block.attn) for stage in stages for block in stage}
-    return _in_stages(_by_patch(embedding[0].stride), stages, swin.torchvision_step, fused)
-
-
-def _hugging_face_swin(model: Any) -> Architecture:
-    side = model.config.patch_size
-    stages = [list(stage.blocks) for stage in model.encoder.layers]
-    return _in_stages(lambda *size: _merged(size, side), stages, swin.hugging_face_step)
-
-
-def _is_timm_maxvit(model: nn.Module) -> bool:
-    # Others of this class attend over all tokens in some stages (CoAtNet), in other layouts, or in parallel.
-    blocks = [block for stage in model.stages for block in stage.blocks] if isinstance(model, MaxxVit) else []
-    return bool(blocks) and all(isinstance(block, MaxxVitBlock) and not block.nchw_attn for block in blocks)
-
-
-def _timm_maxvit(model: Any) -> Architecture:
-    # The stem and the first stage halve the image each.
-    stages = [hybrid.maxvit_partitions(stage) for stage in model.stages]
-    return _in_stages(lambda *size: _merged(size, 4), stages, hybrid.maxvit_step)
-
-
-def _timm_tiny_vit(model: Any) -> Architecture:
-    # The stem halves the image twice; the first stage is one of convolutions.
-    stages = [list(stage.blocks) for stage in model.stages[1:]]
-    return _in_stages(lambda *size: _merged(size, 8), stages, hybrid.tiny_vit_step)
-
-
-def _torchvision_maxvit(model: Any) -> Architecture:
-    # The stem and the first stage halve the image each.
-    layers = [[each.layers for each in stage.layers] for stage in model.blocks]
-    stages = [[each for layer in stage for each in (layer.window_attention, layer.grid_attention)] for stage in layers]
-    attentions = [partition.attn_layer[1] for stage in stages for partition in stage]
-    fused = {each: hybrid.torchvision_maxvit_attention(each) for each in attentions}
-    found = _in_stages(lambda *size: _merged(size, 4), stages, hybrid.torchvision_maxvit_step, fused)
-    return replace(found, channels_first=True)
-
-
-def _fast_vit_stages(model: Any) -> list[Any]:
-    return [stage for stage in model.stages if isinstance(stage.blocks[0], FastVitAttention)]
-
-
-def _timm_fast_vit(model: Any) -> Architecture:
-    stages = [list(stage.blocks) for stage in _fast_vit_stages(model)]
-    reduction = model.feature_info[-len(stages)]["reduction"]
-    found = _in_stages(lambda *size: _merged(size, reduction), stages, hybrid.whole_step)
-    return replace(found, channels_first=True)
-
-
-def _attending_stages(model: Any) -> list[Any]:
-    return [stage for stage in model.stages if isinstance(stage.blocks[0].token_mixer, MetaFormerAttention)]
-
-
-def _timm_caformer(model: Any) -> Architecture:
-    stages = [list(stage.blocks) for stage in _attending_stages(model)]
-    convolutional = len(model.stages) - len(stages)
-    # The stem has patches of 7 x 7 pixels at every fourth pixel, from 2 pixels outside the image.
-    return _in_stages(
-        lambda *size: _merged([(side + 1) // 4 for side in size], 2**convolutional), stages, hybrid.whole_step
-    )
-
-
-def _merged(sides: Sequence[int], stride: int) -> Grid:
-    height, width = (-(-side // stride) for side in sides)
-    return height, width
-
-
-def _in_stages(
-    grid: Callable[[int, int], Grid],
-    stages: Sequence[Sequence[nn.Module]],
-    step: Callable[[Any, Grid], Step],
-    fused: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
-) -> Architecture:
-    """Describe a network of several stages, with half as many tokens along each side from stage to stage."""
-
-    def transport(*size: int) -> list[Step]:
-        grids = [grid(*size)]
-        for _ in stages[1:]:
-            grids.append(_merged(grids[-1], 2))
-        return [step(block, each) for stage, each in zip(stages, grids, strict=True) for block in stage]
-
-    blocks = [block for stage in stages for block in stage]
-    return Architecture(grid, prefix_tokens=0, blocks=blocks, transport=transport, fused=fused)
+def _in_stages(model: nn.Module) -> Architecture:
+    return Architecture(prefix_tokens=0, **vars(stages.described(model)))
 
 
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
@@ -333,12 +225,5 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
-    (lambda model: isinstance(model, SwinTransformer | SwinTransformerV2), _timm_swin),
-    (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
-    (lambda model: type(model).__name__ == "SwinModel" and _has(model, "config", "encoder"), _hugging_face_swin),
-    (_is_timm_maxvit, _timm_maxvit),
-    (lambda model: isinstance(model, TorchvisionMaxVit), _torchvision_maxvit),
-    (lambda model: isinstance(model, TinyVit), _timm_tiny_vit),
-    (lambda model: isinstance(model, FastVit) and bool(_fast_vit_stages(model)), _timm_fast_vit),
-    (lambda model: isinstance(model, MetaFormer) and bool(_attending_stages(model)), _timm_caformer),
+    (stages.is_known, _in_stages),
 )
