@@ -32,6 +32,10 @@ backward pass runs its tail again for the class token, which yields one row of d
 Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks run without a graph, q, k and v are
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.
 
+A network that attends in windows calls with q, k, v (B · W, H, n, d), of which `windowed.WindowedLayer` makes one layer
+of all tokens of a grid. Where tokens are merged between two blocks, `Relevance.spread` hands the rows on to the finer
+grid.
+
 Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter
 block 3 and the addition behind its attention have hooks (`stream`), which bring `x · ds/dm` and `x · ds/dx`, (B, 197)
 each, before and after step 6.
