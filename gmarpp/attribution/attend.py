@@ -40,6 +40,9 @@ class Inputs(NamedTuple):
             raise UnsupportedNetworkError("attention dropout is active although the network is in eval mode")
         if attn_mask is not None and attn_mask.requires_grad:
             raise UnsupportedNetworkError("an attention mask or bias that depends on the tokens cannot be followed")
+        if attn_mask is not None and attn_mask.dim() == 3:
+            # Fused attention takes masks of two dimensions or four.
+            attn_mask = attn_mask[None]
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         return Inputs(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)

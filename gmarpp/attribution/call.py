@@ -8,6 +8,7 @@ from itertools import groupby
 from torch import Tensor
 
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.transport import Step
 
 
 @dataclass(eq=False)
@@ -21,13 +22,14 @@ class AttentionCall:
         block: position of the transformer block that made the call; `None` outside the blocks, or if these are
             unknown.
         scale: factor of the query-key products.
-        queries: number of queries.
-        keys: number of keys.
+        queries: number of queries; of all windows, without padding.
+        keys: number of keys; likewise.
         is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
         follows: whether gradients pass from the call to the layer below.
         values: refers to its values, as long as these exist.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
+        step: over which tokens it attends, if not over all.
     """
 
     index: int
@@ -40,6 +42,7 @@ class AttentionCall:
     values: Callable[[], Tensor | None] = lambda: None
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
+    step: Step | None = None
 
 
 def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
@@ -57,9 +60,17 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) 
     if not calls:
         raise UnsupportedNetworkError(
             "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-            f"followed. {_SWITCH}. Networks with windowed attention (Swin), with attention of another kind (XCiT, "
-            "ConViT) or without attention cannot be explained by these methods: use a ViT"
+            f"followed. {_SWITCH}. Networks with attention of another kind (XCiT, ConViT) or without attention "
+            "cannot be explained by these methods: use a ViT"
         )
+    if not any(call.step for call in calls):
+        _require_same_tokens(calls, blocks, prefix)
+    if blocks:
+        _require_known_blocks(calls, blocks)
+
+
+def _require_same_tokens(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
+    """Refuse calls that attend to different tokens; they may where it is described how tokens are merged."""
     *below, top = calls
     tokens = {top.keys, top.keys + prefix} if top.is_pool and blocks else {top.keys}
     for call in below:
@@ -70,8 +81,6 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) 
                 "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
                 "pyramid networks)"
             )
-    if blocks:
-        _require_known_blocks(calls, blocks)
 
 
 _SWITCH = (

@@ -15,7 +15,9 @@ from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.relevance import Relevance
+from gmarpp.attribution.windowed import WindowedLayer
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.transport import Grid
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Descent:
         self.received: list[int] = []
         self._calls: Counter[int | None] = Counter()
         self._waiting: list[Given] = []
+        self._grid: Grid | None = None
 
     def begin(
         self,
@@ -105,6 +108,7 @@ class Descent:
         self.layers = len(calls)
         self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
         self.visited, self.received, self._waiting = [], [], []
+        self._grid = next((call.step.grid for call in reversed(calls) if call.step is not None), None)
 
     def end(self) -> None:
         """End a pass; what is differentiated between passes is by the plain rule."""
@@ -149,60 +153,69 @@ class Descent:
         """
         assert self.relevance is not None
         self.visited.append(call.index)
+        if call.step is not None and self._grid is not None and call.step.grid != self._grid:
+            self.relevance.spread(self._grid, call.step.grid)
+            self._grid = call.step.grid
         if not self.needs_attention:
             return
         given = Given(call, query, key, value, mask, outer)
         is_whole = self._calls[call.block] <= 1
-        for part, layer in self._layers(given, is_whole):
+        for part, rows, layer in self._layers(given, is_whole):
             if is_whole:
                 self.relevance.step(part, layer)
             if gradients is not None:
-                layer.write_gradients([each[part] for each in gradients])
+                layer.write_gradients([each[rows] for each in gradients])
         if is_whole:
             return
         self._waiting.append(given)
         if len(self._waiting) == self._calls[call.block]:
-            for part, layer in self._layers(joined(self._waiting), True):
+            for part, _, layer in self._layers(joined(self._waiting), True):
                 self.relevance.step(part, layer)
             self._waiting = []
 
-    def _layers(self, given: Given, is_whole: bool) -> Iterator[tuple[slice, AttentionLayer]]:
-        """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it."""
+    def _layers(self, given: Given, is_whole: bool) -> Iterator[tuple[slice, slice, AttentionLayer]]:
+        """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it.
+
+        Returns:
+            of each part, which images and which entries of the call's inputs it has, and its layer.
+        """
         call, query, key, value, mask, outer = vars(given).values()
         has_local = is_whole and call.block is not None and len(self.local) > 0
         local = self.local[call.block] if has_local else None
         residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
-        kind = FusedLayer if is_fused(query) else AttentionLayer
-        for part in _parts(query, key):
-            yield (
-                part,
-                kind(
-                    query[part],
-                    key[part],
-                    value[part],
-                    mask=_mask_part(mask, part),
-                    scale=call.scale,
-                    outer=None if outer is None else outer[part],
-                    local=None if local is None else local[part],
-                    gradient_scale=self.gradient_scale,
-                    is_top=call.index == self.layers - 1,
-                    is_pool=call.is_pool,
-                    depth=self.depth,
-                    index=call.index if call.block is None else call.block,
-                    residual=None if residual is None else residual[part] / self.gradient_scale,
-                ),
+        step, windows = call.step, 1 if call.step is None else len(call.step.windows)
+        # The kernels have no way to leave out padding.
+        may_fuse = is_fused(query) and (step is None or not step.is_padded)
+        for part in _parts(query, key, windows, may_fuse):
+            rows = slice(part.start * windows, part.stop * windows)
+            layer = (FusedLayer if may_fuse else AttentionLayer)(
+                query[rows],
+                key[rows],
+                value[rows],
+                mask=_mask_part(mask, rows),
+                scale=call.scale,
+                outer=None if outer is None else outer[rows],
+                local=None if local is None else local[rows],
+                gradient_scale=self.gradient_scale,
+                is_top=call.index == self.layers - 1,
+                is_pool=call.is_pool,
+                depth=self.depth,
+                index=call.index if call.block is None else call.block,
+                residual=None if residual is None else residual[part] / self.gradient_scale,
             )
+            yield part, rows, layer if step is None else WindowedLayer(layer, step)
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
     return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
 
 
-def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
+def _parts(query: Tensor, key: Tensor, windows: int, may_fuse: bool) -> Iterator[slice]:
     """Split a batch so that a part's matrices fit a CPU's cache, or stay small on a GPU; fused layers make none."""
-    if is_fused(query):
-        return iter([slice(0, len(query))])
-    bytes_per_image = query.shape[1] * query.shape[2] * key.shape[2] * 4
+    images = len(query) // windows
+    if may_fuse:
+        return iter([slice(0, images)])
+    bytes_per_image = windows * query.shape[1] * query.shape[2] * key.shape[2] * 4
     budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
     size = max(1, budget // bytes_per_image)
-    return (slice(start, start + size) for start in range(0, len(query), size))
+    return (slice(start, start + size) for start in range(0, images, size))

@@ -18,7 +18,7 @@ from gmarpp.attribution.method import AttributionMethod, MapMethod, Method
 from gmarpp.attribution.own_maps import own_maps, require_classes
 from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.registry import select_methods
-from gmarpp.attribution.replay import Replay
+from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import Target
@@ -73,7 +73,7 @@ def explain(
     model = unwrapped(model)
     _check(model, images)
     layout = architecture or architecture_of(model)
-    plan = Plan.of(model, rules, layout, recompute)
+    plan = Plan.of(model, images, rules, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
@@ -107,7 +107,8 @@ def _explained_errors() -> Iterator[None]:
 def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
     """Run the network once, and each score and gradient rule once down through its layers."""
     passed = ForwardPass(plan, Descent(plan.needs_attention, plan.is_balanced), len(images))
-    with intercepted(model):
+    fused = plan.layout.fused
+    with intercepted(model), forwards_replaced(list(fused), list(fused.values())):
         with (
             answered_by(passed.attend),
             wrapped(plan.layout.blocks, passed),

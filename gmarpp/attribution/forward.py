@@ -17,6 +17,7 @@ from gmarpp.attribution.plan import Plan, blind_to_sign
 from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
 from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,22 @@ class ForwardPass:
 
     @property
     def tokens(self) -> int:
-        """How many tokens each layer attends to; an attention-pool head may leave out the prefix tokens."""
+        """How many tokens the lowest layer attends to, and all others, if they do not merge tokens.
+
+        An attention-pool head may leave out the prefix tokens.
+        """
         return self.calls[0].keys
+
+    @property
+    def top_tokens(self) -> int:
+        """How many tokens leave the last block."""
+        return self.plan.steps[-1].tokens if self.plan.steps else self.tokens
 
     @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
-        return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} - {0, 1}
+        of_windows = {step.windows.shape[1] for step in self.plan.steps}
+        return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} | of_windows - {0, 1}
 
     @property
     def attends_once(self) -> bool:
@@ -156,7 +166,8 @@ class ForwardPass:
                 self.first_tokens = get_gradient_edge(tokens.requires_grad_())
                 # Blocks may not change a tensor in place in which a graph starts.
                 tokens = tokens.clone()
-            self._entered, self._entrance = watch_tokens(tokens, position, self.descent)
+            channels = 1 if self.plan.layout.channels_first else -1
+            self._entered, self._entrance = watch_tokens(tokens, position, channels, self.descent)
         return tokens
 
     def leave_block(self, position: int, run: BlockRun, entered: Tensor, output: Any) -> Any:
@@ -244,14 +255,17 @@ class ForwardPass:
 
     def _record(self, inputs: Inputs) -> AttentionCall:
         query, key = inputs.query, inputs.key
-        if query.dim() != 4 or len(query) != self._batch:
+        step = self.plan.steps[self._block] if self.plan.steps and self._block is not None else None
+        if step is not None:
+            self._require_windows(query, key, step)
+        elif query.dim() != 4 or len(query) != self._batch:
             raise UnsupportedNetworkError(
                 f"an attention call has queries of shape {tuple(query.shape)} for {self._batch} images: windowed "
-                "attention (Swin, for example) does not connect all tokens, and cannot be explained by these methods. "
-                "Use a ViT with global attention"
+                "attention does not connect all tokens, and can be explained where it is known which tokens are in a "
+                "window, as in the families of docs/networks.md. Use a ViT with global attention"
             )
         self.dtype = query.dtype
-        queries, keys = query.shape[-2], key.shape[-2]
+        queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.tokens, step.tokens)
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in inputs[:3])
@@ -264,6 +278,7 @@ class ForwardPass:
             queries != keys or is_latent,
             follows,
             weakref.ref(inputs.value),
+            step=step,
         )
         if self._block is not None and self.calls and self.calls[-1].block == self._block:
             self._require_at_once(call, inputs)
@@ -272,6 +287,16 @@ class ForwardPass:
         if call.is_pool and follows_blocks and keys != self.tokens:
             self._require_no_prefix(key)
         return call
+
+    def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
+        windows, places = step.windows.shape
+        expected = (self._batch * windows, places)
+        if query.dim() != 4 or any((len(each), each.shape[2]) != expected for each in (query, key)):
+            raise UnsupportedNetworkError(
+                f"expected block {self._block} to attend in {windows} windows of {places} tokens for each of "
+                f"{self._batch} images, got queries of shape {tuple(query.shape)} and keys of shape "
+                f"{tuple(key.shape)}: correct transport in gmarpp.Architecture"
+            )
 
     def _require_at_once(self, call: AttentionCall, inputs: Inputs) -> None:
         """Refuse a block that attends again, unless to the same tokens as before, side by side with its other calls."""

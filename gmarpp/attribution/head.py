@@ -174,6 +174,15 @@ def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
         return False
 
 
+def _gradient_by_token(total: Tensor, passed: ForwardPass) -> Tensor | None:
+    """Return the gradient of a number where the graph of the score begins, (B, N, D) or (B, H, Q, d)."""
+    gradient = gradient_of(total, passed.score_start)
+    if gradient is None or passed.score_start is not passed.last_tokens:
+        return gradient
+    # Some networks lay out tokens as (B, h, w, D) or (B, D, h, w).
+    return (gradient.movedim(1, -1) if passed.plan.layout.channels_first else gradient).flatten(1, -2)
+
+
 def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, needs_gradient: bool) -> Tensor:
     """Return the row above the top layer: equal shares for the tokens that the head reads.
 
@@ -195,8 +204,7 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
         UnsupportedNetworkError: if the score does not depend on the last layer.
         ValueError: for gradients that are not finite, or zero where they are needed.
     """
-    start = passed.score_start
-    gradient = gradient_of(scores.float().sum() * scale, start)
+    gradient = _gradient_by_token(scores.float().sum() * scale, passed)
     if gradient is None:
         raise UnsupportedNetworkError(
             "the score does not depend on the last attention layer by any gradient: explain a score of the network's "
@@ -215,7 +223,7 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
             "attention)"
         )
     # What the head reads for other classes, it also reads for this one.
-    general = gradient_of(distinct_sum(output), start)
+    general = _gradient_by_token(distinct_sum(output), passed)
     if general is None or not _shares(general)[without].any(dim=1).all():
         raise ValueError(f"no output of the network depends on the tokens of images {images}, so they have no readout")
     return torch.where(without[:, None], _shares(general), readout)

@@ -52,6 +52,11 @@ class AttentionLayer:
     index: int
     residual: Tensor | None = None
 
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.query.shape[-2]
+
     @cached_property
     def attention(self) -> Tensor:
         """`A`, (B, H, Q, N); rows sum to 1."""
@@ -84,6 +89,11 @@ class AttentionLayer:
     def positive_product(self) -> Tensor:
         """`ReLU(G) ⊙ A`, which is `ReLU(G ⊙ A)` as no attention is negative; (B, H, Q, N)."""
         return self.product.relu_()
+
+    @property
+    def attention_rows(self) -> Tensor | None:
+        """Row sums of `A`, (B, H, Q); `None` where all are 1, as they are but where keys are left out."""
+        return None
 
     @cached_property
     def product_rows(self) -> Tensor:

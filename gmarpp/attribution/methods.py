@@ -208,8 +208,7 @@ class LeGrad(Method):
         sums = layer.local_key_sums()
         if sums is None:
             return row
-        heads, queries = layer.query.shape[1:3]
-        return row + sums / (heads * queries * layer.depth)
+        return row + sums / (layer.query.shape[1] * layer.queries * layer.depth)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,20 @@ _LINEAR = {
     # Arithmetic; the largest or smallest entry is linear where it is differentiable.
     *("Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cumsum", "Amax", "Amin", "Max", "Min"),
     # Views, copies and rearrangement.
-    *("View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Copy", "ToCopy", "Transpose", "T", "Permute", "Select"),
+    *(
+        "View",
+        "UnsafeView",
+        "AsStrided",
+        "ReshapeAlias",
+        "Alias",
+        "Clone",
+        "Copy",
+        "ToCopy",
+        "Transpose",
+        "T",
+        "Permute",
+        "Select",
+    ),
     *("Slice", "Split", "SplitWithSizes", "Unbind", "Cat", "Stack", "Expand", "Repeat", "Squeeze", "Unsqueeze", "Flip"),
     *("Roll", "Index", "IndexSelect", "IndexPut", "Gather", "Where", "MaskedFill", "Diagonal", "Tril", "Triu"),
     *("ViewAsReal", "ViewAsComplex"),

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from gmarpp.attribution.method import Method
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.transport import Step
 
 GRADIENT_RULES = ("plain", "balanced")
 """How a score's gradient may be propagated: `plain`, unchanged, or `balanced` (`gmarpp.attribution.balanced`).
@@ -34,6 +35,17 @@ def _by_rule(methods: Sequence[Method]) -> tuple[tuple[Method, ...], ...]:
     return tuple(tuple(each for each, own in zip(methods, rules, strict=True) if own == rule) for rule in used)
 
 
+def _steps(layout: Architecture, images: Tensor) -> tuple[Step, ...]:
+    if layout.transport is None:
+        return ()
+    steps = tuple(step.to(images.device) for step in layout.transport(images.shape[-2], images.shape[-1]))
+    if len(steps) != len(layout.blocks):
+        raise UnsupportedNetworkError(
+            f"expected transport to describe {len(layout.blocks)} blocks, got {len(steps)}: correct gmarpp.Architecture"
+        )
+    return steps
+
+
 def rule_of(methods: Sequence[Method]) -> str:
     """Return the gradient rule of a group of methods."""
     return next((method.gradient_rule for method in methods if method.needs_gradient), GRADIENT_RULES[0])
@@ -58,6 +70,7 @@ class Plan:
         head_again: whether the head may run once more, because it does so for the layers' own scores or nothing in the
             network has hooks.
         recompute: whether blocks run again in the backward pass instead of keeping their activations.
+        steps: over which tokens each block attends; empty if all attend over all tokens.
     """
 
     names: tuple[str, ...]
@@ -68,6 +81,7 @@ class Plan:
     tails_again: bool
     head_again: bool
     recompute: bool
+    steps: tuple[Step, ...]
 
     @property
     def is_balanced(self) -> bool:
@@ -90,18 +104,22 @@ class Plan:
         return self.needs_residuals or any(method.needs_tokens for group in self.groups for method in group)
 
     @staticmethod
-    def of(model: nn.Module, methods: Sequence[Method], layout: Architecture, recompute: bool) -> "Plan":
+    def of(
+        model: nn.Module, images: Tensor, methods: Sequence[Method], layout: Architecture, recompute: bool
+    ) -> "Plan":
         """Plan a call.
 
         Args:
             model: the network.
+            images: (B, 3, H, W).
             methods: each once, in the order of the maps.
             layout: of the network.
             recompute: whether the caller wants recomputation; methods without gradients need none.
 
         Raises:
             ValueError: for an unknown gradient rule.
-            UnsupportedNetworkError: if the methods need blocks that the layout lacks.
+            UnsupportedNetworkError: if the methods need blocks that the layout lacks, or the layers' own scores where
+                there are none.
         """
         local_scores = any(method.needs_local_gradient for method in methods)
         tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
@@ -121,4 +139,11 @@ class Plan:
             )
         names = tuple(method.name for method in methods)
         groups = _by_rule(methods)
-        return Plan(names, groups, layout, gradients, local_scores, tails_again, head_again, recompute)
+        steps = _steps(layout, images)
+        if any(step.grid != steps[-1].grid for step in steps) and local_scores:
+            own = ", ".join(method.name for method in methods if method.needs_local_gradient)
+            raise UnsupportedNetworkError(
+                f"{own}: the head would have to score the tokens of every block, and where tokens are merged those "
+                "of lower blocks have other channels than the last ones. Ask for other methods (gmarpp_l1)"
+            )
+        return Plan(names, groups, layout, gradients, local_scores, tails_again, head_again, recompute, steps)

@@ -117,11 +117,13 @@ class RowProducts:
         return torch.where(self._has_share, layer.residual.relu()[:, None], self._alpha)
 
     def _row_sums(self, weights: Tensor, layer: AttentionLayer) -> Tensor:
-        """Return `Σ_h w_h s_h`, (B, M, Q); rows of attention sum to 1."""
+        """Return `Σ_h w_h s_h`, (B, M, Q)."""
         on_attention, on_product = self._split(weights)
         sums = []
         if self._on_attention:
-            sums.append(on_attention.sum(dim=-1, keepdim=True).expand(-1, -1, layer.query.shape[-2]))
+            rows = layer.attention_rows
+            all_are_1 = on_attention.sum(dim=-1, keepdim=True).expand(-1, -1, layer.queries)
+            sums.append(all_are_1 if rows is None else torch.matmul(on_attention, rows))
         if self._on_attention < len(self._methods):
             sums.append(torch.matmul(on_product, layer.product_rows))
         return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.products import RowProduct, RowProducts
+from gmarpp.network.transport import Grid, spread
 
 
 class Relevance:
@@ -22,11 +23,20 @@ class Relevance:
         methods: the methods that the rows belong to.
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
         images: (B, 3, H, W).
-        tokens: number N of tokens.
+        tokens: number N of tokens, in networks that merge tokens of those that leave the last block.
+        input_tokens: number of tokens that enter the first block.
         patches: where among them the patch tokens are.
     """
 
-    def __init__(self, methods: Sequence[Method], readout: Tensor, images: Tensor, tokens: int, patches: slice) -> None:
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        readout: Tensor,
+        images: Tensor,
+        tokens: int,
+        input_tokens: int,
+        patches: slice,
+    ) -> None:
         self.needs_tokens = any(method.needs_tokens for method in methods)
         self.needs_residuals = any(method.needs_residual for method in methods)
         products = sorted(
@@ -37,7 +47,10 @@ class Relevance:
         self._products = RowProducts(products, readout.device) if products else None
         self._tokens = tokens
         self._names = [method.name for method in (*products, *self._others)]
-        starts = [method.start(readout, images, tokens) for method in (*products, *self._others)]
+        starts = [
+            method.start(readout, images, tokens if method.needs_attention or method.needs_tokens else input_tokens)
+            for method in (*products, *self._others)
+        ]
         # Above the top layer a row has an entry per query, below it one per token.
         self._above = torch.stack(starts[: len(products)], dim=1) if products else None  # (B, M, Q)
         self._rows = readout.new_empty(len(readout), len(products), tokens)
@@ -60,7 +73,8 @@ class Relevance:
             if self._summed and not layer.is_pool:
                 self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
-            rows[part] = self._of_all_tokens(method.step((above if layer.is_top else rows)[part], layer))
+            if method.needs_attention:
+                rows[part] = self._of_all_tokens(method.step((above if layer.is_top else rows)[part], layer))
 
     def _of_all_tokens(self, rows: Tensor) -> Tensor:
         """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""
@@ -71,6 +85,16 @@ class Relevance:
         for method, (_, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_tokens:
                 rows.copy_(method.receive(rows, relevance, self._patches))
+
+    def spread(self, coarse: Grid, fine: Grid) -> None:
+        """Hand on the relevance of merged tokens to those that they were made of."""
+        self._rows, self._sums = spread(self._rows, coarse, fine), spread(self._sums, coarse, fine)
+        self._other_rows = [
+            # Rows that take nothing of the layers may be those of the input tokens already.
+            (above, spread(rows, coarse, fine) if rows.shape[-1] == self._tokens else rows)
+            for above, rows in self._other_rows
+        ]
+        self._tokens = fine[0] * fine[1]
 
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""

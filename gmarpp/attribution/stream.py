@@ -17,29 +17,31 @@ class Entered:
     """Tokens that entered a block.
 
     Attributes:
-        tokens: (B, N, D), without a graph.
+        tokens: (B, N, D), or in another layout of the network, without a graph.
         version: of their values; another one later means that the block changed them in place.
         block: its position.
+        channels: which dimension of the tokens is D.
     """
 
     tokens: Tensor
     version: int
     block: int
+    channels: int
 
     def relevance(self, gradient: Tensor) -> Tensor:
-        """Return `x · g`, (B, N), for the gradient (B, N, D) with respect to the tokens or what was added to them."""
+        """Return `x · g`, (B, N), for the gradient, laid out as the tokens, of these or what was added to them."""
         if self.tokens._version != self.version:
             raise UnsupportedNetworkError(
                 f"block {self.block} changes the tokens it was given in place, so their relevance is lost: add to a "
                 "copy of them, or leave out token_relevance and gmarpp_balanced"
             )
         tokens = self.tokens[:, : gradient.shape[1]]
-        products: Tensor = torch.linalg.vecdot(tokens.float(), gradient.float())
-        return products
+        products: Tensor = torch.linalg.vecdot(tokens.float(), gradient.float(), dim=self.channels)
+        return products.flatten(1)
 
 
-def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> tuple[Entered, GradientEdge | None]:
-    """Let a way down see the relevance of the tokens that enter a block.
+def watch_tokens(tokens: Tensor, block: int, channels: int, descent: Descent) -> tuple[Entered, GradientEdge | None]:
+    """Let a way down see the relevance of the tokens that enter a block; `channels` is their dimension D.
 
     Returns:
         the tokens, and where they stand in the graph, if it reaches so far down.
@@ -50,7 +52,7 @@ def watch_tokens(tokens: Tensor, block: int, descent: Descent) -> tuple[Entered,
             descent.receive(entered.block, entered.relevance(gradient))
 
     # The hook must not refer to the graph that it hangs on.
-    entered = Entered(tokens.detach(), tokens._version, block)
+    entered = Entered(tokens.detach(), tokens._version, block, channels)
     if not tokens.requires_grad:
         return entered, None
     tokens.register_hook(see)  # type: ignore[no-untyped-call]

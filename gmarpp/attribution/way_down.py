@@ -77,7 +77,7 @@ class WayDown:
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         if not keep:
             passed.forget_tokens()
-        relevance = Relevance(methods, readout, self._images, passed.tokens, patches)
+        relevance = Relevance(methods, readout, self._images, passed.top_tokens, passed.tokens, patches)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
             ends = passed.leaves

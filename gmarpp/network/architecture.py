@@ -4,14 +4,16 @@ Maps need the grid and the number of tokens around the patches; LeGrad and recom
 of a family that is not listed here is described by hand with `Architecture`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from gmarpp.network import stages
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Architecture:
             Only a shortcut: without it, or where the network does something else, LeGrad runs the network itself again
             with its blocks skipped.
         suffix_tokens: number of tokens after the patch tokens (detection tokens).
+        transport: returns, for an image of a given height and width in pixels, over which tokens each block attends;
+            `None` if all blocks attend over all tokens. Maps are on the finest grid, which `grid` returns.
+        fused: attention modules that write their attention out, and for each a forward that computes the same by
+            `scaled_dot_product_attention`.
+        channels_first: whether blocks are given tokens as (B, D, h, w), and not as (B, N, D) or (B, h, w, D).
     """
 
     grid: Callable[[int, int], tuple[int, int]]
@@ -33,6 +40,9 @@ class Architecture:
     blocks: Sequence[nn.Module] = ()
     head: Callable[[Tensor], Any] | None = None
     suffix_tokens: int = 0
+    transport: Callable[[int, int], Sequence[Step]] | None = None
+    fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    channels_first: bool = False
 
     def patches(self, tokens: int) -> slice:
         """Return where the patch tokens are among all of a number of tokens."""
@@ -70,9 +80,9 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
         )
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
-        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Networks with windowed or "
-        "pyramid attention (Swin, PVT, MaxViT), and with attention between channels (XCiT), cannot be explained by "
-        "these methods: use a ViT"
+        "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
+        "windowed or pyramid attention (PVT, Hiera, SAM), and those with attention between channels (XCiT), cannot be "
+        "explained by these methods: use a ViT, Swin or MaxViT"
     )
 
 
@@ -206,9 +216,14 @@ def _hugging_face(model: Any) -> Architecture:
     )
 
 
+def _in_stages(model: nn.Module) -> Architecture:
+    return Architecture(prefix_tokens=0, **vars(stages.described(model)))
+
+
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
+    (stages.is_known, _in_stages),
 )

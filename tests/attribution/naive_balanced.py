@@ -79,10 +79,13 @@ def hold_by_class(model):
         kind = type(module).__name__
         if kind == "RmsNorm":
             hold = lambda own, args, y: rms_norm(args[0], own.normalized_shape, own.weight, own.eps)  # noqa: E731
-        elif "GELU" in kind or kind == "SiLUActivation":
+        elif "GELU" in kind or kind in ("SiLUActivation", "Tanh"):
             hold = lambda _, args, y: held(lambda _: y)(args[0])  # noqa: E731
         elif kind in ("SwiGLU", "GluMlp", "Dinov2SwiGLUFFN"):
             module, hold = module.act, lambda _, args, y: y.detach()
+        elif kind in ("SEModule", "SqueezeExcitation"):
+            gate = module.gate if kind == "SEModule" else module.scale_activation
+            module, hold = gate, lambda _, args, y: y.detach()
         else:
             continue
         hooks.append(module.register_forward_hook(hold))
@@ -105,7 +108,11 @@ def watch_addition(block, added):
     kind = type(block).__name__
     if "Parallel" in kind:  # attention and MLP are added together
         return block.register_forward_hook(lambda _, args, output: added.append(output))
-    names = ("mlp",) if "Post" in kind else ("norm2", "layernorm_after", "layer_norm2", "ln_2")
+    names = (
+        ("mlp",)
+        if "Post" in kind
+        else ("norm2", "layernorm_after", "layer_norm2", "ln_2", "local_conv", "mlp", "mlp_layer")
+    )
     following = next(getattr(block, name) for name in names if hasattr(block, name))
     return following.register_forward_pre_hook(lambda _, args: added.append(args[0]))
 

@@ -310,17 +310,16 @@ def test_blocks_that_take_their_tokens_by_keyword_are_named():
 
 def unsupported(name):
     torch.manual_seed(0)
-    if name == "Swin":
+    if name == "Swin, described as a ViT":
         model = timm.create_model(
             "swin_tiny_patch4_window7_224", img_size=56, window_size=7, embed_dim=24, num_classes=3
         )
-        return model, images((56, 56)), r"windowed or pyramid attention \(Swin"
-    if name == "Swin with fused attention":
-        model, batch, _ = unsupported("Swin")
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = True
-        return model, batch, "windowed attention"
+        return model, images((56, 56)), "windowed attention"
+    if name == "PVT":
+        return timm.create_model("pvt_v2_b0", num_classes=3), images(), r"windowed or pyramid attention \(PVT"
     if name == "CaiT":
         return timm.create_model("cait_xxs24_224", img_size=32, depth=2, num_classes=3), images(), "class-attention"
     if name == "unfused timm":
@@ -331,12 +330,12 @@ def unsupported(name):
     return timm.create_model("resnet10t", num_classes=3), images(), "ResNet is not known to attend"
 
 
-@pytest.mark.parametrize("name", ["Swin", "Swin with fused attention", "CaiT", "unfused timm", "ResNet"])
+@pytest.mark.parametrize("name", ["Swin, described as a ViT", "PVT", "CaiT", "unfused timm", "ResNet"])
 def test_what_cannot_be_explained_says_so(name):
     model, batch, message = unsupported(name)
     by_hand = (
         gmarpp.Architecture(grid=lambda height, width: (7, 7), prefix_tokens=0)
-        if name == "Swin with fused attention"
+        if name == "Swin, described as a ViT"
         else None
     )
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=message):

@@ -7,7 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from test_families import images, relative_error
+from test_transport import TARGET, timm_swin
 
+import gmarpp
 from gmarpp.attribution import fused
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -330,3 +333,20 @@ def test_the_sum_over_heads_does_not_vary(layers):
     rows = torch.rand(4, 16, 3, 197, device="cuda")
     first, again = (layers.carry(query, key, value, outer, found, product_rows=rows, scale=0.125)[1] for _ in range(2))
     assert (first == again).all()
+
+
+def maps_in_windows(device, window):
+    """Give the maps of a Swin Transformer, whose second block is shifted."""
+    model = timm_swin(32, window, depths=(2, 1)).to(device)
+    methods = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "rollout", "chefer", "gmarpp_balanced")
+    return gmarpp.explain(model, images().to(device), methods, TARGET.to(device)).maps
+
+
+@pytest.mark.parametrize("window", [4, 3])
+def test_windows_without_padding_and_with_it(layers, window):
+    if layers.interpreter is None:
+        found = maps_in_windows(layers.device, window)
+    else:
+        found = layers.interpreter.submit(maps_in_windows, layers.device, window).result()
+    for method, maps in maps_in_windows(torch.device("cpu"), window).items():
+        assert relative_error(found[method].cpu(), maps) < 1e-4, method

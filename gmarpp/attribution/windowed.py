@@ -1,0 +1,130 @@
+"""An attention layer in windows, as methods see it: a layer over all tokens of a grid."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, share
+from gmarpp.network.transport import Step
+
+
+class _WithoutPadding(AttentionLayer):
+    """A layer of padded windows without its entries for padding; the rows that are left do not sum to 1."""
+
+    def __init__(self, whole: AttentionLayer, is_token: Tensor) -> None:
+        super().__init__(**vars(whole))
+        self._whole, self._is_token = whole, is_token
+
+    @cached_property
+    @override
+    def attention(self) -> Tensor:
+        return self._without_padding(self._whole.attention)
+
+    @cached_property
+    @override
+    def gradient(self) -> Tensor:
+        return self._without_padding(self._whole.gradient)
+
+    @property
+    @override
+    def attention_rows(self) -> Tensor:
+        return self.attention.sum(dim=-1)
+
+    def _without_padding(self, matrices: Tensor) -> Tensor:
+        """Set rows and columns of padding to 0, (B * W, H, n, n)."""
+        is_pair = self._is_token[:, :, None] & self._is_token[:, None]  # (W, n, n)
+        kept = torch.unflatten(matrices, 0, (-1, len(is_pair))) * is_pair[:, None]
+        return kept.flatten(0, 1)
+
+
+class WindowedLayer(AttentionLayer):
+    """The layer whose matrix has a block for each window, and no entries for padding.
+
+    Its products come from those of the windows; the attributes `query`, `key`, `value`, `mask` and `outer` are those of
+    the windows, with (B * W) in place of B and n in place of N.
+
+    Args:
+        windows: the same attention, with each window as an image, but the `residual` of the tokens.
+        step: over which tokens the windows extend.
+    """
+
+    def __init__(self, windows: AttentionLayer, step: Step) -> None:
+        super().__init__(**vars(windows))
+        self._step, self._whole = step, windows
+        self._windows = _WithoutPadding(windows, step.is_token) if step.is_padded else windows
+
+    @property
+    @override
+    def queries(self) -> int:
+        return self._step.tokens
+
+    @cached_property
+    @override
+    def attention(self) -> Tensor:
+        return self._matrices(self._windows.attention)
+
+    @cached_property
+    @override
+    def gradient(self) -> Tensor:
+        return self._matrices(self._windows.gradient)
+
+    @property
+    @override
+    def attention_rows(self) -> Tensor | None:
+        rows = self._windows.attention_rows
+        return None if rows is None else self._step.out_of_windows(rows)
+
+    @property
+    @override
+    def product_rows(self) -> Tensor:
+        return self._step.out_of_windows(self._windows.product_rows)
+
+    @cached_property
+    @override
+    def equal_shares(self) -> Tensor:
+        return self._windows.equal_shares[:: len(self._step.windows)]
+
+    @override
+    def head_norm(self, which: HeadNorm) -> Tensor:
+        norms = torch.unflatten(self._windows.head_norm(which), 0, (-1, len(self._step.windows)))
+        total: Tensor = torch.linalg.vector_norm(norms, ord=_order(which), dim=1)
+        return total
+
+    @override
+    def head_share(self, which: HeadNorm) -> Tensor:
+        return share(self.head_norm(which))
+
+    @override
+    def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        given = (None if rows is None else self._step.into_windows(rows) for rows in (attention_rows, product_rows))
+        by_attention, by_product = self._windows.carry(*given)
+        return (
+            None if by_attention is None else self._step.out_of_windows(by_attention),
+            None if by_product is None else self._step.out_of_windows(by_product),
+        )
+
+    @override
+    def local_key_sums(self) -> Tensor | None:
+        sums = self._windows.local_key_sums()
+        return None if sums is None else self._step.out_of_windows(sums)
+
+    @override
+    def write_gradients(self, found: Sequence[Tensor]) -> None:
+        self._whole.write_gradients(found)
+
+    def _matrices(self, blocks: Tensor) -> Tensor:
+        """Return matrices (B, H, N, N) with given blocks (B * W, H, n, n)."""
+        windows, places = self._step.windows.shape
+        by_head = torch.unflatten(blocks, 0, (-1, windows)).movedim(1, 2)  # (B, H, W, n, n)
+        columns = by_head.new_zeros((*by_head.shape[:-1], self._step.tokens + 1))
+        index = self._step.windows[:, None].expand(windows, places, places)
+        columns.scatter_(-1, index.expand_as(by_head), by_head)
+        return columns[..., :-1].flatten(2, 3).index_select(2, self._step.places)
+
+
+def _order(which: HeadNorm) -> Literal[1, 2]:
+    return 1 if which.endswith("l1") else 2

@@ -1,0 +1,126 @@
+"""How blocks attend that do not attend over all tokens of one grid: in windows, on grids that grow coarser upward.
+
+Tokens of a block are the cells of its grid, in rows. A window partition is a permutation of them, with places for
+padding. Merging n tokens into one spreads relevance in equal shares on the way down, `r_fine = Uᵀ r_coarse`, so that
+its sum is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+"""Height and width in cells."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Over which tokens a block attends.
+
+    Attributes:
+        grid: of the tokens that enter the block, N = h w.
+        windows: the token at each place of each window, (W, n); N where the place is padding.
+    """
+
+    grid: Grid
+    windows: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some places of windows are padding."""
+        return self.windows.numel() > self.tokens
+
+    @cached_property
+    def is_token(self) -> Tensor:
+        """Which places of the windows are tokens, (W, n)."""
+        return self.windows < self.tokens
+
+    def to(self, device: torch.device) -> "Step":
+        """Return the step with its windows on a device."""
+        return replace(self, windows=self.windows.to(device))
+
+    def into_windows(self, rows: Tensor) -> Tensor:
+        """Lay rows (B, ..., N) out in windows, (B * W, ..., n); padding gets 0."""
+        rows = F.pad(rows, (0, 1)) if self.is_padded else rows
+        placed = torch.unflatten(rows.index_select(-1, self.windows.flatten()), -1, self.windows.shape)
+        return placed.movedim(-2, 1).flatten(0, 1)
+
+    def out_of_windows(self, placed: Tensor) -> Tensor:
+        """Return rows (B, ..., N) of what lies in windows, (B * W, ..., n)."""
+        by_window = torch.unflatten(placed, 0, (-1, len(self.windows))).movedim(1, -2)
+        return by_window.flatten(-2).index_select(-1, self.places)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where among the places of all windows the tokens are, (N,)."""
+        # Padding has the largest number, so it comes last.
+        return self.windows.flatten().argsort()[: self.tokens]
+
+
+def spread(rows: Tensor, coarse: Grid, fine: Grid) -> Tensor:
+    """Share the relevance of merged tokens, (..., N_coarse), out equally among those that each was made of.
+
+    A token of the coarse grid covers a rectangle of the fine one, at the lower and right edges perhaps less than
+    others do.
+
+    Returns:
+        (..., N_fine), of the same sum.
+
+    Raises:
+        ValueError: if the coarse grid does not cover the fine one in this way.
+    """
+    strides = [-(-many // few) for many, few in zip(fine, coarse, strict=True)]
+    if any(-(-many // stride) != few for many, few, stride in zip(fine, coarse, strides, strict=True)):
+        raise ValueError(f"expected a grid that tokens of a {fine} grid can be merged into, got {coarse}")
+    down, right = (torch.arange(side, device=rows.device) // stride for side, stride in zip(fine, strides, strict=True))
+    merged = (down[:, None] * coarse[1] + right).flatten()
+    sizes = merged.bincount(minlength=rows.shape[-1])
+    return (rows / sizes)[..., merged]
+
+
+def cells(grid: Grid) -> Tensor:
+    """Return the numbers of a grid's tokens, in the layout (1, h, w, 1) that networks shift and partition."""
+    return torch.arange(grid[0] * grid[1]).view(1, *grid, 1)
+
+
+def padded(tokens: Tensor, window: Sequence[int], value: int = 0) -> Tensor:
+    """Pad tokens (B, h, w, D) at the bottom and on the right to whole windows."""
+    below, beside = (-side % length for side, length in zip(tokens.shape[1:3], window, strict=True))
+    return F.pad(tokens, (0, 0, 0, beside, 0, below), value=value)
+
+
+def shifted(tokens: Tensor, shift: Sequence[int]) -> Tensor:
+    """Shift tokens (B, h, w, D) up and to the left, in a circle."""
+    return tokens.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else tokens
+
+
+def partitioned(tokens: Tensor, window: Sequence[int]) -> Tensor:
+    """Cut tokens (B, h, w, D) into windows, (B * W, n, D).
+
+    Raises:
+        ValueError: if the windows do not divide the grid.
+    """
+    batch, height, width, channels = tokens.shape
+    if height % window[0] or width % window[1]:
+        raise ValueError(
+            f"expected a grid that windows of {window[0]} x {window[1]} divide, got {height} x {width}: give images of "
+            "another size"
+        )
+    parts = tokens.view(batch, height // window[0], window[0], width // window[1], window[1], channels)
+    return parts.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
+
+
+def put_together(windows: Tensor, window: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """Put windows (B * W, n, D) together, (B, h, w, D)."""
+    rows, columns = (side // length for side, length in zip(grid, window, strict=True))
+    parts = windows.view(-1, rows, columns, *window, windows.shape[-1])
+    return parts.transpose(2, 3).reshape(-1, *grid, windows.shape[-1])
