@@ -2,7 +2,8 @@
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -207,7 +208,7 @@ class AttributionMonitor(L.Callback):
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any = None) -> None:
         """Explain one image, so that what cannot be explained is said before training."""
-        with isolate_rng(), trainer.precision_plugin.forward_context():
+        with _undisturbed(trainer, pl_module):
             watched = self._watched(trainer, pl_module, batch)
             for image in watched.first(pl_module.device):
                 try:
@@ -222,7 +223,7 @@ class AttributionMonitor(L.Callback):
 
     def _explain(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Explain and measure this rank's share of the probe."""
-        with isolate_rng(), trainer.precision_plugin.forward_context():
+        with _undisturbed(trainer, pl_module):
             watched = self._watched(trainer, pl_module, batch)
             for probe in watched.on(pl_module.device):
                 explained = self.explainer(watched.network, probe)
@@ -280,6 +281,17 @@ class AttributionMonitor(L.Callback):
             )
             figure = curves_figure(insertion, deletion, self.explainer.score, self.explainer.normalize)
             _log_figure(trainer, "attribution/curves", figure)
+
+
+@contextmanager
+def _undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """Run a module in the trainer's precision so that neither its random numbers nor what it logs know of it."""
+    pl_module.log = lambda *values, **options: None  # type: ignore[method-assign]
+    try:
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        del pl_module.log
 
 
 def _maps_figure(

@@ -1,10 +1,13 @@
 """The monitor in other people's LightningModules, with other people's data."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from callbacks import foreign
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from quiet_trainer import quiet_trainer
 from small_networks import vit
 from torch import nn
@@ -81,6 +84,24 @@ def test_a_network_is_named_where_there_are_several(tmp_path):
         run.validate(module, loader(), verbose=False)
         for tag, value in by_hand(network(module), foreign.samples()[0][[0, 3, 6, 9]]).items():
             assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
+
+
+class Logging(foreign.BackboneAndHead):
+    def forward(self, images):
+        self.log_dict({"images": float(len(images))}, on_step=False, on_epoch=True, reduce_fx="sum")
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_what_a_forward_logs_is_the_same_with_it_and_without(tmp_path, sanity_steps):
+    logged = []
+    for callbacks in ((), (monitor(),)):
+        run = trainer(tmp_path, *callbacks, num_sanity_val_steps=sanity_steps)
+        run.fit(Logging(), loader(), loader())
+        logged.append(run.callback_metrics["images"].item())
+        run.validate(Logging(), loader(), verbose=False)
+        logged.append(run.callback_metrics["images"].item())
+    assert logged == [12, 12, 12, 12]
 
 
 class Noisy(TensorDataset):
@@ -234,3 +255,18 @@ def test_training_without_validation_is_refused_unless_it_is_wanted(tmp_path):
         trainer(tmp_path, monitor()).fit(foreign.OwnNet(), loader())
     trainer(tmp_path, monitor(), limit_val_batches=0).fit(foreign.OwnNet(), loader(), loader())
     trainer(tmp_path, monitor(images=0)).fit(foreign.OwnNet(), loader())
+
+
+def test_a_network_that_is_shared_out_among_devices_is_refused():
+    run = SimpleNamespace(strategy=FSDPStrategy(), world_size=1)
+    with pytest.raises(ValueError, match="FSDPStrategy shares the network out among the devices"):
+        monitor().setup(run, foreign.OwnNet(), "fit")
+    monitor(images=0).setup(run, foreign.OwnNet(), "fit")
+
+
+def test_normalization_is_mean_and_standard_deviation():
+    for wrong in (([0.5, 0.5, 0.5],), ([0.5], [0.0])):
+        with pytest.raises(
+            ValueError, match=r"AttributionMonitor\.normalization: expected mean and standard deviation"
+        ):
+            monitor(normalization=wrong)

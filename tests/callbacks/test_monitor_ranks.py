@@ -20,7 +20,7 @@ def values(run):
 
 def curves(monitor):
     return {
-        kind: {method: each.mean().mean.tolist() for method, each in sums.items()}
+        kind: {method: [*each.mean().mean.tolist(), each.n] for method, each in sums.items()}
         for kind, sums in monitor._curves.items()
     }
 
@@ -33,6 +33,7 @@ import torch
 from callbacks import foreign
 from callbacks.test_monitor_anywhere import monitor
 from callbacks.test_monitor_ranks import *
+from torch.utils.data import DataLoader, TensorDataset
 
 if __name__ == "__main__":
     folder, options = Path({folder!r}), dict(devices=2, strategy="ddp")
@@ -46,6 +47,10 @@ if __name__ == "__main__":
     if second.is_global_zero:
         torch.save(module.net.state_dict(), folder / "net.pt")
         (folder / "logged.json").write_text(json.dumps((*shared, values(second))))
+    try:
+        trainer(folder, monitor(images=2), **options).validate(module, DataLoader(TensorDataset(*foreign.samples(1))))
+    except ValueError as error:
+        (folder / f"error{{second.global_rank}}.txt").write_text(str(error))
 """
 
 
@@ -78,3 +83,9 @@ def test_two_processes_of_a_foreign_module_log_what_the_functions_say_by_hand(tw
     network.load_state_dict(torch.load(two_processes / "net.pt", weights_only=True))
     for tag, value in by_hand(network, images).items():
         assert logged[tag] == pytest.approx(value, rel=1e-4), tag
+
+
+def test_fewer_images_than_processes_is_an_error_on_all_of_them(two_processes):
+    for rank in (0, 1):
+        message = (two_processes / f"error{rank}.txt").read_text()
+        assert message.startswith("the monitor has no images on some of the 2 processes: validate on at least")
