@@ -18,7 +18,7 @@ import gmarpp
 from gmarpp.attribution import UnsupportedNetworkError
 from gmarpp.callbacks import AttributionMonitor
 from gmarpp.explainer import Explainer
-from gmarpp.metrics.functional import average_drop, deletion_auc, insertion_auc
+from gmarpp.metrics.functional import average_drop, deletion_auc, insertion_auc, pointing_game
 from gmarpp.perturbation import score_perturbations
 
 METHODS = ("gmarpp_l1", "rollout")
@@ -270,3 +270,29 @@ def test_normalization_is_mean_and_standard_deviation():
             ValueError, match=r"AttributionMonitor\.normalization: expected mean and standard deviation"
         ):
             monitor(normalization=wrong)
+
+
+class Boxed(TensorDataset):
+    """Dictionaries with a box."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return {"image": image, "label": label, "box": torch.tensor([0.0, 0.0, 28.0, 20.0])}
+
+
+def test_boxes_of_dictionaries_are_measured_against(tmp_path):
+    class Dictionaries(foreign.OwnNet):
+        def loss(self, batch):
+            return super().loss((batch["image"], batch["label"]))
+
+    module, data = Dictionaries(), DataLoader(Boxed(*foreign.samples()), 4)
+    explainer = Explainer(methods=METHODS, metrics=["pointing_game"])
+    run = trainer(tmp_path, AttributionMonitor(explainer, images=12))
+    run.validate(module, data, verbose=False)
+    maps = gmarpp.explain(module.net, foreign.samples()[0], METHODS).maps
+    objects = torch.zeros(12, 32, 32, dtype=torch.bool)
+    objects[:, :20, :28] = True
+    for method in METHODS:
+        logged = run.callback_metrics[f"attribution/{method}/pointing_game"].item()
+        assert 0 < logged < 1
+        assert logged == pytest.approx(pointing_game(maps[method], objects).item())
