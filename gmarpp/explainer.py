@@ -13,7 +13,6 @@ from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
 from gmarpp.network.extent import fit_to_extent
-from gmarpp.network.preprocessing import Preprocessing, denormalize
 from gmarpp.options import Name
 from gmarpp.perturbation import (
     BASELINES,
@@ -49,7 +48,8 @@ class ExplainedBatch:
         values: by method and metric, float32 (B,); NaN where a value is undefined, as without a box.
         inputs: by method, the keyword arguments that update a `torchmetrics.MetricCollection` of the metrics.
         curves: by method; empty if no metric asked for them.
-        images: float32 (B, 3, H, W) in [0, 1], the part that the network's patches cover.
+        images: float32 (B, 3, H, W) in [0, 1], the part that the network's patches cover; each is stretched to that
+            range where the network does not tell its normalization.
         boxes: float32 (B, 4), x0, y0, x1, y1 in pixels of that part, or `None`.
         masks: bool (B, H, W), or `None`.
     """
@@ -159,7 +159,7 @@ class Explainer:
 
         Args:
             model: the network, in any mode.
-            batch: `image` (B, 3, H, W), `label`, `index` (B,), `path`, and `box` (B, 4) or `mask` (B, H, W) if any.
+            batch: `image` (B, C, H, W), `label`, `index` (B,), `path`, and `box` (B, 4) or `mask` (B, H, W) if any.
 
         Raises:
             ValueError: if the target is `label` and an image has none; what `gmarpp.explain` raises.
@@ -191,7 +191,7 @@ class Explainer:
             values=values,
             inputs=inputs,
             curves=curves,
-            images=denormalize(fit_to_extent(images.float(), (height, width)), Preprocessing.of(model)).cpu(),
+            images=explanation.images.cpu(),
             boxes=None if boxes is None else boxes.cpu(),
             masks=None if masks is None else masks.cpu(),
         )

@@ -26,7 +26,7 @@ ARROWS = {
     "explainer": {"attribution", "perturbation", "metrics", "network", "options"},
     "run": {"explainer", "metrics", "colormaps", "files", "labels", "processes", "maps", "visualize", "figures"},
     "training": {"network", "data", "files", "options"},
-    "callbacks": {"explainer", "run", "training", "data", "metrics", *GROUND, "visualize", "figures"},
+    "callbacks": {"explainer", "run", "training", "data", "metrics", "network", *GROUND, "visualize", "figures"},
     "configuration": set(),
     "command": {"configuration", "processes", "callbacks", "training", "data"},
     "sanity": {"command", "training", "data", "attribution", "network", "metrics", *GROUND, "visualize", "figures"},

@@ -2,28 +2,32 @@
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from PIL import Image
-from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from gmarpp.data.probe import spread_over_classes
+from gmarpp.callbacks.monitored_images import MonitoredImages, require_validation
 from gmarpp.explainer import ExplainedBatch, Explainer
 from gmarpp.figures import comparison_figure, figure_bytes
 from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.registry import metric_inputs
+from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.options import Range, require_ranges
 from gmarpp.run.curve_figure import curves_figure
 from gmarpp.run.summary import CurveSum
+from gmarpp.training.execution import require_whole_network
 from gmarpp.training.lightning_private import state_key
 from gmarpp.visualize import MapStyle, SignedMaps
 
@@ -31,11 +35,16 @@ from gmarpp.visualize import MapStyle, SignedMaps
 class AttributionMonitor(L.Callback):
     """Explains a fixed set of validation images, the probe, and logs how faithful the explanations are.
 
+    It watches any LightningModule that trains a Vision Transformer, and changes nothing of it. What cannot be explained
+    is said before training, by the explanation of one image.
+
     At each validation it logs the scalars ``attribution/<method>/<metric>``, which checkpointing and early stopping can
     monitor, the seconds it took as ``attribution/seconds``, and on loggers that take pictures a grid of images with
     their maps and the mean insertion and deletion curves; TensorBoard's tab Custom Scalars compares the methods. The
-    probe is the same at every validation and spread evenly over classes and ranks. The network runs in a batch hook, so
-    averaged weights, where there are some, are explained.
+    probe is the same at every validation and spread evenly over classes and ranks. Classes come from the data set's
+    `labels` or `targets`, those of a `Subset` included; without them the probe is spread over the data set, and of
+    streamed data it is the beginning of each rank's first batch. The network runs in a batch hook, so averaged weights,
+    where there are some, are explained.
 
     Args:
         explainer: methods, target and metrics. By default the five faithfulness metrics of GMAR++, GMAR, Rollout and
@@ -46,6 +55,11 @@ class AttributionMonitor(L.Callback):
         batch_size: images explained at a time.
         signed_maps: how maps with relevance against the class are drawn: ``diverging``, blue against and red for the
             class, or ``positive``, only what is for it.
+        network: dotted name of the network in the LightningModule. By default it is what the module's `forward` makes
+            of images, or its only module with parameters.
+        normalization: mean and standard deviation per channel, of values in [0, 1], with which the grid shows images
+            as they were. By default they come from the data set's transform, or the network; without either, each image
+            is stretched to [0, 1].
     """
 
     def __init__(
@@ -56,18 +70,28 @@ class AttributionMonitor(L.Callback):
         grid_images: int = 6,
         batch_size: int = 16,
         signed_maps: SignedMaps = "diverging",
+        network: str | None = None,
+        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         require_ranges(
             {"images": images, "every_n_epochs": every_n_epochs, "grid_images": grid_images, "batch_size": batch_size},
             {"images": Range(0), "every_n_epochs": Range(1), "grid_images": Range(0), "batch_size": Range(1)},
             "AttributionMonitor.",
         )
+        if normalization is not None and (len(normalization) != 2 or any(std <= 0 for std in normalization[1])):
+            raise ValueError(
+                "AttributionMonitor.normalization: expected mean and standard deviation, of one number per channel and "
+                f"the latter above 0, got {normalization}"
+            )
         self.explainer = explainer or Explainer(steps=14)
         self.images = images
         self.every_n_epochs = every_n_epochs
         self.grid_images = grid_images
         self.batch_size = batch_size
         self.style = MapStyle(signed_maps=signed_maps)
+        self.network = network
+        self.normalization = normalization
+        self._probe: MonitoredImages | None = None
         self._metrics: dict[str, MetricCollection] = {}
         self._curves: dict[str, dict[str, CurveSum]] = {}
         self._shown: list[ExplainedBatch] = []
@@ -89,6 +113,9 @@ class AttributionMonitor(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._probe = None
+        if self.images:
+            require_whole_network(trainer.strategy)
         if 0 < self.images < trainer.world_size:
             raise ValueError(
                 f"the monitor's probe of {self.images} images is less than the {trainer.world_size} processes: raise "
@@ -96,7 +123,13 @@ class AttributionMonitor(L.Callback):
             )
 
     @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._probe = None
+
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.images:
+            require_validation(trainer)
         # TensorBoard then has a chart for each metric, with a line for each method.
         charts = {
             metric_label(metric): [
@@ -108,6 +141,15 @@ class AttributionMonitor(L.Callback):
         for logger in trainer.loggers:
             if self.images and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({"attribution": charts})
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning has validated already, unless it was told not to; a dry run is a check itself.
+        unchecked = self._probe is None and trainer.val_dataloaders is not None
+        if self.images and unchecked and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check(trainer, pl_module)
+            # Hooks of the module may augment what is read now, because the trainer is in training.
+            self._probe = None
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -130,57 +172,87 @@ class AttributionMonitor(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # Beside the first batch: averaged weights are swapped out again before the hooks at the end of the epoch.
-        if batch_idx or dataloader_idx or not self._is_due(trainer):
+        if batch_idx or dataloader_idx or not self.images:
             return
-        started = time.perf_counter()
-        network: Any = pl_module.model
-        for probe in self._probe(trainer, pl_module):
-            with trainer.precision_plugin.forward_context():
-                explained = self.explainer(network, probe)
-            self._accumulate(explained, pl_module.device)
-            if trainer.is_global_zero and sum(len(each.path) for each in self._shown) < self.grid_images:
-                self._shown.append(explained)
-        self._seconds = time.perf_counter() - started
+        if trainer.sanity_checking:
+            self._check(trainer, pl_module, batch)
+        elif self._is_due(trainer):
+            started = time.perf_counter()
+            self._explain(trainer, pl_module, batch)
+            self._seconds = time.perf_counter() - started
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_due(trainer):
+            self._require_images(trainer)
             for method, collection in self._metrics.items():
                 for name, value in collection.compute().items():
                     # The same on all ranks already: sync_dist only tells Lightning so.
                     pl_module.log(f"attribution/{method}/{name}", value.to(pl_module.device), sync_dist=True)
             pl_module.log("attribution/seconds", self._seconds, sync_dist=True, reduce_fx="max")
             self._sum_curves(trainer, pl_module.device)
-            if trainer.is_global_zero:
-                self._draw(trainer, pl_module)
+            if trainer.is_global_zero and _picture_loggers(trainer):
+                self._draw(trainer)
         self._validations += not trainer.sanity_checking
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         return self.images > 0 and not trainer.sanity_checking and self._validations % self.every_n_epochs == 0
 
-    def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[dict[str, Any]]:
-        """Return this rank's share of the probe in batches."""
-        loaders: Any = trainer.val_dataloaders
-        dataset: Any = (loaders[0] if isinstance(loaders, list | tuple) else loaders).dataset
-        if not hasattr(dataset, "labels") or not hasattr(dataset, "__getitem__"):
-            raise ValueError(
-                f"the monitor cannot choose its probe from {type(dataset).__name__}, which is no indexed data set with "
-                "labels: use data that is not streamed, or set the monitor's option images to 0"
+    def _watched(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> MonitoredImages:
+        """Return network and images, which are found at the first time."""
+        if self._probe is None:
+            images = trainer.world_size if trainer.fast_dev_run else self.images  # type: ignore[attr-defined]
+            self._probe = MonitoredImages.of(
+                trainer, pl_module, batch, images, self.batch_size, self.network, self.normalization
             )
-        images = trainer.world_size if trainer.fast_dev_run else self.images  # type: ignore[attr-defined]
-        chosen = spread_over_classes(np.asarray(dataset.labels), images)[trainer.global_rank :: trainer.world_size]
-        for start in range(0, len(chosen), self.batch_size):
-            samples = [dataset[int(index)] for index in chosen[start : start + self.batch_size]]
-            yield pl_module.transfer_batch_to_device(default_collate(samples), pl_module.device, 0)
+        return self._probe
+
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any = None) -> None:
+        """Explain one image, so that what cannot be explained is said before training."""
+        with _undisturbed(trainer, pl_module):
+            watched = self._watched(trainer, pl_module, batch)
+            for image in watched.first(pl_module.device):
+                try:
+                    explained = replace(self.explainer, steps=1)(watched.network, image)
+                except UnsupportedNetworkError as error:
+                    raise UnsupportedNetworkError(
+                        f"{error}. The monitor explains {type(watched.network).__name__}: name another module of "
+                        f"{type(pl_module).__name__} by AttributionMonitor(network=...), or switch the monitor off by "
+                        "images=0"
+                    ) from error
+                self._require_inputs(explained)
+
+    def _explain(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Explain and measure this rank's share of the probe."""
+        with _undisturbed(trainer, pl_module):
+            watched = self._watched(trainer, pl_module, batch)
+            for probe in watched.on(pl_module.device):
+                explained = self.explainer(watched.network, probe)
+                self._accumulate(explained, pl_module.device)
+                if trainer.is_global_zero and sum(len(each.path) for each in self._shown) < self.grid_images:
+                    self._shown.append(replace(explained, images=watched.pictures(probe, explained)))
+
+    def _require_images(self, trainer: L.Trainer) -> None:
+        # A rank without images would leave the others waiting for its sums.
+        has_images = self._probe is not None and len(self._probe.batches) > 0
+        if not trainer.strategy.reduce_boolean_decision(has_images, all=True):
+            raise ValueError(
+                f"the monitor has no images on some of the {trainer.world_size} processes: validate on at least as "
+                "many images as there are processes, or set the monitor's option images to 0"
+            )
+
+    def _require_inputs(self, explained: ExplainedBatch) -> None:
+        known = {name for inputs in explained.inputs.values() for name in inputs}
+        unknown = [name for name in self.explainer.metrics if not set(metric_inputs(name)) <= known]
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)} cannot be monitored: the data has neither boxes nor masks; take them out of "
+                "the monitor's metrics"
+            )
 
     def _accumulate(self, explained: ExplainedBatch, device: torch.device) -> None:
+        self._require_inputs(explained)
         for method, inputs in explained.inputs.items():
-            unknown = [name for name in self.explainer.metrics if not set(metric_inputs(name)) <= inputs.keys()]
-            if unknown:
-                raise ValueError(
-                    f"{', '.join(unknown)} cannot be monitored: the data has neither boxes nor masks; take them out of "
-                    "the monitor's metrics"
-                )
             self._metrics[method].update(**{name: value.to(device) for name, value in inputs.items()})
             if method in explained.curves:
                 curves = explained.curves[method]
@@ -197,9 +269,9 @@ class AttributionMonitor(L.Callback):
                 )
                 each.n = int(n[0])
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        names = getattr(pl_module, "class_names", ())
-        if self._shown:
+    def _draw(self, trainer: L.Trainer) -> None:
+        if self._shown and self._probe:
+            names = self._probe.class_names
             signed_methods = self.explainer.signed_methods
             figure = _maps_figure(self._shown, names, self.grid_images, signed_methods, self.style)
             _log_figure(trainer, "attribution/maps", figure)
@@ -210,6 +282,17 @@ class AttributionMonitor(L.Callback):
             )
             figure = curves_figure(insertion, deletion, self.explainer.score, self.explainer.normalize)
             _log_figure(trainer, "attribution/curves", figure)
+
+
+@contextmanager
+def _undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """Run a module in the trainer's precision so that neither its random numbers nor what it logs know of it."""
+    pl_module.log = lambda *values, **options: None  # type: ignore[method-assign]
+    try:
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        del pl_module.log
 
 
 def _maps_figure(
@@ -231,11 +314,15 @@ def _maps_figure(
     )
 
 
+def _picture_loggers(trainer: L.Trainer) -> list[Any]:
+    return [each for each in trainer.loggers if isinstance(each, TensorBoardLogger) or hasattr(each, "log_image")]
+
+
 def _log_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
     figure.set_dpi(110)  # readable at the size in which TensorBoard shows it
     picture = np.asarray(Image.open(io.BytesIO(figure_bytes(figure))).convert("RGB"))
-    for logger in trainer.loggers:
+    for logger in _picture_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
-        elif hasattr(logger, "log_image"):
+        else:
             logger.log_image(tag, [picture], step=trainer.global_step)

@@ -44,14 +44,14 @@ def normalization_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] 
     return (mean, std) if len(mean) == len(std) == images.shape[1] else None
 
 
-def displayable(model: nn.Module, images: Tensor) -> Tensor:
+def displayable(model: nn.Module, images: Tensor, normalization: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Return images (B, C, H, W) as pictures (B, 3, H, W), float32 in [0, 1].
 
-    The normalization is undone where the network tells it, else each image is stretched to [0, 1]. Of more than three
-    channels the first three are shown, fewer are shown as gray.
+    The normalization is undone where it is given or the network tells it, else each image is stretched to [0, 1]. Of
+    more than three channels the first three are shown, fewer are shown as gray.
     """
     images = images.float()
-    normalization = normalization_of(model, images)
+    normalization = normalization or normalization_of(model, images)
     if normalization is not None:
         mean, std = normalization
         images = (images * std + mean).clamp(0, 1)

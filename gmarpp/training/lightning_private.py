@@ -65,6 +65,13 @@ def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
     return module._trainer
 
 
+def batch_for_step(trainer: L.Trainer, batch: Any) -> Any:
+    """Return a batch as a step would get it: converted, moved to the device, and through the hooks of both."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def restore_place_in_epoch(trainer: L.Trainer) -> None:
     """Restore the loaders' places; Lightning does so when it sets up the data, before the checkpoint is read."""
     trainer.fit_loop._load_combined_loader_states()

@@ -1,8 +1,4 @@
 import io
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -183,45 +179,3 @@ def test_what_cannot_be_monitored_says_so(tmp_path):
         )
     with pytest.raises(ValueError, match=r"AttributionMonitor\.images: expected a number of at least 0, got -1"):
         AttributionMonitor(images=-1)
-
-
-TWO_PROCESSES = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import torch
-from PIL import Image
-from signed_method import Downwards
-from squares import Squares
-from callbacks.test_monitor import EXPLAINER, classifier, trainer
-from gmarpp.callbacks import AttributionMonitor
-
-if __name__ == "__main__":
-    devices = int(sys.argv[1])
-    monitor = AttributionMonitor(EXPLAINER, images=7)
-    run = trainer({folder!r}, monitor, devices=devices, strategy="ddp" if devices > 1 else "auto")
-    run.validate(classifier(), Squares(), verbose=False)
-    if run.is_global_zero:
-        values = {{tag: value.item() for tag, value in run.callback_metrics.items()}}
-        curves = {{
-            kind: {{method: each.mean().mean.tolist() for method, each in sums.items()}}
-            for kind, sums in monitor._curves.items()
-        }}
-        Path({folder!r}, f"{{devices}}.json").write_text(json.dumps((values, curves)))
-"""
-
-
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
-    for devices in ("1", "2"):
-        command = [sys.executable, str(script), devices]
-        done = subprocess.run(command, check=True, cwd=tmp_path, stderr=subprocess.PIPE)
-        assert b"sync_dist" not in done.stderr
-    (alone, curves), (shared, shared_curves) = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
-    compared = [tag for tag in alone if tag.startswith("attribution") and not tag.endswith("seconds")]
-    assert len(compared) == 8
-    for tag in compared:
-        assert shared[tag] == pytest.approx(alone[tag], rel=1e-5), tag
-    for kind, method in (("insertion", "gmarpp_l1"), ("deletion", "rollout")):
-        np.testing.assert_allclose(shared_curves[kind][method], curves[kind][method], rtol=1e-5)

@@ -39,6 +39,7 @@ NAMES = {
     (EMAWeightAveraging, "_swap_models"),
     (Callback, "_generate_state_key"),
     (L.LightningModule, "_trainer"),
+    (L.LightningModule, "_on_before_batch_transfer"),
     (LightningCLI, "_get"),
     (LightningCLI, "_parser"),
     (LightningCLI, "_datamodule_class"),
