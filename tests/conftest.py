@@ -1,4 +1,5 @@
 import pytest
+from fake_run import contents, predict
 
 from gmarpp import labels
 from gmarpp.attribution import registry as methods
@@ -18,3 +19,11 @@ def _own_code_is_forgotten():
     for each, kept in zip(KNOWN, before, strict=True):
         each.clear()
         each.update(kept)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """All files of an uninterrupted run of `fake_run`."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    predict(folder)
+    return contents(folder)

@@ -13,6 +13,7 @@ from gmarpp.network.hugging_face import CONFIG, read_folder
 from gmarpp.network.safe_reading import load_safetensors, load_tensors, parse_json
 from gmarpp.network.weights import (
     DIGEST,
+    DIGEST_NAME,
     MAX_CLASSES,
     PREPROCESSING,
     Weights,
@@ -116,8 +117,12 @@ def weights_of_checkpoint(content: dict[str, Any], digest: str, path: str | Path
 
 def _read_safetensors(path: Path) -> Weights:
     state, metadata, digest = load_safetensors(path)
-    if DIGEST in metadata and metadata[DIGEST] != content_digest(state, metadata):
-        raise damaged(path, f"its content has changed; after an intended change, remove {DIGEST} from its metadata")
+    is_digested = DIGEST in metadata or metadata.get(DIGEST_NAME) == DIGEST
+    if is_digested and metadata.get(DIGEST) != content_digest(state, metadata):
+        raise damaged(
+            path,
+            f"its content has changed; after an intended change, remove {DIGEST} and {DIGEST_NAME} from its metadata",
+        )
 
     def parsed(key: str, absent: Any = None) -> Any:
         return parse_json(metadata[key], key) if key in metadata else absent

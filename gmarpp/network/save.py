@@ -11,7 +11,7 @@ from torch import nn
 
 from gmarpp.files import write_atomically
 from gmarpp.network.preprocessing import get_image_size, get_preprocessing
-from gmarpp.network.weights import DIGEST, content_digest
+from gmarpp.network.weights import DIGEST, DIGEST_NAME, content_digest
 
 
 def save_weights(
@@ -31,7 +31,7 @@ def save_weights(
     Raises:
         ValueError: notes hold anything but strings.
     """
-    metadata = {**(notes or {}), **describe_model(model)}
+    metadata = {**(notes or {}), **describe_model(model), DIGEST_NAME: DIGEST}
     if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise ValueError(f"notes: expected strings, got others for {', '.join(wrong)}")
     state = {

@@ -12,6 +12,8 @@ from torch import Tensor
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 DIGEST = "content_sha256"
+# Names the digest a second time, so that damage to its own name does not hide it.
+DIGEST_NAME = "digest"
 # All that files name; what images can be prepared with here is a part of them.
 TIMM_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
 TIMM_CROP_MODES = ("center", "squash", "border")

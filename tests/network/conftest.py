@@ -30,7 +30,9 @@ def write(network, tmp_path):
         if kind == "safetensors":
             save_weights(network, tmp_path / "x.safetensors")
             with safe_open(tmp_path / "x.safetensors", "pt") as file:
-                metadata = {key: value for key, value in file.metadata().items() if key != "content_sha256"}
+                metadata = {
+                    key: value for key, value in file.metadata().items() if key not in ("content_sha256", "digest")
+                }
             change(metadata, state)
             save_file(state, tmp_path / "x.safetensors", metadata=metadata)
             return tmp_path / "x.safetensors"

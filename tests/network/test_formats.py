@@ -2,8 +2,10 @@
 
 import collections
 import hashlib
+import itertools
 import os
 import random
+import re
 import socket
 
 import pytest
@@ -56,6 +58,20 @@ def test_damaged_bytes_never_give_other_weights(network, write, tmp_path):
     loaded = check_damage(network, write, tmp_path, seed=0, rounds=40)
     assert loaded["all"] == 240
     assert loaded[".ckpt", "flip"] < 20  # most flips hit what a checksum covers
+
+
+def test_no_flipped_bit_of_the_digest_and_its_names_hides_it(network, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_weights(network, path)
+    raw = path.read_bytes()
+    names = [match.span() for match in re.finditer(rb'"digest":"content_sha256"|"content_sha256":"\w{64}"', raw)]
+    assert len(names) == 2
+    for place in itertools.chain.from_iterable(range(*span) for span in names):
+        for bit in range(8):
+            spoiled = bytearray(raw)
+            spoiled[place] ^= 1 << bit
+            path.write_bytes(spoiled)
+            assert not ends_well(path, network)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors", ".pth", ".pth.tar"])
