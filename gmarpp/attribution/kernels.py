@@ -198,44 +198,24 @@ def _store_rows(output, first, count, total, image_head, n, keys, tile):
     tl.store(pointers, tl.trans(tile), mask=(number[:, None] < count) & (n[None, :] < keys))
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_ROWS])
-def carry_kernel(
-    query, key, value, outer, mask, log_sum_exp, attention_rows, product_rows, gradient_rows, output,
-    query_image, query_head, query_token, key_image, key_head, key_token,
-    value_image, value_head, value_token, outer_image, outer_head, outer_token,
-    mask_image, mask_head, mask_query, mask_key, attention_image, attention_head, attention_row,
-    product_image, product_head, product_row, gradient_image, gradient_head, gradient_row,
-    heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
+@triton.jit
+def _over_queries(
+    query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key, log_sum_exp,
+    attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
+    gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows by `A`, `ReLU(G) ⊙ A` and `ReLU(G)` of one head, for a block of keys; output (B, H, rows, N).
-
-    `A_ij = 2^(s_ij - lse_i)` with the log-sum-exp from `statistics_kernel`. All tiles are transposed, (KEYS,
-    QUERIES), so that they are the left operand of the products with rows and stay in registers.
-    """
+    """Return what a head's rows carry to a block of keys, by attention, product and gradient, (KEYS, ROWS) each."""
     ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
     DIFFERENTIATES: tl.constexpr = product_rows is not None or gradient_rows is not None
-    image_head, n = _place(keys, KEYS)
-    if mask is not None:
-        mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
     if ATTENDS:
-        query += _head(query_image, query_head, image_head, heads, 1, UNIT)
-        key += _head(key_image, key_head, image_head, heads, group, UNIT)
         key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
     if DIFFERENTIATES:
-        outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
-        value += _head(value_image, value_head, image_head, heads, group, UNIT)
         value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
-    if attention_rows is not None:
-        attention_rows += _head(attention_image, attention_head, image_head, heads, 1, 1)
-        by_attention = tl.zeros([KEYS, ROWS], tl.float32)
-    if product_rows is not None:
-        product_rows += _head(product_image, product_head, image_head, heads, 1, 1)
-        by_product = tl.zeros([KEYS, ROWS], tl.float32)
-    if gradient_rows is not None:
-        gradient_rows += _head(gradient_image, gradient_head, image_head, heads, 1, 1)
-        by_gradient = tl.zeros([KEYS, ROWS], tl.float32)
+    by_attention = tl.zeros([n.shape[0], ROWS], tl.float32)
+    by_product = tl.zeros([n.shape[0], ROWS], tl.float32)
+    by_gradient = tl.zeros([n.shape[0], ROWS], tl.float32)
     for start in range(0, queries, QUERIES):
         q = start + tl.arange(0, QUERIES)
         bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
@@ -255,6 +235,45 @@ def carry_kernel(
             by_product = _times_rows(product_rows, product_row, product_count, q, queries, product, by_product)
         if gradient_rows is not None:
             by_gradient = _times_rows(gradient_rows, gradient_row, gradient_count, q, queries, positive, by_gradient)
+    return by_attention, by_product, by_gradient
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_ROWS])
+def carry_kernel(
+    query, key, value, outer, mask, log_sum_exp, attention_rows, product_rows, gradient_rows, output,
+    query_image, query_head, query_token, key_image, key_head, key_token,
+    value_image, value_head, value_token, outer_image, outer_head, outer_token,
+    mask_image, mask_head, mask_query, mask_key, attention_image, attention_head, attention_row,
+    product_image, product_head, product_row, gradient_image, gradient_head, gradient_row,
+    heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
+    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Multiply rows by `A`, `ReLU(G) ⊙ A` and `ReLU(G)` of one head, for a block of keys; output (B, H, rows, N).
+
+    `A_ij = 2^(s_ij - lse_i)` with the log-sum-exp from `statistics_kernel`. All tiles are transposed, (KEYS,
+    QUERIES), so that they are the left operand of the products with rows and stay in registers.
+    """
+    image_head, n = _place(keys, KEYS)
+    query += _head(query_image, query_head, image_head, heads, 1, UNIT)
+    key += _head(key_image, key_head, image_head, heads, group, UNIT)
+    if mask is not None:
+        mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
+    if outer is not None:
+        outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
+        value += _head(value_image, value_head, image_head, heads, group, UNIT)
+    if attention_rows is not None:
+        attention_rows += _head(attention_image, attention_head, image_head, heads, 1, 1)
+    if product_rows is not None:
+        product_rows += _head(product_image, product_head, image_head, heads, 1, 1)
+    if gradient_rows is not None:
+        gradient_rows += _head(gradient_image, gradient_head, image_head, heads, 1, 1)
+    by_attention, by_product, by_gradient = _over_queries(
+        query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key,
+        log_sum_exp, attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
+        gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
+        CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, UNIT, PRECISION,
+    )  # fmt: skip
     products = attention_count + product_count
     rows = products + gradient_count
     if attention_rows is not None:
