@@ -103,7 +103,9 @@ def require_one_layer(total: Tensor, passed: ForwardPass) -> None:
     if read := sorted(passed.marks[node] for node in met & passed.marks.keys()):
         raise UnsupportedNetworkError(
             f"the score reads the tokens that leave blocks {read} directly, and maps start at those of the last block "
-            "alone: what it takes from the others would be missing. Explain a score of the last block's tokens"
+            "alone: what it takes from the others would be missing. Explain a score of the last block's tokens. If it "
+            "does read the last block, from an attribute for example, pass "
+            "architecture=dataclasses.replace(gmarpp.architecture_of(model), head=None)"
         )
 
 

@@ -3,11 +3,14 @@
 The last block is one whenever the head reads prefix tokens only: its tail has no gradient for the others.
 """
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from gmarpp.attribution.attend import repeated
@@ -19,7 +22,7 @@ from gmarpp.attribution.tail import alike, prefix_tail, whole_tail
 from gmarpp.network.errors import UnsupportedNetworkError
 
 
-def recomputed(run: BlockRun, tokens: Tensor, descent: Descent) -> Any:
+def recomputed(run: Callable[[Tensor], Any], tokens: Tensor, descent: Descent) -> Any:
     """Run a block without keeping its activations; the backward pass runs it again."""
     attend_again, first = repeated(descent), True
 
@@ -48,14 +51,22 @@ def narrowed(run: BlockRun, tokens: Tensor, prefix: int, attend: Handler, descen
     """
     answers: list[tuple[Tensor, Tensor]] = []
 
-    def attend_and_stop(*args: Any, **kwargs: Any) -> Tensor:
+    dropping = ExitStack()
+
+    def attend_and_drop(*args: Any, **kwargs: Any) -> Tensor:
         output = attend(*args, **kwargs)
         answers.append((_Place.apply(output), output[:, :, :prefix].detach().clone()))
-        torch.set_grad_enabled(False)
+        # What the tail would keep goes. Its graph stays, so that a gradient which comes by another way than the tokens
+        # that the block returns is an error, and not lost.
+        dropping.enter_context(saved_tensors_hooks(_drop, _refuse))
         return output
 
-    with torch.set_grad_enabled(torch.is_grad_enabled()), answered_by(attend_and_stop):
-        left = recomputed(run, tokens, descent)
+    def run_and_drop(tokens: Tensor) -> Any:
+        with dropping:
+            return run(tokens)
+
+    with answered_by(attend_and_drop):
+        left = recomputed(run_and_drop, tokens, descent)
     if len(answers) != 1:
         # Refused when the forward pass is over.
         return left
@@ -64,8 +75,16 @@ def narrowed(run: BlockRun, tokens: Tensor, prefix: int, attend: Handler, descen
             f"the last block returns {type(left).__name__}, the one below it a tensor: expected "
             "blocks that return alike"
         )
-    found: Tensor = _NarrowTail.apply(left, *answers[0], tokens, run)
+    found: Tensor = _NarrowTail.apply(left.detach(), *answers[0], tokens, run)
     return found
+
+
+def _drop(_: Tensor) -> None:
+    return None
+
+
+def _refuse(_: None) -> Tensor:
+    raise UnsupportedNetworkError("the score reads a tensor of the last block that is not in what the block returns")
 
 
 class _Place(torch.autograd.Function):

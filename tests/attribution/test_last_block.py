@@ -1,5 +1,7 @@
 """The last block's tail is differentiated for the tokens that the head reads: no other has a gradient there."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_explain import images, logit_of, vit
@@ -51,6 +53,33 @@ def test_a_score_that_depends_on_more_is_followed_all_the_way(kind):
         found = gmarpp.explain(model, batch, PRODUCTS, TARGET, architecture=layout, recompute=recompute).maps
         read = range(17) if kind == "patches" else [0]
         assert_maps_are_the_naive_ones(model, batch, found, logit_of(TARGET), read)
+
+
+class Keeping(nn.Module):
+    """A block whose patch tokens the head finds in an attribute."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens):
+        tokens = self.block(tokens)
+        self.kept = tokens[:, 1:].mean(dim=1)
+        return tokens
+
+
+@pytest.mark.parametrize("method", ["gmarpp_l1", "chefer"])
+def test_what_a_block_leaves_in_an_attribute_is_followed_or_refused(method):
+    model = vit()
+    model.blocks[-1] = last = Keeping(model.blocks[-1])
+    of_tokens = model.forward_head
+    model.forward_head = lambda tokens, **_: of_tokens(tokens) + 3 * model.head(last.kept)
+    model(images())
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"from an attribute.*head=None"):
+        gmarpp.explain(model, images(), method, TARGET)
+    whole = dataclasses.replace(gmarpp.architecture_of(model), head=None)
+    found = gmarpp.explain(model, images(), method, TARGET, architecture=whole).maps
+    assert_maps_are_the_naive_ones(model, images(), found, logit_of(TARGET), range(17))
 
 
 class Counting(nn.Module):
