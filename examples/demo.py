@@ -25,7 +25,7 @@ from gmarpp.figures import comparison_figure, figure_bytes
 
 CHECKPOINT = "checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors"
 RESULTS = Path("results/demo")
-METHODS = ["gmarpp_l1", "gmar_l1", "rollout", "legrad", "chefer"]
+METHODS = ["token_relevance", "gmarpp_balanced", "gmarpp_l1", "legrad", "rollout"]
 PAIR = "cat and coffee"
 
 
@@ -42,7 +42,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def explain_two_classes(photographs: Path, output: Path) -> dict[str, list[float]]:
-    """Explain the pair once as a cat and once as coffee; give each method's share of relevance on the coffee's half."""
+    """Explain the pair as a cat and as coffee; give each method's share of positive relevance on the coffee's half."""
     model = gmarpp.load_model(CHECKPOINT)
     transform = EvaluationTransform(Preprocessing.of(model))
     pictures = {name: TF.pil_to_tensor(Image.open(photographs / f"{name}.png")) for name in ("cat", "coffee", PAIR)}
@@ -63,7 +63,8 @@ def explain_two_classes(photographs: Path, output: Path) -> dict[str, list[float
     (output / "two_classes.png").write_bytes(figure_bytes(figure))
     halves = {}
     for method, maps in explanation.maps.items():
-        shares = maps[2:, :, 4:].sum(dim=(1, 2)) / maps[2:].sum(dim=(1, 2))
+        positive = maps[2:].clamp_min(0)
+        shares = positive[:, :, 4:].sum(dim=(1, 2)) / positive.sum(dim=(1, 2))
         halves[method] = shares.tolist()
     return halves
 

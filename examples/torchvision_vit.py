@@ -19,7 +19,7 @@ if len(sys.argv) > 2:
     model.load_state_dict(torch.load(sys.argv[2], weights_only=True))
 model.class_names = weights.meta["categories"]
 image = weights.transforms()(Image.open(sys.argv[1]).convert("RGB"))[None]
-explanation = gmarpp.explain(model, image, methods=["gmarpp_l1", "rollout", "legrad"])
+explanation = gmarpp.explain(model, image, methods=["token_relevance", "gmarpp_l1", "rollout"])
 explanation.overlay(0).save("overlay.png")
 explanation.show().savefig("methods.png")
 print("predicted", weights.meta["categories"][explanation.target[0]], "- see overlay.png and methods.png")

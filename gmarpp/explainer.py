@@ -92,7 +92,13 @@ class Explainer:
         ValueError: for an unknown method, metric, baseline, score or mask, or options that exclude each other.
     """
 
-    methods: Sequence[Name | AttributionMethod] = ("gmarpp_l1", "gmar_l1", "rollout", "legrad")
+    methods: Sequence[Name | AttributionMethod] = (
+        "token_relevance",
+        "gmarpp_balanced",
+        "gmarpp_l1",
+        "legrad",
+        "rollout",
+    )
     target: str | int = "predicted"
     metrics: Sequence[str] = FAITHFULNESS_METRICS
     steps: int = 28
