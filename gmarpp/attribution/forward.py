@@ -123,6 +123,7 @@ class ForwardPass:
         self._block: int | None = None
         self._entered: Entered | None = None
         self._entrance: GradientEdge | None = None
+        self._shares: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -135,7 +136,7 @@ class ForwardPass:
     @property
     def top_tokens(self) -> int:
         """How many tokens leave the last block."""
-        return self.plan.steps[-1].tokens if self.plan.steps else self.tokens
+        return self.plan.steps[-1].above.tokens if self.plan.steps else self.tokens
 
     @property
     def token_counts(self) -> set[int]:
@@ -168,6 +169,12 @@ class ForwardPass:
                 tokens = tokens.clone()
             channels = 1 if self.plan.layout.channels_first else -1
             self._entered, self._entrance = watch_tokens(tokens, position, channels, self.descent)
+        self._shares = None
+        pool = self.plan.steps[position].pool if self.plan.steps and self.plan.needs_attention else None
+        if pool is not None:
+            residual, self._shares = pool.of(tokens)
+            if self._entered is not None:
+                self._entered = self._entered.pooled(residual)
         return tokens
 
     def leave_block(self, position: int, run: BlockRun, entered: Tensor, output: Any) -> Any:
@@ -265,7 +272,7 @@ class ForwardPass:
                 "window, as in the families of docs/networks.md. Use a ViT with global attention"
             )
         self.dtype = query.dtype
-        queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.tokens, step.tokens)
+        queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.above.tokens, step.tokens)
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in inputs[:3])
@@ -275,10 +282,11 @@ class ForwardPass:
             inputs.scale,
             queries,
             keys,
-            queries != keys or is_latent,
+            (step is None and queries != keys) or is_latent,
             follows,
             weakref.ref(inputs.value),
             step=step,
+            shares=self._shares,
         )
         if self._block is not None and self.calls and self.calls[-1].block == self._block:
             self._require_at_once(call, inputs)
@@ -290,10 +298,11 @@ class ForwardPass:
 
     def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
         windows, places = step.windows.shape
-        expected = (self._batch * windows, places)
-        if query.dim() != 4 or any((len(each), each.shape[2]) != expected for each in (query, key)):
+        expected = [(self._batch * windows, each.windows.shape[1]) for each in (step.above, step)]
+        if query.dim() != 4 or [(len(each), each.shape[2]) for each in (query, key)] != expected:
+            pooled = "" if step.pool is None else f", and from {expected[0][1]} of them pooled,"
             raise UnsupportedNetworkError(
-                f"expected block {self._block} to attend in {windows} windows of {places} tokens for each of "
+                f"expected block {self._block} to attend in {windows} windows of {places} tokens{pooled} for each of "
                 f"{self._batch} images, got queries of shape {tuple(query.shape)} and keys of shape "
                 f"{tuple(key.shape)}: correct transport in gmarpp.Architecture"
             )

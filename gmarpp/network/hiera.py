@@ -1,0 +1,128 @@
+"""Hiera and the image encoders of SAM 2: attention in windows, and queries pooled by a maximum between the stages.
+
+Hiera lays its tokens out so that a window's are equally far apart in the sequence, and pooled ones are halves of it.
+
+Sources: Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML 2023; Ravi et
+al., "SAM 2: Segment Anything in Images and Videos", 2024.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gmarpp.network.transport import Grid, QueryPool, Step, cells, footprints, padded, partitioned
+
+
+def timm_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
+    """Describe the windows of a block of timm's Hiera, and how it pools its queries."""
+
+    def residual(tokens: Tensor) -> Tensor:
+        projected: Tensor = tokens if block.proj is None else block.proj(block.norm1(tokens))
+        return projected
+
+    attention = block.attn
+    return _step(attention, grid, stride, attention.q_stride, residual, has_mean=block.proj is None)
+
+
+def hugging_face_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
+    """Describe the windows of a block of transformers' Hiera, and how it pools its queries."""
+
+    def residual(tokens: Tensor) -> Tensor:
+        projected: Tensor = block.proj(block.layernorm_before(tokens))
+        return projected
+
+    return _step(block.attn, grid, stride, block.attn.query_stride, residual)
+
+
+def _step(
+    attention: Any,
+    grid: Grid,
+    stride: Sequence[int],
+    pooled: int,
+    residual: Callable[[Tensor], Tensor],
+    has_mean: bool = False,
+) -> Step:
+    """Describe a block whose windows and pools lie evenly in the sequence; `pooled` tokens become one."""
+    tokens = torch.arange(grid[0] * grid[1])
+    places = attention.window_size if attention.use_mask_unit_attn else len(tokens) // pooled
+    windows = tokens.view(pooled * places, -1).T
+    if pooled == 1:
+        return Step(grid, windows)
+    coarse = grid[0] // stride[0], grid[1] // stride[1]
+    queries = Step(coarse, torch.arange(len(tokens) // pooled).view(places, -1).T)
+    return Step(grid, windows, QueryPool(queries, tokens.view(pooled, -1).T, residual, has_mean))
+
+
+def unrolled(step: Step, strides: Sequence[Sequence[int]]) -> Step:
+    """Return a step with the places in the sequence of its grid's cells, which are laid out stride by stride.
+
+    Raises:
+        ValueError: if the strides do not divide the grid.
+    """
+    unit = [1, 1]
+    order = torch.arange(step.tokens).view(1, *step.grid)
+    for down, right in strides:
+        unit = [unit[0] * down, unit[1] * right]
+        if any(side % length for side, length in zip(step.grid, unit, strict=True)):
+            raise ValueError(
+                f"expected a grid that windows of {unit[0]} x {unit[1]} divide, got {step.grid[0]} x {step.grid[1]}: "
+                "give images of another size"
+            )
+        height, width = order.shape[1:]
+        parts = order.view(-1, height // down, down, width // right, right)
+        order = parts.permute(0, 2, 4, 1, 3).flatten(0, 2)
+    return replace(step, cells=order.flatten().argsort())
+
+
+def windowed_attention(attention: Any, heads: int, pooled: int) -> Callable[[Tensor], Tensor]:
+    """Return what computes the same as an attention module of Hiera by fused attention, each window as an image."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        places = pooled * attention.window_size if attention.use_mask_unit_attn else tokens.shape[1]
+        projected = torch.unflatten(torch.unflatten(attention.qkv(tokens), 2, (3, heads, -1)), 1, (places, -1))
+        query, key, value = projected.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (B * W, H, n, d)
+        query = query if pooled == 1 else torch.unflatten(query, 2, (pooled, -1)).amax(dim=2)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        by_window = torch.unflatten(attended, 0, (len(tokens), -1))  # (B, W, H, q, d)
+        left: Tensor = attention.proj(by_window.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2))
+        return left
+
+    return forward
+
+
+def hugging_face_attention(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+    """Return the same for an attention module of transformers, which returns its weights beside the tokens."""
+    attend = windowed_attention(attention, attention.num_heads, attention.query_stride)
+    return lambda tokens, output_attentions=False: (attend(tokens), None)
+
+
+def timm_sam2_step(block: Any, grid: Grid) -> Step:
+    """Describe the windows of a block of timm's image encoder of SAM 2, and how it pools its queries."""
+    window = block.window_size if block.is_windowed else grid
+    return _pooled_windows(grid, window, block.q_stride, lambda tokens: block.proj(block.norm1(tokens)))
+
+
+def hugging_face_sam2_step(block: Any, grid: Grid) -> Step:
+    """Describe the windows of a block of transformers' image encoder of SAM 2, and how it pools its queries."""
+    window = [block.window_size] * 2 if block.window_size else grid
+    return _pooled_windows(grid, window, block.query_stride, lambda tokens: block.proj(block.layer_norm1(tokens)))
+
+
+def _pooled_windows(
+    grid: Grid, window: Sequence[int], stride: Sequence[int] | None, residual: Callable[[Tensor], Tensor]
+) -> Step:
+    """Describe windows, with padding, whose queries are pooled with a stride, if there is one."""
+    windows = _windows(grid, window)
+    if stride is None:
+        return Step(grid, windows)
+    coarse = grid[0] // stride[0], grid[1] // stride[1]
+    queries = Step(coarse, _windows(coarse, [side // each for side, each in zip(window, stride, strict=True)]))
+    return Step(grid, windows, QueryPool(queries, footprints(grid, stride, stride), residual))
+
+
+def _windows(grid: Grid, window: Sequence[int]) -> Tensor:
+    return partitioned(padded(cells(grid), window, value=grid[0] * grid[1]), window)[..., 0]
