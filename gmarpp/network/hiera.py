@@ -6,8 +6,8 @@ Sources: Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bel
 al., "SAM 2: Segment Anything in Images and Videos", 2024.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,25 +57,24 @@ def _step(
     return Step(grid, windows, QueryPool(queries, tokens.view(pooled, -1).T, residual, has_mean))
 
 
-def unrolled(step: Step, strides: Sequence[Sequence[int]]) -> Step:
-    """Return a step with the places in the sequence of its grid's cells, which are laid out stride by stride.
+def places_in_sequence(grid: Grid, strides: Sequence[Sequence[int]]) -> Tensor:
+    """Return the place in the sequence of each cell of a grid, (N,), whose tokens are laid out stride by stride.
 
     Raises:
         ValueError: if the strides do not divide the grid.
     """
-    unit = [1, 1]
-    order = torch.arange(step.tokens).view(1, *step.grid)
+    unit = [math.prod(lengths) for lengths in zip(*strides, strict=True)]
+    if any(side % length for side, length in zip(grid, unit, strict=True)):
+        raise ValueError(
+            f"expected a grid that windows of {unit[0]} x {unit[1]} divide, got {grid[0]} x {grid[1]}: give images of "
+            "another size"
+        )
+    order = torch.arange(grid[0] * grid[1]).view(1, *grid)
     for down, right in strides:
-        unit = [unit[0] * down, unit[1] * right]
-        if any(side % length for side, length in zip(step.grid, unit, strict=True)):
-            raise ValueError(
-                f"expected a grid that windows of {unit[0]} x {unit[1]} divide, got {step.grid[0]} x {step.grid[1]}: "
-                "give images of another size"
-            )
         height, width = order.shape[1:]
         parts = order.view(-1, height // down, down, width // right, right)
         order = parts.permute(0, 2, 4, 1, 3).flatten(0, 2)
-    return replace(step, cells=order.flatten().argsort())
+    return order.flatten().argsort()
 
 
 def windowed_attention(attention: Any, heads: int, pooled: int) -> Callable[[Tensor], Tensor]:

@@ -197,8 +197,9 @@ def _unrolled(found: Stages, strides: Sequence[Sequence[int]]) -> Stages:
     """Describe a network whose tokens are the cells of the finest grid stride by stride."""
 
     def transport(*size: int) -> list[Step]:
+        cells = hiera.places_in_sequence(found.grid(*size), strides)
         first, *others = found.transport(*size)
-        return [hiera.unrolled(first, strides), *others]
+        return [replace(first, cells=cells), *others]
 
     return replace(found, transport=transport)
 

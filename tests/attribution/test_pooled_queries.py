@@ -11,8 +11,8 @@ from naive_pooled import (
     assembled,
     equal_shares,
     hiera_layers,
-    naive_row,
     kept_by,
+    naive_row,
     pooled_residual,
     whole_matrices,
     windowed_layers,
@@ -70,7 +70,9 @@ NETWORKS = {
     "SAM 2": (timm_sam2, windowed_layers, (32, 48), (8, 12)),
     "SAM": (timm_sam, windowed_layers, (32, 32), (8, 8)),
     "SAM, other size, padding": (timm_sam, windowed_layers, (28, 44), (7, 11)),
-    "SAM, rotary": (lambda: timm_sam(use_rel_pos=False, use_rope=True, window_size=4), windowed_layers, (32, 32), (8, 8)),
+    "SAM, rotary": (
+        lambda: timm_sam(use_rel_pos=False, use_rope=True, window_size=4), windowed_layers, (32, 32), (8, 8),
+    ),
 }  # fmt: skip
 
 
@@ -149,6 +151,122 @@ def test_the_map_lies_on_the_image_as_the_patches_do(name):
     found = gmarpp.explain(model, batch, OfToken(), 2).maps["of_token"]
     assert found.nonzero().tolist() == [[0, 2, 5]]
     assert found.shape == (1, *grid)
+
+
+def transformers_hiera():
+    sizes = {"embed_dim": 8, "image_size": [32, 32], "depths": [1, 2, 1], "num_heads": [1, 2, 4], "num_query_pool": 2}
+    sizes |= {"masked_unit_size": [4, 4], "masked_unit_attention": [True, False, False], "num_labels": 5}
+    model = transformers.HieraForImageClassification(transformers.HieraConfig(mlp_ratio=2.0, **sizes))
+    twin = timm_hiera((32, 32), patch_kernel=(7, 7), patch_padding=(3, 3))
+    names = {"hiera.embeddings.position_embeddings": "pos_embed", "hiera.embeddings.patch_embeddings": "patch_embed"}
+    names |= {"projection": "proj", "hiera.pooler.layernorm": "head.norm", "classifier": "head.fc"}
+    layers = [f"hiera.encoder.stages.{stage}.layers.{layer}." for stage, layer in ((0, 0), (1, 0), (1, 1), (2, 0))]
+    names |= {layer: f"blocks.{index}." for index, layer in enumerate(layers)}
+    return model, twin, names | {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+
+
+def transformers_sam2():
+    sizes = {"hidden_size": 8, "blocks_per_stage": [1, 2, 2], "embed_dim_per_stage": [8, 16, 32]}
+    sizes |= {"num_attention_heads": 1, "num_attention_heads_per_stage": [1, 2, 4], "num_query_pool_stages": 2}
+    sizes |= {"window_size_per_stage": [4, 4, 2], "global_attention_blocks": [2], "patch_kernel_size": [4, 4]}
+    sizes |= {"patch_padding": [0, 0], "window_positional_embedding_background_size": [7, 7]}
+    config = transformers.Sam2HieraDetConfig(**sizes, attn_implementation="sdpa")
+    names = {"projection": "proj", "layer_norm": "norm", "mlp.proj_in": "mlp.fc1", "mlp.proj_out": "mlp.fc2"}
+    return transformers.models.sam2.modeling_sam2.Sam2HieraDetModel(config), Features(timm_sam2()), names
+
+
+def transformers_sam():
+    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"mlp_dim": 32, "window_size": 3, "global_attn_indexes": [1], "output_channels": 8}
+    model = transformers.SamVisionModel(transformers.SamVisionConfig(**sizes))
+    names = {"vision_encoder.": "", "layers.": "blocks.", "projection": "proj", "mlp.lin": "mlp.fc"}
+    names |= {
+        "neck.conv1": "neck.0",
+        "neck.layer_norm1": "neck.1",
+        "neck.conv2": "neck.2",
+        "neck.layer_norm2": "neck.3",
+    }
+    return model, Features(timm_sam()), names | {"layer_norm": "norm"}
+
+
+class Features(torch.nn.Module):
+    """What a network of timm makes before its head, in place of the network."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model.forward_features(batch)
+
+
+@pytest.mark.parametrize("make", [transformers_hiera, transformers_sam2, transformers_sam])
+def test_weights_of_transformers_give_the_same_maps_in_timm(make):
+    source, model, names = make()
+    state = {}
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for key, value in source.state_dict().items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        state[key] = value
+    missing = getattr(model, "model", model).load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys
+    assert all(key.startswith("head.") for key in missing.missing_keys)
+
+    def score(output):
+        output = getattr(output, "logits", getattr(output, "last_hidden_state", output))
+        return output.flatten(1)[:, 1::3].tanh().sum(1)
+
+    methods = [*PRODUCTS, *BALANCED, *(["legrad"] if make is transformers_sam else [])]
+    ours, theirs = (gmarpp.explain(each.eval(), images(), methods, score) for each in (model, source))
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-4)
+    for method, maps in ours.maps.items():
+        assert maps.std() > 0
+        assert relative_error(maps, theirs.maps[method]) < 1e-3, method
+
+
+def test_legrad_of_windows_of_one_grid():
+    model, batch = timm_sam(), images((32, 32))
+    layers, left = windowed_layers(model, (8, 8)), []
+    hooks = [layer.block.register_forward_hook(lambda _, args, output: left.append(output)) for layer in layers]
+    with softmax_collected() as attentions:
+        model(batch.clone().requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    expected = 0
+    for layer, tokens, attention in zip(layers, left, attentions, strict=True):
+        score = logit(model.forward_head(model.neck(tokens.permute(0, 3, 1, 2)))).sum()
+        gradient = torch.autograd.grad(score, attention, retain_graph=True)[0]
+        expected = expected + assembled(gradient, layer, 2).clamp(min=0).mean((1, 2)) / 3
+    found = gmarpp.explain(model, batch, ("legrad", "gmarpp_l1"), TARGET).maps["legrad"]
+    assert relative_error(found, expected.view(2, 8, 8)) < 1e-4
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="legrad: the head would have to score"):
+        gmarpp.explain(timm_hiera(), images((32, 64)), "legrad", TARGET)
+
+
+def test_what_a_pooled_residual_is_made_of_by_hand():
+    # Four tokens in two channels, pooled two by two; the last token is alone, and two are alike in the second channel.
+    made_of = torch.tensor([[0, 1], [2, 3]])
+    pool = QueryPool(Step((1, 2), torch.tensor([[0, 1]])), made_of, lambda tokens: 10 * tokens)
+    step = Step((1, 3), torch.tensor([[0, 1, 2]]), pool)
+    pooled, shares = pool.of(torch.tensor([[[1.0, 5.0], [2.0, 5.0], [-3.0, -4.0]]]))
+    assert pooled.tolist() == [[[20.0, 50.0], [-30.0, -40.0]]]
+    assert shares.tolist() == [[[0.25, 0.75], [1.0, 0.0]]]
+    rows = torch.tensor([[[4.0, 8.0]]])
+    assert step.hand_down(rows, shares).tolist() == [[[1.0, 3.0, 8.0]]]
+    assert step.hand_down(rows).tolist() == [[[2.0, 2.0, 8.0]]]
+
+
+def test_footprints_by_hand():
+    assert footprints((2, 3), (2, 2), (2, 2)).tolist() == [[0, 1, 3, 4]]
+    padded = footprints((2, 2), (3, 3), (2, 2), (1, 1))
+    assert padded.tolist() == [[4, 4, 4, 4, 0, 1, 4, 2, 3]]
+
+
+def test_images_that_mask_units_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="grid that windows of 4 x 4 divide, got 8 x 9: give images of another size"):
+        gmarpp.explain(timm_hiera(), images((32, 36)), "rollout", TARGET)
 
 
 def balanced_reference(name):
