@@ -8,16 +8,22 @@ al., "SAM 2: Segment Anything in Images and Videos", 2024.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor
 
+from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.stages import Stages
 from gmarpp.network.transport import Grid, QueryPool, Step, cells, footprints, padded, partitioned
 
 
-def timm_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
+def _timm_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
     """Describe the windows of a block of timm's Hiera, and how it pools its queries."""
 
     def residual(tokens: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ def timm_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
     return _step(attention, grid, stride, attention.q_stride, residual, has_mean=block.proj is None)
 
 
-def hugging_face_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
+def _hugging_face_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
     """Describe the windows of a block of transformers' Hiera, and how it pools its queries."""
 
     def residual(tokens: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ def _step(
     return Step(grid, windows, QueryPool(queries, tokens.view(pooled, -1).T, residual, has_mean))
 
 
-def places_in_sequence(grid: Grid, strides: Sequence[Sequence[int]]) -> Tensor:
+def _places_in_sequence(grid: Grid, strides: Sequence[Sequence[int]]) -> Tensor:
     """Return the place in the sequence of each cell of a grid, (N,), whose tokens are laid out stride by stride.
 
     Raises:
@@ -77,7 +83,7 @@ def places_in_sequence(grid: Grid, strides: Sequence[Sequence[int]]) -> Tensor:
     return order.flatten().argsort()
 
 
-def windowed_attention(attention: Any, heads: int, pooled: int) -> Callable[[Tensor], Tensor]:
+def _windowed_attention(attention: Any, heads: int, pooled: int) -> Callable[[Tensor], Tensor]:
     """Return what computes the same as an attention module of Hiera by fused attention, each window as an image."""
 
     def forward(tokens: Tensor) -> Tensor:
@@ -93,19 +99,19 @@ def windowed_attention(attention: Any, heads: int, pooled: int) -> Callable[[Ten
     return forward
 
 
-def hugging_face_attention(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+def _hugging_face_attention(attention: Any) -> Callable[..., tuple[Tensor, None]]:
     """Return the same for an attention module of transformers, which returns its weights beside the tokens."""
-    attend = windowed_attention(attention, attention.num_heads, attention.query_stride)
+    attend = _windowed_attention(attention, attention.num_heads, attention.query_stride)
     return lambda tokens, output_attentions=False: (attend(tokens), None)
 
 
-def timm_sam2_step(block: Any, grid: Grid) -> Step:
+def _timm_sam2_step(block: Any, grid: Grid) -> Step:
     """Describe the windows of a block of timm's image encoder of SAM 2, and how it pools its queries."""
     window = block.window_size if block.is_windowed else grid
     return _pooled_windows(grid, window, block.q_stride, lambda tokens: block.proj(block.norm1(tokens)))
 
 
-def hugging_face_sam2_step(block: Any, grid: Grid) -> Step:
+def _hugging_face_sam2_step(block: Any, grid: Grid) -> Step:
     """Describe the windows of a block of transformers' image encoder of SAM 2, and how it pools its queries."""
     window = [block.window_size] * 2 if block.window_size else grid
     return _pooled_windows(grid, window, block.query_stride, lambda tokens: block.proj(block.layer_norm1(tokens)))
@@ -125,3 +131,45 @@ def _pooled_windows(
 
 def _windows(grid: Grid, window: Sequence[int]) -> Tensor:
     return partitioned(padded(cells(grid), window, value=grid[0] * grid[1]), window)[..., 0]
+
+
+def _timm_hiera(model: Any) -> Stages:
+    attentions = [block.attn for block in model.blocks if block.attn.use_mask_unit_attn]
+    fused = {each: _windowed_attention(each, each.heads, each.q_stride) for each in attentions}
+    step = partial(_timm_step, stride=model.q_stride)
+    return _unrolled(along(by_convolution(model.patch_embed.proj), model.blocks, step, fused), model.unroll.schedule)
+
+
+def _hugging_face_hiera(model: Any) -> Stages:
+    blocks = [block for stage in model.encoder.stages for block in stage.layers]
+    fused = {block.attn: _hugging_face_attention(block.attn) for block in blocks}
+    step = partial(_hugging_face_step, stride=model.config.query_stride)
+    grid = by_convolution(model.embeddings.patch_embeddings.projection)
+    return _unrolled(along(grid, blocks, step, fused), model.unroll_schedule)
+
+
+def _unrolled(found: Stages, strides: Sequence[Sequence[int]]) -> Stages:
+    """Describe a network whose tokens are the cells of the finest grid stride by stride."""
+
+    def transport(*size: int) -> list[Step]:
+        cells = _places_in_sequence(found.grid(*size), strides)
+        first, *others = found.transport(*size)
+        return [replace(first, cells=cells), *others]
+
+    return replace(found, transport=transport)
+
+
+def _timm_sam2(model: Any) -> Stages:
+    return along(by_convolution(model.patch_embed.proj), model.blocks, _timm_sam2_step)
+
+
+def _hugging_face_sam2(model: Any) -> Stages:
+    return along(by_convolution(model.patch_embed.projection), model.blocks, _hugging_face_sam2_step)
+
+
+FAMILIES = (
+    (lambda model: isinstance(model, Hiera), _timm_hiera),
+    (lambda model: type(model).__name__ == "HieraModel", _hugging_face_hiera),
+    (lambda model: isinstance(model, HieraDet), _timm_sam2),
+    (lambda model: type(model).__name__ == "Sam2HieraDetModel", _hugging_face_sam2),
+)

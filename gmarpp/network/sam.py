@@ -14,14 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
-from timm.models.vision_transformer_sam import get_rel_pos
+from timm.models.vision_transformer_sam import VisionTransformerSAM, get_rel_pos
 from torch import Tensor
 
 from gmarpp.network import hybrid
+from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.stages import Stages
 from gmarpp.network.transport import Grid, Step
 
 
-def step(block: Any, grid: Grid) -> Step:
+def _step(block: Any, grid: Grid) -> Step:
     """Describe the windows of a block, of timm or of transformers."""
     return hybrid.tiny_vit_step(block, grid) if block.window_size else hybrid.whole_step(block, grid)
 
@@ -56,7 +58,7 @@ def attend_with_positions(
     return attended[..., :size]
 
 
-def timm_attention(attention: Any) -> Callable[[Tensor], Tensor]:
+def _timm_attention(attention: Any) -> Callable[[Tensor], Tensor]:
     """Return what computes the same as an attention module of timm, without a bias that depends on the queries."""
 
     def forward(tokens: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def timm_attention(attention: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def hugging_face_attention(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+def _hugging_face_attention(attention: Any) -> Callable[..., tuple[Tensor, None]]:
     """Return the same for an attention module of transformers, which returns its weights beside the tokens."""
 
     def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
@@ -98,3 +100,19 @@ def _attended(
         attended = F.scaled_dot_product_attention(query, key, value, scale=attention.scale)
     left: Tensor = attention.proj(attended.transpose(1, 2).flatten(2)).view(tokens.shape)
     return left
+
+
+def _timm(model: Any) -> Stages:
+    fused = {block.attn: _timm_attention(block.attn) for block in model.blocks}
+    return along(by_convolution(model.patch_embed.proj), model.blocks, _step, fused)
+
+
+def _hugging_face(model: Any) -> Stages:
+    fused = {layer.attn: _hugging_face_attention(layer.attn) for layer in model.layers}
+    return along(by_convolution(model.patch_embed.projection), model.layers, _step, fused)
+
+
+FAMILIES = (
+    (lambda model: isinstance(model, VisionTransformerSAM), _timm),
+    (lambda model: type(model).__name__ == "SamVisionEncoder", _hugging_face),
+)

@@ -2,26 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from timm.models.fastvit import AttentionBlock as FastVitAttention
 from timm.models.fastvit import FastVit
-from timm.models.hiera import Hiera
-from timm.models.hieradet_sam2 import HieraDet
 from timm.models.maxxvit import MaxxVit, MaxxVitBlock
 from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.metaformer import MetaFormer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
-from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 from torchvision.models import MaxVit as TorchvisionMaxVit
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
-from gmarpp.network import hiera, hybrid, sam, swin
+from gmarpp.network import hybrid, swin
 from gmarpp.network.transport import Grid, Step
 
 
@@ -67,36 +63,6 @@ def _in_stages(
 
     blocks = [block for stage in stages for block in stage]
     return Stages(grid, blocks, transport, fused)
-
-
-def _along(
-    grid: Callable[[int, int], Grid],
-    blocks: Sequence[nn.Module],
-    step: Callable[[Any, Grid], Step],
-    fused: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
-) -> Stages:
-    """Describe a network whose blocks each begin with the tokens that the one below leaves, perhaps pooled."""
-
-    def transport(*size: int) -> list[Step]:
-        steps, tokens = [], grid(*size)
-        for block in blocks:
-            steps.append(step(block, tokens))
-            tokens = steps[-1].above.grid
-        return steps
-
-    return Stages(grid, list(blocks), transport, fused)
-
-
-def _by_convolution(convolution: Any) -> Callable[[int, int], Grid]:
-    """Return what gives the grid of patches that a convolution makes of an image."""
-    geometry = list(zip(convolution.kernel_size, convolution.stride, convolution.padding, strict=True))
-
-    def grid(*size: int) -> Grid:
-        sides = zip(size, geometry, strict=True)
-        height, width = ((side + 2 * padding - kernel) // stride + 1 for side, (kernel, stride, padding) in sides)
-        return height, width
-
-    return grid
 
 
 def _timm_swin(model: Any) -> Stages:
@@ -178,50 +144,6 @@ def _timm_caformer(model: Any) -> Stages:
     )
 
 
-def _timm_hiera(model: Any) -> Stages:
-    attentions = [block.attn for block in model.blocks if block.attn.use_mask_unit_attn]
-    fused = {each: hiera.windowed_attention(each, each.heads, each.q_stride) for each in attentions}
-    step = partial(hiera.timm_step, stride=model.q_stride)
-    return _unrolled(_along(_by_convolution(model.patch_embed.proj), model.blocks, step, fused), model.unroll.schedule)
-
-
-def _hugging_face_hiera(model: Any) -> Stages:
-    blocks = [block for stage in model.encoder.stages for block in stage.layers]
-    fused = {block.attn: hiera.hugging_face_attention(block.attn) for block in blocks}
-    step = partial(hiera.hugging_face_step, stride=model.config.query_stride)
-    grid = _by_convolution(model.embeddings.patch_embeddings.projection)
-    return _unrolled(_along(grid, blocks, step, fused), model.unroll_schedule)
-
-
-def _unrolled(found: Stages, strides: Sequence[Sequence[int]]) -> Stages:
-    """Describe a network whose tokens are the cells of the finest grid stride by stride."""
-
-    def transport(*size: int) -> list[Step]:
-        cells = hiera.places_in_sequence(found.grid(*size), strides)
-        first, *others = found.transport(*size)
-        return [replace(first, cells=cells), *others]
-
-    return replace(found, transport=transport)
-
-
-def _timm_sam2(model: Any) -> Stages:
-    return _along(_by_convolution(model.patch_embed.proj), model.blocks, hiera.timm_sam2_step)
-
-
-def _hugging_face_sam2(model: Any) -> Stages:
-    return _along(_by_convolution(model.patch_embed.projection), model.blocks, hiera.hugging_face_sam2_step)
-
-
-def _timm_sam(model: Any) -> Stages:
-    fused = {block.attn: sam.timm_attention(block.attn) for block in model.blocks}
-    return _along(_by_convolution(model.patch_embed.proj), model.blocks, sam.step, fused)
-
-
-def _hugging_face_sam(model: Any) -> Stages:
-    fused = {layer.attn: sam.hugging_face_attention(layer.attn) for layer in model.layers}
-    return _along(_by_convolution(model.patch_embed.projection), model.layers, sam.step, fused)
-
-
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Stages]], ...] = (
     (lambda model: isinstance(model, SwinTransformer | SwinTransformerV2), _timm_swin),
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
@@ -231,10 +153,4 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Stages]], ..
     (lambda model: isinstance(model, TinyVit), _timm_tiny_vit),
     (lambda model: isinstance(model, FastVit) and bool(_fast_vit_stages(model)), _timm_fast_vit),
     (lambda model: isinstance(model, MetaFormer) and bool(_attending_stages(model)), _timm_caformer),
-    (lambda model: isinstance(model, Hiera), _timm_hiera),
-    (lambda model: type(model).__name__ == "HieraModel", _hugging_face_hiera),
-    (lambda model: isinstance(model, HieraDet), _timm_sam2),
-    (lambda model: type(model).__name__ == "Sam2HieraDetModel", _hugging_face_sam2),
-    (lambda model: isinstance(model, VisionTransformerSAM), _timm_sam),
-    (lambda model: type(model).__name__ == "SamVisionEncoder", _hugging_face_sam),
 )
