@@ -14,10 +14,12 @@ from torch import Tensor
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
 from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.reduced import ReducedLayer
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.windowed import WindowedLayer
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.transport import Grid, Step
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,11 @@ class Descent:
                 residual=None if residual is None else residual[part] / self.gradient_scale,
             )
             shares = None if call.shares is None else call.shares[part]
-            yield part, rows, layer if step is None else WindowedLayer(layer, step, shares)
+            yield part, rows, layer if step is None else _of_all_tokens(layer, step, shares)
+
+
+def _of_all_tokens(layer: AttentionLayer, step: Step, shares: Tensor | None) -> AttentionLayer:
+    return WindowedLayer(layer if step.keys is None else ReducedLayer(layer, step.keys), step, shares)
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.products import RowProduct, RowProducts
-from gmarpp.network.transport import Grid, Step, spread
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step, spread
 
 
 class Relevance:

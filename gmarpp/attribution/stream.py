@@ -102,6 +102,9 @@ def watch_addition(
         and any(map(is_residual, node.next_functions))
         and any(below in from_attention for below, _ in node.next_functions if below is not edge.node)
     ]
+    if entered.is_pooled:
+        # Pooled queries may have been added below.
+        found = [node for node in found if _leading_to(node, nodes).isdisjoint({*found} - {node})]
     if len(found) != 1:
         raise UnsupportedNetworkError(
             f"expected block {entered.block} to add its attention to its tokens in one place, got {len(found)}: leave "

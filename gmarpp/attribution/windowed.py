@@ -1,6 +1,7 @@
 """An attention layer in windows, as methods see it: a layer over all tokens of a grid."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Literal
 
@@ -54,7 +55,7 @@ class WindowedLayer(AttentionLayer):
     """
 
     def __init__(self, windows: AttentionLayer, step: Step, shares: Tensor | None) -> None:
-        super().__init__(**vars(windows))
+        super().__init__(**{each.name: getattr(windows, each.name) for each in fields(windows)})
         self._step, self._whole, self._shares = step, windows, shares
         is_padded = step.is_padded or step.above.is_padded
         self._windows = _WithoutPadding(windows, step) if is_padded else windows

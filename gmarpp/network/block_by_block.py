@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from gmarpp.network.pooling import Grid
 from gmarpp.network.stages import Stages
-from gmarpp.network.transport import Grid, Step
+from gmarpp.network.transport import Step
 
 
 def along(

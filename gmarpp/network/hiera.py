@@ -19,8 +19,9 @@ from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor
 
 from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.pooling import Grid
 from gmarpp.network.stages import Stages
-from gmarpp.network.transport import Grid, QueryPool, Step, cells, footprints, padded, partitioned
+from gmarpp.network.transport import QueryPool, Step, cells, footprints, padded, partitioned
 
 
 def _timm_step(block: Any, grid: Grid, stride: Sequence[int]) -> Step:
@@ -60,7 +61,7 @@ def _step(
         return Step(grid, windows)
     coarse = grid[0] // stride[0], grid[1] // stride[1]
     queries = Step(coarse, torch.arange(len(tokens) // pooled).view(places, -1).T)
-    return Step(grid, windows, QueryPool(queries, tokens.view(pooled, -1).T, residual, has_mean))
+    return Step(grid, windows, pool=QueryPool(queries, tokens.view(pooled, -1).T, residual, has_mean))
 
 
 def _places_in_sequence(grid: Grid, strides: Sequence[Sequence[int]]) -> Tensor:
@@ -126,7 +127,7 @@ def _pooled_windows(
         return Step(grid, windows)
     coarse = grid[0] // stride[0], grid[1] // stride[1]
     queries = Step(coarse, _windows(coarse, [side // each for side, each in zip(window, stride, strict=True)]))
-    return Step(grid, windows, QueryPool(queries, footprints(grid, stride, stride), residual))
+    return Step(grid, windows, pool=QueryPool(queries, footprints(grid, stride, stride), residual))
 
 
 def _windows(grid: Grid, window: Sequence[int]) -> Tensor:

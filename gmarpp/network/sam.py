@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gmarpp.network import hybrid
 from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.pooling import Grid
 from gmarpp.network.stages import Stages
-from gmarpp.network.transport import Grid, Step
+from gmarpp.network.transport import Step
 
 
 def _step(block: Any, grid: Grid) -> Step:
@@ -112,7 +113,9 @@ def _hugging_face(model: Any) -> Stages:
     return along(by_convolution(model.patch_embed.projection), model.layers, _step, fused)
 
 
+# Copies of one encoder.
+_TWINS = ("SamVisionEncoder", "SamHQVisionEncoder", "GotOcr2VisionEncoder", "DeepseekOcr2SamVisionEncoder")
 FAMILIES = (
     (lambda model: isinstance(model, VisionTransformerSAM), _timm),
-    (lambda model: type(model).__name__ == "SamVisionEncoder", _hugging_face),
+    (lambda model: type(model).__name__ in _TWINS, _hugging_face),
 )

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]
-"""Height and width in cells."""
+from gmarpp.network.pooling import Grid, Pooling
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,18 @@ class Step:
     """Over which tokens a block attends.
 
     Attributes:
-        grid: of the tokens that enter the block, N = h w.
+        grid: of the tokens that enter the block, h w, after the prefix tokens.
         windows: the token at each place of each window, (W, n); N where the place is padding.
+        prefix: number of prefix tokens.
+        keys: what keys are made of, where they are fewer than tokens; then there is one window.
         pool: how the block pools its queries, if it does.
         cells: the token of each cell of the grid, (N,), if tokens are not the cells in rows.
     """
 
     grid: Grid
     windows: Tensor
+    prefix: int = 0
+    keys: Pooling | None = None
     pool: "QueryPool | None" = None
     cells: Tensor | None = None
 
@@ -40,8 +43,13 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
+        """Number N of tokens."""
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def key_places(self) -> int:
+        """How many keys there are in each window."""
+        return self.windows.shape[1] if self.keys is None else self.keys.tokens
 
     @property
     def is_padded(self) -> bool:
@@ -56,8 +64,9 @@ class Step:
     def to(self, device: torch.device) -> "Step":
         """Return the step with its windows on a device."""
         pool = None if self.pool is None else self.pool.to(device)
+        keys = None if self.keys is None else self.keys.to(device)
         cells = None if self.cells is None else self.cells.to(device)
-        return replace(self, windows=self.windows.to(device), pool=pool, cells=cells)
+        return replace(self, windows=self.windows.to(device), keys=keys, pool=pool, cells=cells)
 
     def into_windows(self, rows: Tensor) -> Tensor:
         """Lay rows (B, ..., N) out in windows, (B * W, ..., n); padding gets 0."""

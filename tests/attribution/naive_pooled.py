@@ -132,14 +132,17 @@ def kept_by(layers, entered):
     ]
 
 
-def pooled_matrix(name, attention, gradient, kept):
-    """Give M of one image, (Q, N), from A and G of shape (H, Q, N) and what the residual is made of, (Q, N)."""
+def pooled_matrix(name, attention, gradient, kept, keys=None):
+    """Give M of one image, (Q, N), from A and G of shape (H, Q, K) and what residual and keys are made of.
+
+    The residual is made of tokens, (Q, N), and keys are too, (K, N), if they are not tokens themselves.
+    """
     heads, queries, tokens = attention.shape
     # Each query's residual is a column of its own at first.
     square = torch.zeros(2, heads, queries + tokens, queries + tokens)
     square[0, :, :queries, queries:], square[1, :, :queries, queries:] = attention, gradient
     matrix = layer_matrix(name, *square)[:queries]
-    return matrix[:, :queries] @ kept + matrix[:, queries:]
+    return matrix[:, :queries] @ kept + matrix[:, queries:] @ (torch.eye(tokens) if keys is None else keys)
 
 
 def naive_row(name, attentions, gradients, kept, image):

@@ -249,7 +249,7 @@ def test_what_a_pooled_residual_is_made_of_by_hand():
     # Four tokens in two channels, pooled two by two; the last token is alone, and two are alike in the second channel.
     made_of = torch.tensor([[0, 1], [2, 3]])
     pool = QueryPool(Step((1, 2), torch.tensor([[0, 1]])), made_of, lambda tokens: 10 * tokens)
-    step = Step((1, 3), torch.tensor([[0, 1, 2]]), pool)
+    step = Step((1, 3), torch.tensor([[0, 1, 2]]), pool=pool)
     pooled, shares = pool.of(torch.tensor([[[1.0, 5.0], [2.0, 5.0], [-3.0, -4.0]]]))
     assert pooled.tolist() == [[[20.0, 50.0], [-30.0, -40.0]]]
     assert shares.tolist() == [[[0.25, 0.75], [1.0, 0.0]]]
