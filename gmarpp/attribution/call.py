@@ -30,6 +30,7 @@ class AttentionCall:
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
         step: over which tokens it attends, if not over all.
+        shares: of which tokens the residual of pooled queries is made, (B, Q, k); see `QueryPool.of`.
     """
 
     index: int
@@ -43,6 +44,7 @@ class AttentionCall:
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
     step: Step | None = None
+    shares: Tensor | None = None
 
 
 def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
 from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.reduced import ReducedLayer
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.windowed import WindowedLayer
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.transport import Grid
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Descent:
         self.layers = len(calls)
         self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
         self.visited, self.received, self._waiting = [], [], []
-        self._grid = next((call.step.grid for call in reversed(calls) if call.step is not None), None)
+        self._grid = next((call.step.above.grid for call in reversed(calls) if call.step is not None), None)
 
     def end(self) -> None:
         """End a pass; what is differentiated between passes is by the plain rule."""
@@ -153,9 +155,8 @@ class Descent:
         """
         assert self.relevance is not None
         self.visited.append(call.index)
-        if call.step is not None and self._grid is not None and call.step.grid != self._grid:
-            self.relevance.spread(self._grid, call.step.grid)
-            self._grid = call.step.grid
+        if call.step is not None:
+            self._reach(call.step, call.index == self.layers - 1)
         if not self.needs_attention:
             return
         given = Given(call, query, key, value, mask, outer)
@@ -173,6 +174,15 @@ class Descent:
                 self.relevance.step(part, layer)
             self._waiting = []
 
+    def _reach(self, step: Step, is_top: bool) -> None:
+        """Hand the relevance on to the tokens of a block that is visited next."""
+        assert self.relevance is not None
+        if self._grid is not None and step.above.grid != self._grid:
+            self.relevance.spread(self._grid, step.above.grid)
+        if step.pool is not None:
+            self.relevance.pool(step, is_top)
+        self._grid = step.grid
+
     def _layers(self, given: Given, is_whole: bool) -> Iterator[tuple[slice, slice, AttentionLayer]]:
         """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it.
 
@@ -185,7 +195,7 @@ class Descent:
         residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
         step, windows = call.step, 1 if call.step is None else len(call.step.windows)
         # The kernels have no way to leave out padding.
-        may_fuse = is_fused(query) and (step is None or not step.is_padded)
+        may_fuse = is_fused(query) and (step is None or not (step.is_padded or step.above.is_padded))
         for part in _parts(query, key, windows, may_fuse):
             rows = slice(part.start * windows, part.stop * windows)
             layer = (FusedLayer if may_fuse else AttentionLayer)(
@@ -203,7 +213,12 @@ class Descent:
                 index=call.index if call.block is None else call.block,
                 residual=None if residual is None else residual[part] / self.gradient_scale,
             )
-            yield part, rows, layer if step is None else WindowedLayer(layer, step)
+            shares = None if call.shares is None else call.shares[part]
+            yield part, rows, layer if step is None else _of_all_tokens(layer, step, shares)
+
+
+def _of_all_tokens(layer: AttentionLayer, step: Step, shares: Tensor | None) -> AttentionLayer:
+    return WindowedLayer(layer if step.keys is None else ReducedLayer(layer, step.keys), step, shares)
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

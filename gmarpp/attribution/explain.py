@@ -127,9 +127,10 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     shape = (*scores.indices.shape, *grid)
     patches = plan.layout.patches(passed.tokens)
-    maps = {
-        name: torch.stack([rows[name] for rows in columns], dim=1)[..., patches].reshape(shape) for name in plan.names
-    }
+    stacked = {name: torch.stack([rows[name] for rows in columns], dim=1)[..., patches] for name in plan.names}
+    if plan.steps and (cells := plan.steps[0].cells) is not None:
+        stacked = {name: each[..., cells] for name, each in stacked.items()}
+    maps = {name: each.reshape(shape) for name, each in stacked.items()}
     _check_maps(maps)
     return maps, scores
 

@@ -123,6 +123,7 @@ class ForwardPass:
         self._block: int | None = None
         self._entered: Entered | None = None
         self._entrance: GradientEdge | None = None
+        self._shares: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -135,12 +136,12 @@ class ForwardPass:
     @property
     def top_tokens(self) -> int:
         """How many tokens leave the last block."""
-        return self.plan.steps[-1].tokens if self.plan.steps else self.tokens
+        return self.plan.steps[-1].above.tokens if self.plan.steps else self.tokens
 
     @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
-        of_windows = {step.windows.shape[1] for step in self.plan.steps}
+        of_windows = {step.key_places for step in self.plan.steps}
         return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} | of_windows - {0, 1}
 
     @property
@@ -168,6 +169,12 @@ class ForwardPass:
                 tokens = tokens.clone()
             channels = 1 if self.plan.layout.channels_first else -1
             self._entered, self._entrance = watch_tokens(tokens, position, channels, self.descent)
+        self._shares = None
+        pool = self.plan.steps[position].pool if self.plan.steps and self.plan.needs_attention else None
+        if pool is not None:
+            residual, self._shares = pool.of(tokens)
+            if self._entered is not None:
+                self._entered = self._entered.pooled(residual)
         return tokens
 
     def leave_block(self, position: int, run: BlockRun, entered: Tensor, output: Any) -> Any:
@@ -265,7 +272,7 @@ class ForwardPass:
                 "window, as in the families of docs/networks.md. Use a ViT with global attention"
             )
         self.dtype = query.dtype
-        queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.tokens, step.tokens)
+        queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.above.tokens, step.tokens)
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in inputs[:3])
@@ -275,10 +282,11 @@ class ForwardPass:
             inputs.scale,
             queries,
             keys,
-            queries != keys or is_latent,
+            (step is None and queries != keys) or is_latent,
             follows,
             weakref.ref(inputs.value),
             step=step,
+            shares=self._shares,
         )
         if self._block is not None and self.calls and self.calls[-1].block == self._block:
             self._require_at_once(call, inputs)
@@ -289,11 +297,12 @@ class ForwardPass:
         return call
 
     def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
-        windows, places = step.windows.shape
-        expected = (self._batch * windows, places)
-        if query.dim() != 4 or any((len(each), each.shape[2]) != expected for each in (query, key)):
+        windows, queries = step.above.windows.shape
+        expected = [(self._batch * windows, each) for each in (queries, step.key_places)]
+        if query.dim() != 4 or [(len(each), each.shape[2]) for each in (query, key)] != expected:
+            over = "" if queries == step.key_places else f" and {step.key_places} keys"
             raise UnsupportedNetworkError(
-                f"expected block {self._block} to attend in {windows} windows of {places} tokens for each of "
+                f"expected block {self._block} to attend in {windows} windows of {queries} tokens{over} for each of "
                 f"{self._batch} images, got queries of shape {tuple(query.shape)} and keys of shape "
                 f"{tuple(key.shape)}: correct transport in gmarpp.Architecture"
             )

@@ -22,7 +22,8 @@ class AttentionLayer:
 
     Attributes:
         query: (B, H, Q, d).
-        key: (B, H / g, N, d), where g heads share one; N equals Q, except in an attention-pool head.
+        key: (B, H / g, N, d), where g heads share one; N equals Q, except in an attention-pool head and where queries
+            are pooled.
         value: (B, H / g, N, dv).
         mask: as `scaled_dot_product_attention` takes it; entries that it forbids have neither attention nor gradient.
         scale: factor of the query-key products.
@@ -56,6 +57,11 @@ class AttentionLayer:
     def queries(self) -> int:
         """Q."""
         return self.query.shape[-2]
+
+    @property
+    def pools_queries(self) -> bool:
+        """Whether its queries are fewer tokens than its keys, made of them."""
+        return False
 
     @cached_property
     def attention(self) -> Tensor:
@@ -134,6 +140,10 @@ class AttentionLayer:
             None if attention_rows is None else _row_products(attention_rows, self.attention),
             None if product_rows is None else _row_products(product_rows, self.positive_product),
         )
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """Return what the residual connection makes of rows (B, ..., Q): the same, or (B, ..., N) of pooled queries."""
+        return rows
 
     def local_key_sums(self) -> Tensor | None:
         """Sum `ReLU` of the layer's own score's gradient over heads and queries, (B, N)."""

@@ -223,7 +223,7 @@ class LastAttention(Method):
     @override
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:
         if not layer.is_top:
-            return row
+            return layer.keep(row)
         rows = layer.equal_shares[..., None, None] * row[:, None, None]  # (B, H, 1, Q)
         attended, _ = layer.carry(rows, None)
         assert attended is not None

@@ -140,7 +140,7 @@ class Plan:
         names = tuple(method.name for method in methods)
         groups = _by_rule(methods)
         steps = _steps(layout, images)
-        if any(step.grid != steps[-1].grid for step in steps) and local_scores:
+        if len({grid for step in steps for grid in (step.grid, step.above.grid)}) > 1 and local_scores:
             own = ", ".join(method.name for method in methods if method.needs_local_gradient)
             raise UnsupportedNetworkError(
                 f"{own}: the head would have to score the tokens of every block, and where tokens are merged those "

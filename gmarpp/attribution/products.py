@@ -96,10 +96,10 @@ class RowProducts:
             total = total.masked_fill(empty, 1)
             residual = torch.where(empty, torch.ones_like(residual), residual)
         shares = rows / total
-        carried = torch.addcmul(self._relevance(shares, weights, layer), residual, shares)
+        carried = self._relevance(shares, weights, layer) + layer.keep(residual * shares)
         if layer.index < self._last_start:
             skips = torch.tensor([method.start_layer > layer.index for method in self._methods], device=rows.device)
-            carried = torch.where(skips[:, None], rows, carried)
+            carried = torch.where(skips[:, None], layer.keep(rows), carried)
         return carried
 
     def _through_pool(self, rows: Tensor, weights: Tensor, sums: Tensor, layer: AttentionLayer) -> Tensor:

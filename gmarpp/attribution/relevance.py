@@ -9,7 +9,8 @@ from torch import Tensor
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.products import RowProduct, RowProducts
-from gmarpp.network.transport import Grid, spread
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step, spread
 
 
 class Relevance:
@@ -51,7 +52,7 @@ class Relevance:
             method.start(readout, images, tokens if method.needs_attention or method.needs_tokens else input_tokens)
             for method in (*products, *self._others)
         ]
-        # Above the top layer a row has an entry per query, below it one per token.
+        # Above the top layer, or one that pools its queries, a row has an entry per query, below it one per token.
         self._above = torch.stack(starts[: len(products)], dim=1) if products else None  # (B, M, Q)
         self._rows = readout.new_empty(len(readout), len(products), tokens)
         self._summed = [position for position, method in enumerate(products) if method.is_summed]
@@ -68,13 +69,14 @@ class Relevance:
         """Carry the rows of the images of a part through their layer; the layers of an image come from the top down."""
         if self._products is not None:
             assert self._above is not None
-            rows = self._above if layer.is_top else self._rows
+            rows = self._above if layer.is_top or layer.pools_queries else self._rows
             self._rows[part] = self._of_all_tokens(self._products.step(rows[part], layer))
             if self._summed and not layer.is_pool:
                 self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_attention:
-                rows[part] = self._of_all_tokens(method.step((above if layer.is_top else rows)[part], layer))
+                row = (above if layer.is_top or layer.pools_queries else rows)[part]
+                rows[part] = self._of_all_tokens(method.step(row, layer))
 
     def _of_all_tokens(self, rows: Tensor) -> Tensor:
         """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""
@@ -95,6 +97,22 @@ class Relevance:
             for above, rows in self._other_rows
         ]
         self._tokens = fine[0] * fine[1]
+
+    def pool(self, step: Step, is_top: bool) -> None:
+        """Make room for rows of the tokens below a layer that pools its queries, which comes next.
+
+        What methods do not carry through the layer is handed on to the tokens that the queries were made of.
+        """
+        if self._products is not None and not is_top:
+            self._above = self._rows
+        self._rows, self._sums = self._rows.new_empty(*self._rows.shape[:2], step.tokens), step.hand_down(self._sums)
+        self._other_rows = [
+            (above if is_top else rows, rows.new_empty(len(rows), step.tokens))
+            if method.needs_attention
+            else (above, step.hand_down(rows) if rows.shape[-1] == self._tokens else rows)
+            for method, (above, rows) in zip(self._others, self._other_rows, strict=True)
+        ]
+        self._tokens = step.tokens
 
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""

@@ -1,6 +1,6 @@
 """The residual stream: hooks by which a way down sees the tokens that enter a block, and attention added to them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,23 @@ class Entered:
         version: of their values; another one later means that the block changed them in place.
         block: its position.
         channels: which dimension of the tokens is D.
+        is_pooled: whether the block pooled them.
     """
 
     tokens: Tensor
     version: int
     block: int
     channels: int
+    is_pooled: bool = False
+
+    def pooled(self, residual: Tensor) -> "Entered":
+        """Return what the block adds its attention to, (B, Q, D'), where it pools its tokens."""
+        return replace(self, tokens=residual, version=residual._version, channels=-1, is_pooled=True)
 
     def relevance(self, gradient: Tensor) -> Tensor:
         """Return `x · g`, (B, N), for the gradient, laid out as the tokens, of these or what was added to them."""
+        if self.is_pooled:
+            gradient = gradient.flatten(1, -2)
         if self.tokens._version != self.version:
             raise UnsupportedNetworkError(
                 f"block {self.block} changes the tokens it was given in place, so their relevance is lost: add to a "
@@ -66,7 +74,7 @@ def watch_addition(
 
     Args:
         output: of the block.
-        edge: where x stands in the graph.
+        edge: where x stands in the graph; where the block pools x, what it is made of.
         attended: where the output of the block's attention call does.
         entered: x.
         descent: the way down.
@@ -82,13 +90,21 @@ def watch_addition(
     start = (edge.node, edge.output_nr)
     nodes = _above(output.grad_fn, edge.node)
     from_attention = _leading_to(attended.node, nodes)
+    from_tokens = _leading_to(edge.node, nodes) if entered.is_pooled else set()
+
+    def is_residual(below: tuple[Any, int]) -> bool:
+        return below[0] in from_tokens - from_attention if entered.is_pooled else below == start
+
     found = [
         node
         for node in nodes
         if operation(node) == "Add"
-        and start in node.next_functions
+        and any(map(is_residual, node.next_functions))
         and any(below in from_attention for below, _ in node.next_functions if below is not edge.node)
     ]
+    if entered.is_pooled:
+        # Pooled queries may have been added below.
+        found = [node for node in found if _leading_to(node, nodes).isdisjoint({*found} - {node})]
     if len(found) != 1:
         raise UnsupportedNetworkError(
             f"expected block {entered.block} to add its attention to its tokens in one place, got {len(found)}: leave "

@@ -1,6 +1,7 @@
 """An attention layer in windows, as methods see it: a layer over all tokens of a grid."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Literal
 
@@ -15,9 +16,9 @@ from gmarpp.network.transport import Step
 class _WithoutPadding(AttentionLayer):
     """A layer of padded windows without its entries for padding; the rows that are left do not sum to 1."""
 
-    def __init__(self, whole: AttentionLayer, is_token: Tensor) -> None:
+    def __init__(self, whole: AttentionLayer, step: Step) -> None:
         super().__init__(**vars(whole))
-        self._whole, self._is_token = whole, is_token
+        self._whole, self._step = whole, step
 
     @cached_property
     @override
@@ -35,8 +36,8 @@ class _WithoutPadding(AttentionLayer):
         return self.attention.sum(dim=-1)
 
     def _without_padding(self, matrices: Tensor) -> Tensor:
-        """Set rows and columns of padding to 0, (B * W, H, n, n)."""
-        is_pair = self._is_token[:, :, None] & self._is_token[:, None]  # (W, n, n)
+        """Set rows and columns of padding to 0, (B * W, H, q, n)."""
+        is_pair = self._step.above.is_token[:, :, None] & self._step.is_token[:, None]  # (W, q, n)
         kept = torch.unflatten(matrices, 0, (-1, len(is_pair))) * is_pair[:, None]
         return kept.flatten(0, 1)
 
@@ -50,17 +51,28 @@ class WindowedLayer(AttentionLayer):
     Args:
         windows: the same attention, with each window as an image, but the `residual` of the tokens.
         step: over which tokens the windows extend.
+        shares: of which tokens the residual of pooled queries is made, (B, Q, k).
     """
 
-    def __init__(self, windows: AttentionLayer, step: Step) -> None:
-        super().__init__(**vars(windows))
-        self._step, self._whole = step, windows
-        self._windows = _WithoutPadding(windows, step.is_token) if step.is_padded else windows
+    def __init__(self, windows: AttentionLayer, step: Step, shares: Tensor | None) -> None:
+        super().__init__(**{each.name: getattr(windows, each.name) for each in fields(windows)})
+        self._step, self._whole, self._shares = step, windows, shares
+        is_padded = step.is_padded or step.above.is_padded
+        self._windows = _WithoutPadding(windows, step) if is_padded else windows
 
     @property
     @override
     def queries(self) -> int:
-        return self._step.tokens
+        return self._step.above.tokens
+
+    @property
+    @override
+    def pools_queries(self) -> bool:
+        return self._step.pool is not None
+
+    @override
+    def keep(self, rows: Tensor) -> Tensor:
+        return rows if self._step.pool is None else self._step.hand_down(rows, self._shares)
 
     @cached_property
     @override
@@ -76,12 +88,12 @@ class WindowedLayer(AttentionLayer):
     @override
     def attention_rows(self) -> Tensor | None:
         rows = self._windows.attention_rows
-        return None if rows is None else self._step.out_of_windows(rows)
+        return None if rows is None else self._step.above.out_of_windows(rows)
 
     @property
     @override
     def product_rows(self) -> Tensor:
-        return self._step.out_of_windows(self._windows.product_rows)
+        return self._step.above.out_of_windows(self._windows.product_rows)
 
     @cached_property
     @override
@@ -100,7 +112,8 @@ class WindowedLayer(AttentionLayer):
 
     @override
     def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        given = (None if rows is None else self._step.into_windows(rows) for rows in (attention_rows, product_rows))
+        into_windows = self._step.above.into_windows
+        given = (None if rows is None else into_windows(rows) for rows in (attention_rows, product_rows))
         by_attention, by_product = self._windows.carry(*given)
         return (
             None if by_attention is None else self._step.out_of_windows(by_attention),
@@ -117,13 +130,11 @@ class WindowedLayer(AttentionLayer):
         self._whole.write_gradients(found)
 
     def _matrices(self, blocks: Tensor) -> Tensor:
-        """Return matrices (B, H, N, N) with given blocks (B * W, H, n, n)."""
-        windows, places = self._step.windows.shape
-        by_head = torch.unflatten(blocks, 0, (-1, windows)).movedim(1, 2)  # (B, H, W, n, n)
+        """Return matrices (B, H, Q, N) with given blocks (B * W, H, q, n)."""
+        by_head = torch.unflatten(blocks, 0, (-1, len(self._step.windows))).movedim(1, 2)  # (B, H, W, q, n)
         columns = by_head.new_zeros((*by_head.shape[:-1], self._step.tokens + 1))
-        index = self._step.windows[:, None].expand(windows, places, places)
-        columns.scatter_(-1, index.expand_as(by_head), by_head)
-        return columns[..., :-1].flatten(2, 3).index_select(2, self._step.places)
+        columns.scatter_(-1, self._step.windows[:, None].expand_as(by_head), by_head)
+        return columns[..., :-1].flatten(2, 3).index_select(2, self._step.above.places)
 
 
 def _order(which: HeadNorm) -> Literal[1, 2]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmarpp.network import stages
+from gmarpp.network import hiera, mvit, sam, stages
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -217,13 +217,19 @@ def _hugging_face(model: Any) -> Architecture:
 
 
 def _in_stages(model: nn.Module) -> Architecture:
-    return Architecture(prefix_tokens=0, **vars(stages.described(model)))
+    return Architecture(**vars(stages.described(model)))
 
 
+def _block_by_block(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Architecture]:
+    return lambda model: Architecture(**vars(describe(model)))
+
+
+_BLOCK_BY_BLOCK = (*hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES)
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
     (stages.is_known, _in_stages),
+    *((matches, _block_by_block(describe)) for matches, describe in _BLOCK_BY_BLOCK),
 )

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmarpp.network.transport import Grid, Step, cells, padded, partitioned
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step, cells, padded, partitioned
 
 
 def maxvit_partitions(stage: Any) -> list[nn.Module]:

@@ -18,7 +18,8 @@ from torchvision.models import MaxVit as TorchvisionMaxVit
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
 from gmarpp.network import hybrid, swin
-from gmarpp.network.transport import Grid, Step
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Stages:
     transport: Callable[[int, int], Sequence[Step]]
     fused: Mapping[nn.Module, Callable[..., Any]]
     channels_first: bool = False
+    prefix_tokens: int = 0
 
 
 def is_known(model: nn.Module) -> bool:

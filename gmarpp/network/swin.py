@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmarpp.network.transport import Grid, Step, cells, padded, partitioned, put_together, shifted
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step, cells, padded, partitioned, put_together, shifted
 
 
 def timm_step(block: Any, grid: Grid) -> Step:

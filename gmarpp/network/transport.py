@@ -2,10 +2,10 @@
 
 Tokens of a block are the cells of its grid, in rows. A window partition is a permutation of them, with places for
 padding. Merging n tokens into one spreads relevance in equal shares on the way down, `r_fine = Uᵀ r_coarse`, so that
-its sum is kept.
+its sum is kept. A block may pool its queries, and its residual with them: it attends from fewer tokens than to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]
-"""Height and width in cells."""
+from gmarpp.network.pooling import Grid, Pooling
 
 
 @dataclass(frozen=True)
@@ -22,17 +21,35 @@ class Step:
     """Over which tokens a block attends.
 
     Attributes:
-        grid: of the tokens that enter the block, N = h w.
+        grid: of the tokens that enter the block, h w, after the prefix tokens.
         windows: the token at each place of each window, (W, n); N where the place is padding.
+        prefix: number of prefix tokens.
+        keys: what keys are made of, where they are fewer than tokens; then there is one window.
+        pool: how the block pools its queries, if it does.
+        cells: the token of each cell of the grid, (N,), if tokens are not the cells in rows.
     """
 
     grid: Grid
     windows: Tensor
+    prefix: int = 0
+    keys: Pooling | None = None
+    pool: "QueryPool | None" = None
+    cells: Tensor | None = None
+
+    @property
+    def above(self) -> "Step":
+        """The tokens that leave the block, and where in the windows its queries are."""
+        return self if self.pool is None else self.pool.queries
 
     @property
     def tokens(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
+        """Number N of tokens."""
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def key_places(self) -> int:
+        """How many keys there are in each window."""
+        return self.windows.shape[1] if self.keys is None else self.keys.tokens
 
     @property
     def is_padded(self) -> bool:
@@ -46,7 +63,10 @@ class Step:
 
     def to(self, device: torch.device) -> "Step":
         """Return the step with its windows on a device."""
-        return replace(self, windows=self.windows.to(device))
+        pool = None if self.pool is None else self.pool.to(device)
+        keys = None if self.keys is None else self.keys.to(device)
+        cells = None if self.cells is None else self.cells.to(device)
+        return replace(self, windows=self.windows.to(device), keys=keys, pool=pool, cells=cells)
 
     def into_windows(self, rows: Tensor) -> Tensor:
         """Lay rows (B, ..., N) out in windows, (B * W, ..., n); padding gets 0."""
@@ -64,6 +84,71 @@ class Step:
         """Where among the places of all windows the tokens are, (N,)."""
         # Padding has the largest number, so it comes last.
         return self.windows.flatten().argsort()[: self.tokens]
+
+    def hand_down(self, rows: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Return rows (B, ..., N) of rows (B, ..., Q) of pooled tokens.
+
+        Args:
+            rows: to be shared out among the tokens that each pooled one is made of.
+            shares: of these, (B, Q, k), see `QueryPool.of`; by default equal ones.
+        """
+        assert self.pool is not None
+        made_of = self.pool.tokens
+        if shares is None:
+            is_token = (made_of < self.tokens).float()
+            shares = (is_token / is_token.sum(dim=1, keepdim=True))[None]
+        shares = shares.view(len(shares), *[1] * (rows.dim() - 2), *made_of.shape)
+        found = rows.new_zeros(*rows.shape[:-1], self.tokens + 1)
+        for place in range(made_of.shape[1]):
+            # At one place, pooled tokens have different ones, so that the order of sums is always the same.
+            found.index_add_(-1, made_of[:, place], rows * shares[..., place])
+        return found[..., :-1]
+
+
+@dataclass(frozen=True)
+class QueryPool:
+    """How a block pools its queries, Q for N tokens, and, by a maximum, its residual.
+
+    Attributes:
+        queries: the pooled tokens, and where in the windows they are; Q where the place is padding.
+        tokens: of which tokens each pooled one is made, (Q, k); N where there are fewer than k.
+        residual: what the maximum is taken of, (B, N, D') for tokens that enter the block, in their layout.
+        has_mean: whether the mean follows the maximum, in as many channels again.
+    """
+
+    queries: Step
+    tokens: Tensor
+    residual: Callable[[Tensor], Tensor]
+    has_mean: bool = False
+
+    def to(self, device: torch.device) -> "QueryPool":
+        """Return the pool with its tables on a device."""
+        return replace(self, queries=self.queries.to(device), tokens=self.tokens.to(device))
+
+    @torch.no_grad()
+    def of(self, entered: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the residual of a block's tokens is, and of which tokens it is made.
+
+        Args:
+            entered: tokens that enter the block, (B, N, D) or (B, h, w, D).
+
+        Returns:
+            the pooled residual, (B, Q, D'), and the shares that each of its tokens has in it, (B, Q, k): that of the
+            channels in which the token is the maximum. They sum to 1.
+        """
+        values = self.residual(entered).flatten(1, -2)
+        missing = self.tokens == values.shape[1]
+        candidates = F.pad(values, (0, 0, 0, 1), value=float("-inf"))[:, self.tokens]  # (B, Q, k, D')
+        pooled = candidates.amax(dim=2)
+        wins = (candidates == pooled[:, :, None]).float()
+        # Tokens that are alike share a channel, as they do its gradient.
+        shares = (wins / wins.sum(dim=2, keepdim=True)).mean(dim=-1)
+        if self.has_mean:
+            counts = (~missing).sum(dim=1)[:, None]
+            mean = candidates.masked_fill(missing[..., None], 0).sum(dim=2) / counts
+            pooled = torch.cat([pooled, mean], dim=-1)
+            shares = (shares + (~missing) / counts) / 2
+        return pooled, shares
 
 
 def spread(rows: Tensor, coarse: Grid, fine: Grid) -> Tensor:
@@ -90,6 +175,14 @@ def spread(rows: Tensor, coarse: Grid, fine: Grid) -> Tensor:
 def cells(grid: Grid) -> Tensor:
     """Return the numbers of a grid's tokens, in the layout (1, h, w, 1) that networks shift and partition."""
     return torch.arange(grid[0] * grid[1]).view(1, *grid, 1)
+
+
+def footprints(grid: Grid, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int] = (0, 0)) -> Tensor:
+    """Return the tokens of a grid under a kernel at each of its places, (places, k); N outside the grid."""
+    count = grid[0] * grid[1]
+    numbers = torch.arange(1.0, count + 1, dtype=torch.float64).view(1, 1, *grid)
+    found = F.unfold(numbers, tuple(kernel), stride=tuple(stride), padding=tuple(padding))[0].T.long() - 1
+    return found.masked_fill(found < 0, count)
 
 
 def padded(tokens: Tensor, window: Sequence[int], value: int = 0) -> Tensor:

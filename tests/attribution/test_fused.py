@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from test_families import images, relative_error
+from test_pooled_queries import timm_hiera
 from test_transport import TARGET, timm_swin
 
 import gmarpp
@@ -349,4 +350,20 @@ def test_windows_without_padding_and_with_it(layers, window):
     else:
         found = layers.interpreter.submit(maps_in_windows, layers.device, window).result()
     for method, maps in maps_in_windows(torch.device("cpu"), window).items():
+        assert relative_error(found[method].cpu(), maps) < 1e-4, method
+
+
+def maps_of_pooled_queries(device):
+    """Give the maps of a Hiera."""
+    model = timm_hiera((16, 32), stages=(1, 1), q_pool=1, mask_unit_attn=(True, False)).to(device)
+    methods = ("gmarpp_l1", "rollout", "gmarpp_balanced")
+    return gmarpp.explain(model, images((16, 32)).to(device), methods, TARGET.to(device)).maps
+
+
+def test_pooled_queries(layers):
+    if layers.interpreter is None:
+        found = maps_of_pooled_queries(layers.device)
+    else:
+        found = layers.interpreter.submit(maps_of_pooled_queries, layers.device).result()
+    for method, maps in maps_of_pooled_queries(torch.device("cpu")).items():
         assert relative_error(found[method].cpu(), maps) < 1e-4, method
