@@ -14,10 +14,12 @@ from torch import Tensor
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
 from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.reduced import ReducedLayer
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.windowed import WindowedLayer
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.transport import Grid
+from gmarpp.network.pooling import Pooling
+from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Descent:
         self.received: list[int] = []
         self._calls: Counter[int | None] = Counter()
         self._waiting: list[Given] = []
-        self._grid: Grid | None = None
+        self._above: Step | None = None
 
     def begin(
         self,
@@ -108,7 +110,7 @@ class Descent:
         self.layers = len(calls)
         self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
         self.visited, self.received, self._waiting = [], [], []
-        self._grid = next((call.step.grid for call in reversed(calls) if call.step is not None), None)
+        self._above = None
 
     def end(self) -> None:
         """End a pass; what is differentiated between passes is by the plain rule."""
@@ -128,7 +130,8 @@ class Descent:
         """Take the relevance (B, N), times `gradient_scale`, of the tokens that enter a block."""
         assert self.relevance is not None
         self.received.append(block)
-        self.relevance.receive(relevance)
+        # The block's layer is the one that was visited last.
+        self.relevance.receive(relevance if self._above is None else self._above.by_token(relevance))
 
     def visit(
         self,
@@ -153,9 +156,8 @@ class Descent:
         """
         assert self.relevance is not None
         self.visited.append(call.index)
-        if call.step is not None and self._grid is not None and call.step.grid != self._grid:
-            self.relevance.spread(self._grid, call.step.grid)
-            self._grid = call.step.grid
+        if call.step is not None:
+            self._spread(call.step)
         if not self.needs_attention:
             return
         given = Given(call, query, key, value, mask, outer)
@@ -173,6 +175,15 @@ class Descent:
                 self.relevance.step(part, layer)
             self._waiting = []
 
+    def _spread(self, step: Step) -> None:
+        """Bring the relevance from the grid above to that of a layer."""
+        assert self.relevance is not None
+        if self._above is not None and self._above.grid != step.grid:
+            self.relevance.spread(
+                self._above.merged or Pooling.cells(step.grid, self._above.grid).to(step.windows.device)
+            )
+        self._above = step
+
     def _layers(self, given: Given, is_whole: bool) -> Iterator[tuple[slice, slice, AttentionLayer]]:
         """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it.
 
@@ -183,6 +194,8 @@ class Descent:
         has_local = is_whole and call.block is not None and len(self.local) > 0
         local = self.local[call.block] if has_local else None
         residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
+        if residual is not None and call.step is not None:
+            residual = call.step.by_token(residual)
         step, windows = call.step, 1 if call.step is None else len(call.step.windows)
         # The kernels have no way to leave out padding.
         may_fuse = is_fused(query) and (step is None or not step.is_padded)
@@ -203,7 +216,11 @@ class Descent:
                 index=call.index if call.block is None else call.block,
                 residual=None if residual is None else residual[part] / self.gradient_scale,
             )
-            yield part, rows, layer if step is None else WindowedLayer(layer, step)
+            yield part, rows, layer if step is None else _of_all_tokens(layer, step)
+
+
+def _of_all_tokens(layer: AttentionLayer, step: Step) -> AttentionLayer:
+    return WindowedLayer(layer, step) if step.keys is None else ReducedLayer(layer, step.keys)
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

@@ -140,7 +140,7 @@ class ForwardPass:
     @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
-        of_windows = {step.windows.shape[1] for step in self.plan.steps}
+        of_windows = {step.key_places for step in self.plan.steps}
         return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} | of_windows - {0, 1}
 
     @property
@@ -289,11 +289,12 @@ class ForwardPass:
         return call
 
     def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
-        windows, places = step.windows.shape
-        expected = (self._batch * windows, places)
-        if query.dim() != 4 or any((len(each), each.shape[2]) != expected for each in (query, key)):
+        (windows, places), keys = step.windows.shape, step.key_places
+        expected = [(self._batch * windows, each) for each in (places, keys)]
+        if query.dim() != 4 or [(len(each), each.shape[2]) for each in (query, key)] != expected:
+            over = "" if keys == places else f" and {keys} keys"
             raise UnsupportedNetworkError(
-                f"expected block {self._block} to attend in {windows} windows of {places} tokens for each of "
+                f"expected block {self._block} to attend in {windows} windows of {places} tokens{over} for each of "
                 f"{self._batch} images, got queries of shape {tuple(query.shape)} and keys of shape "
                 f"{tuple(key.shape)}: correct transport in gmarpp.Architecture"
             )

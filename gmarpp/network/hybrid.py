@@ -7,14 +7,15 @@ Distillation for Small Vision Transformers", ECCV 2022; Yu et al., "MetaFormer B
 Vasu et al., "FastViT: A Fast Hybrid Vision Transformer Using Structural Reparameterization", ICCV 2023.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmarpp.network.transport import Grid, Step, cells, padded, partitioned
+from gmarpp.network.pooling import Grid
+from gmarpp.network.transport import Step, cells, padded, partitioned
 
 
 def maxvit_partitions(stage: Any) -> list[nn.Module]:
@@ -55,7 +56,11 @@ def torchvision_maxvit_attention(attention: Any) -> Callable[[Tensor], Tensor]:
 
 def tiny_vit_step(block: Any, grid: Grid) -> Step:
     """Describe the windows of a block of TinyViT."""
-    window = [block.window_size] * 2
+    return padded_step(grid, [block.window_size] * 2)
+
+
+def padded_step(grid: Grid, window: Sequence[int]) -> Step:
+    """Describe windows of neighbors, padded at the bottom and on the right."""
     return Step(grid, partitioned(padded(cells(grid), window, value=grid[0] * grid[1]), window)[..., 0])
 
 
