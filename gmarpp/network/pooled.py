@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gmarpp.network.hybrid import padded_step, whole_step
 from gmarpp.network.pooling import Grid, Pooling
-from gmarpp.network.reduced import by_convolutions
+from gmarpp.network.reduced import above_convolutions, by_convolutions
 from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step, cells, partitioned
 
@@ -46,12 +46,7 @@ def _is_coatnet(model: nn.Module) -> bool:
 
 
 def _coatnet(model: Any) -> Stages:
-    attending = [[each for each in stage.blocks if isinstance(each, TransformerBlock2d)] for stage in model.stages]
-    lowest = next(index for index, blocks in enumerate(attending) if blocks)
-    reduction = model.feature_info[lowest + 1]["reduction"]
-    # Blocks pool their tokens themselves, so the lowest ones are given those of the stage below.
-    found = in_stages(lambda *size: merged(size, reduction // 2), [[], *attending[lowest:]], whole_step)
-    return replace(found, grid=lambda *size: merged(size, reduction), channels_first=True)
+    return above_convolutions(model, TransformerBlock2d, whole_step)
 
 
 def _spatial_blocks(part: nn.Module) -> list[nn.Module]:

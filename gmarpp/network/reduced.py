@@ -39,6 +39,16 @@ def by_convolutions(
     )
 
 
+def above_convolutions(model: Any, kind: type[nn.Module], step: Callable[[Any, Grid], Step]) -> Stages:
+    """Describe a network of blocks (B, D, h, w), of which those of a kind attend, in the upper stages."""
+    attending = [[each for each in stage.blocks if isinstance(each, kind)] for stage in model.stages]
+    lowest = next(index for index, blocks in enumerate(attending) if blocks)
+    reduction = model.feature_info[lowest - len(attending)]["reduction"]
+    # Blocks may pool their tokens themselves, so that the lowest ones are given those of the stage below.
+    found = in_stages(lambda *size: merged(size, reduction // 2), [[], *attending[lowest:]], step)
+    return replace(found, grid=lambda *size: merged(size, reduction), channels_first=True)
+
+
 def _reduced_by(reduction: nn.Module | None, block: nn.Module, grid: Grid) -> Step:
     whole = whole_step(block, grid)
     return whole if reduction is None else replace(whole, keys=Pooling.convolved(grid, reduction))
@@ -101,12 +111,7 @@ def _next_vit_step(block: Any, grid: Grid) -> Step:
 
 
 def _next_vit(model: Any) -> Stages:
-    # The stem halves the image twice, and stages with stride 2 do it once more; only the last block of a stage attends.
-    attending = [[each for each in stage.blocks if isinstance(each, NextTransformerBlock)] for stage in model.stages]
-    lowest = next(index for index, blocks in enumerate(attending) if blocks)
-    reduction = model.feature_info[lowest]["reduction"]
-    found = in_stages(lambda *size: merged(size, reduction), attending[lowest:], _next_vit_step)
-    return replace(found, channels_first=True)
+    return above_convolutions(model, NextTransformerBlock, _next_vit_step)
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -99,12 +99,12 @@ def attending(kind):
     return lambda model: [[block for block in stage.blocks if isinstance(block, kind)] for stage in model.stages]
 
 
-def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, added="norm2", exact=True):
+def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, adds=True, exact=True):
     """Describe a network.
 
     `steps` are by stage, one for each block: `None` for attention over all tokens, a side of windows, or how keys are
     pooled. `merging` is how tokens are, `exact` whether nothing else mixes them. `rule` says whether the balanced
-    gradient knows all operations, `added` which module takes tokens with attention added to them, if there is one.
+    gradient knows all operations, `adds` whether blocks add attention to the tokens that they are given.
     """
     return SimpleNamespace(**locals())
 
@@ -124,7 +124,7 @@ NETWORKS = {
     ),
     "SegFormer": case(
         segformer, (62, 72), [(16, 18), (8, 9), (4, 5)], [[four_by_four], [two_by_two], [None]], overlapping,
-        lambda model: by_stage(model.segformer), added="layernorm_after",
+        lambda model: by_stage(model.segformer),
     ),
     "Twins-PCPVT": case(
         twins, (38, 44), [(9, 11), (4, 5)], [[two_by_two] * 2, [None] * 2], two_by_two, twins_blocks,
@@ -134,7 +134,7 @@ NETWORKS = {
     ),
     "NextViT": case(
         next_vit, (68, 92), [(9, 12), (5, 6), (3, 3)], [[runs_of_four], [None], [None]], two_by_two_padded,
-        lambda model: attending(NextTransformerBlock)(model)[1:], added="projection", exact=False,
+        lambda model: attending(NextTransformerBlock)(model)[1:], exact=False,
     ),
     "PiT": case(pit, (36, 44), [(8, 10), (4, 5)], [[None], [None] * 2], overlapping, pit_blocks, prefix=1),
     "PiT, distilled": case(
@@ -143,11 +143,11 @@ NETWORKS = {
     ),
     "CoAtNet": case(
         partial(coatnet, ("C", "T", "T")), (64, 96), [(8, 12), (4, 6)], [[None] * 2] * 2, two_by_two, coatnet_blocks,
-        added=None, exact=False,
+        adds=False, exact=False,
     ),
     "CoAtNet with ConvNeXt blocks": case(
         partial(coatnet, ("C", "C", ("C", "T")), conv_cfg=MaxxVitConvCfg(block_type="convnext")), (64, 96), [(4, 6)],
-        [[None]], None, coatnet_blocks, exact=False,
+        [[None]], two_by_two, coatnet_blocks, adds=False, exact=False,
     ),
     "DaViT": case(
         davit, (34, 44), [(9, 11), (5, 6)], [[3], [3] * 2], two_by_two_padded, davit_blocks, rule=False, exact=False,
@@ -204,7 +204,9 @@ def readout(net):
 def naive_map(name, net, attentions, gradients, image):
     """Give the map of one image: the product of all layers and poolings as one matrix, times the readout."""
     product, stages = None, [stage for stage, steps in enumerate(net.steps) for _ in steps]
-    for index, (attention, gradient, (_, keys, _)) in enumerate(zip(attentions, gradients, layers_of(net), strict=True)):
+    for index, (attention, gradient, (_, keys, _)) in enumerate(
+        zip(attentions, gradients, layers_of(net), strict=True)
+    ):
         product = torch.eye(attention.shape[2]) if product is None else product
         if index and stages[index] != stages[index - 1]:
             product = down_to(net, stages[index]) @ product
@@ -237,6 +239,46 @@ def test_maps_are_the_product_of_all_blocks_and_poolings(name):
     assert relative_error(alone["by_matrix"], found.maps["rollout"]) < 1e-5
 
 
+def flat(net, tokens):
+    """Give a view (B, prefix + h w, D) of what a block is given or computes, the cells in rows."""
+    if net is NETWORKS["Nest"]:
+        side = math.isqrt(tokens.shape[1])
+        parts = tokens.unflatten(2, (4, 4)).unflatten(1, (side, side)).transpose(2, 3)
+        return parts.flatten(3, 4).flatten(1, 2).flatten(1, 2)
+    is_image = tokens.dim() == 4
+    return tokens.flatten(2).mT if is_image else tokens
+
+
+def given_to(block, model, batch):
+    """Give what a block is given, tokens and all else."""
+    given = []
+    hook = block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
+    with torch.no_grad():
+        model(batch)
+    hook.remove()
+    return given[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_cell_of_the_image_is_the_token_that_changes(name):
+    net = NETWORKS[name]
+    model, batch = net.make(), images(net.size, batch=1)
+    first, (rows, columns) = net.blocks(model)[0][0], net.grids[0]
+    row, column = rows - 3, 1
+    pixels = [
+        slice(at * side // cells, (at + 1) * side // cells)
+        for at, side, cells in zip((row, column), net.size, net.grids[0], strict=True)
+    ]
+    changed = batch.clone()
+    changed[..., pixels[0], pixels[1]] += 1
+    before, after = (flat(net, given_to(first, model, each)[0][0])[:, net.prefix :] for each in (batch, changed))
+    finer = math.isqrt(before.shape[1] // (rows * columns))
+    change = (after - before).square().sum((0, 2)).view(rows * finer, columns * finer)
+    centers = [(torch.arange(cells * finer) + 0.5) / finer - 0.5 for cells in net.grids[0]]
+    found = [(change.sum(1 - axis) @ center / change.sum()).item() for axis, center in enumerate(centers)]
+    assert found == pytest.approx([row, column], abs=0.75)
+
+
 def keys_of(block, tokens, others, options):
     """Give the keys of a block's attention call, (..., places, d)."""
     kept, original = [], F.scaled_dot_product_attention
@@ -253,6 +295,103 @@ def keys_of(block, tokens, others, options):
     return kept[0]
 
 
-def by_token(tokens):
-    """Give a view (B, N, D), or in windows (B, W, n, D), of what a block is given."""
-    return tokens.flatten(2).mT if tokens.dim() == 4 and tokens.shape[1] > 4 else tokens
+@pytest.mark.parametrize("name", [name for name, net in NETWORKS.items() if net.exact or name == "NextViT"])
+def test_keys_and_merged_tokens_are_made_of_the_tokens_that_change_them(name):
+    net = NETWORKS[name]
+    model, batch = net.make(), images(net.size, batch=1)
+    stages = net.blocks(model)
+    blocks, steps = [block for stage in stages for block in stage], gmarpp.architecture_of(model).transport(*net.size)
+    for block, step in zip(blocks, steps, strict=True):
+        cell = step.grid[1] + 2
+        (tokens, *others), options = given_to(block, model, batch)
+        changed = tokens.clone()
+        flat(net, changed)[0, net.prefix + cell, 0] += 3
+        with torch.no_grad():
+            before, after = (keys_of(block, each, others, options) for each in (tokens, changed))
+        is_changed = (after - before).abs().sum((1, -1) if before.dim() == 4 else (2, -1)) > 0
+        if step.keys is not None:
+            expected = step.keys.spread(torch.eye(step.keys.tokens))[:, cell] > 0
+        else:
+            expected = step.windows == net.prefix + cell
+        assert torch.equal(is_changed.view(expected.shape), expected)
+    for below, above in itertools.pairwise(stages) if net.exact else ():
+        step = steps[blocks.index(above[0])]
+        cell = 3 * step.merged.right.shape[1] + 2
+
+        def change(_, args, output, cell=cell):
+            output = output.clone()
+            output[0, net.prefix + cell, 0] += 3
+            return output
+
+        before, hook = given_to(above[0], model, batch)[0][0], below[-1].register_forward_hook(change)
+        after = given_to(above[0], model, batch)[0][0]
+        hook.remove()
+        is_changed = (after - before).abs().sum((0, 2))[net.prefix :] > 0
+        assert torch.equal(is_changed, step.merged.spread(torch.eye(step.merged.tokens))[:, cell] > 0)
+
+
+def to_finest(net):
+    """Give for each block the matrix that hands its tokens' relevance to the finest grid's."""
+    matrix, found = torch.eye(net.prefix + math.prod(net.grids[0])), []
+    for stage, steps in enumerate(net.steps):
+        matrix = down_to(net, stage) @ matrix if stage else matrix
+        found += [matrix] * len(steps)
+    return found
+
+
+def relevance_of(net, tokens, gradient, grid):
+    """Give `x · g` of the tokens that attend, (B, N), which may be pooled of those that a block is given."""
+    relevance = (flat(net, tokens) * flat(net, gradient)).sum(-1)
+    finer = tuple(2 * side for side in grid)
+    if relevance.shape[1] == math.prod(finer):
+        return relevance @ (pooling(finer, two_by_two).T > 0).float()
+    return relevance
+
+
+@pytest.mark.parametrize("name", [name for name, net in NETWORKS.items() if net.rule])
+def test_the_balanced_methods_are_those_of_all_blocks_on_the_finest_grid(name):
+    net = NETWORKS[name]
+    model, batch = net.make(), images(net.size)
+    methods = BALANCED if net.adds else BALANCED[:1]
+    found = gmarpp.explain(model, batch, methods, TARGET).maps
+    blocks, down, layers = (
+        [block for stage in net.blocks(model) for block in stage],
+        to_finest(net),
+        list(layers_of(net)),
+    )
+    run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
+    expected = 0
+    for x, dx, (grid, _, _), matrix in zip(run.x, run.dx, layers, down, strict=True):
+        relevance = relevance_of(net, x, dx, grid)
+        expected = expected + relevance / relevance[:, net.prefix :].abs().sum(1, keepdim=True) @ matrix
+    assert relative_error(found["token_relevance"], expected[:, net.prefix :].view(2, *net.grids[0])) < 1e-4
+    if not net.adds:
+        return
+    attentions, gradients = (whole(net, [each.detach() for each in all_]) for all_ in (run.attentions, run.gradients))
+    stages = [stage for stage, steps in enumerate(net.steps) for _ in steps]
+    for image in range(2):
+        row, total = readout(net), 0
+        for index in reversed(range(len(layers))):
+            if index + 1 < len(layers) and stages[index + 1] != stages[index]:
+                row = row @ down_to(net, stages[index + 1])
+            grid, keys, _ = layers[index]
+            matrix = (gradients[index][image].clamp(min=0) * attentions[index][image]).sum(0)
+            matrix = matrix if keys is None else matrix @ keys
+            kept = relevance_of(net, run.x[index], run.dm[index], grid)[image].clamp(min=0)
+            matrix = matrix + torch.diag(kept)
+            empty = matrix.sum(1) == 0
+            matrix[empty] = torch.eye(len(matrix))[empty]
+            row = row @ (matrix / matrix.sum(1, keepdim=True))
+            total = total + row @ down[index]
+        assert relative_error(found["gmarpp_balanced"][image], total[net.prefix :].view(net.grids[0])) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "method", "message"), [
+    ("DaViT", "token_relevance", "no rule for operations of this network: Bmm"),
+    ("CoAtNet", "gmarpp_balanced", "expected block 0 to add its attention to its tokens in one place"),
+    ("PVT v2", "legrad", "legrad: the head would have to score the tokens of every block"),
+])  # fmt: skip
+def test_what_does_not_hold_is_refused(name, method, message):
+    net = NETWORKS[name]
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match=message):
+        gmarpp.explain(net.make(), images(net.size), method, TARGET)
