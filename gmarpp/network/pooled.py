@@ -1,11 +1,11 @@
-"""Networks whose tokens are pooled by their own modules from stage to stage: PiT, CoAtNet, DaViT and Nest.
+"""Networks whose tokens are pooled between stages of attention: PiT, CoAtNet, iFormer, DaViT and Nest.
 
 What they do to tokens beside attention, convolutions and in DaViT attention between channels, is passed place by place.
 
 Sources: Heo et al., "Rethinking Spatial Dimensions of Vision Transformers", ICCV 2021; Dai et al., "CoAtNet: Marrying
-Convolution and Attention for All Data Sizes", NeurIPS 2021; Ding et al., "DaViT: Dual Attention Vision Transformers",
-ECCV 2022; Zhang et al., "Nested Hierarchical Transformer: Towards Accurate, Data-Efficient and Interpretable Visual
-Understanding", AAAI 2022.
+Convolution and Attention for All Data Sizes", NeurIPS 2021; Zheng, "iFormer: Integrating ConvNet and Transformer for
+Mobile Application", ICLR 2025; Ding et al., "DaViT: Dual Attention Vision Transformers", ECCV 2022; Zhang et al.,
+"Nested Hierarchical Transformer: Towards Accurate, Data-Efficient and Interpretable Visual Understanding", AAAI 2022.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.davit import DaVit, SpatialBlock
+from timm.models.iformer import IFormer, SHMABlock
 from timm.models.maxxvit import ConvNeXtBlock, MaxxVit, MbConvBlock, TransformerBlock2d
 from timm.models.nest import Nest
 from timm.models.pit import PoolingVisionTransformer
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from gmarpp.network.hybrid import padded_step, whole_step
 from gmarpp.network.pooling import Grid, Pooling
-from gmarpp.network.reduced import above_convolutions, by_convolutions
+from gmarpp.network.reduced import above_convolutions, by_convolutions, of_kind
 from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step, cells, partitioned
 
@@ -46,11 +47,11 @@ def _is_coatnet(model: nn.Module) -> bool:
 
 
 def _coatnet(model: Any) -> Stages:
-    return above_convolutions(model, TransformerBlock2d, whole_step)
+    return above_convolutions(model.stages, model.feature_info, TransformerBlock2d, whole_step)
 
 
-def _spatial_blocks(part: nn.Module) -> list[nn.Module]:
-    return [each for each in part.modules() if isinstance(each, SpatialBlock)]
+def _iformer(model: Any) -> Stages:
+    return above_convolutions(model.stages, model.feature_info, SHMABlock, whole_step)
 
 
 def _davit_step(block: Any, grid: Grid) -> Step:
@@ -58,7 +59,7 @@ def _davit_step(block: Any, grid: Grid) -> Step:
 
 
 def _davit(model: Any) -> Stages:
-    stages = [_spatial_blocks(stage) for stage in model.stages]
+    stages = [of_kind(stage, SpatialBlock) for stage in model.stages]
     pools = [stage.downsample for stage in model.stages[1:]]
     merging = [None if pool.even_k else partial(Pooling.convolved, by=pool.conv) for pool in pools]
     found = in_stages(lambda *size: merged(size, model.stem.stride[0]), stages, _davit_step, merging=merging)
@@ -90,6 +91,7 @@ def _nest(model: Any) -> Stages:
 FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, PoolingVisionTransformer), _pit),
     (_is_coatnet, _coatnet),
-    (lambda model: isinstance(model, DaVit) and bool(_spatial_blocks(model)), _davit),
+    (lambda model: isinstance(model, IFormer) and bool(of_kind(model, SHMABlock)), _iformer),
+    (lambda model: isinstance(model, DaVit) and bool(of_kind(model, SpatialBlock)), _davit),
     (lambda model: isinstance(model, Nest), _nest),
 )

@@ -1,11 +1,12 @@
-"""Networks whose attention has fewer keys than tokens: PVT version 2, SegFormer, Twins and NextViT.
+"""Networks whose attention has fewer keys than tokens: PVT version 2, SegFormer, Twins, NextViT, MobileNet.
 
 A key is made of a rectangle of tokens, by a strided convolution or an average, or in NextViT of a run of them.
 
 Sources: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVMJ 2022; Xie et al., "SegFormer:
 Simple and Efficient Design for Semantic Segmentation with Transformers", NeurIPS 2021; Chu et al., "Twins: Revisiting
 the Design of Spatial Attention in Vision Transformers", NeurIPS 2021; Li et al., "Next-ViT: Next Generation Vision
-Transformer for Efficient Deployment in Realistic Industrial Scenarios", arXiv 2207.05501, 2022.
+Transformer for Efficient Deployment in Realistic Industrial Scenarios", arXiv 2207.05501, 2022; Qin et al.,
+"MobileNetV4: Universal Models for the Mobile Ecosystem", ECCV 2024.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models._efficientnet_blocks import MobileAttention
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.nextvit import NextTransformerBlock, NextViT
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.twins import LocallyGroupedAttn, Twins
@@ -39,11 +42,28 @@ def by_convolutions(
     )
 
 
-def above_convolutions(model: Any, kind: type[nn.Module], step: Callable[[Any, Grid], Step]) -> Stages:
-    """Describe a network of blocks (B, D, h, w), of which those of a kind attend, in the upper stages."""
-    attending = [[each for each in stage.blocks if isinstance(each, kind)] for stage in model.stages]
+def of_kind(part: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """Return the modules of a kind in a part of a network."""
+    return [each for each in part.modules() if isinstance(each, kind)]
+
+
+def above_convolutions(
+    stages: Sequence[nn.Module],
+    features: Sequence[dict[str, Any]],
+    kind: type[nn.Module],
+    step: Callable[[Any, Grid], Step],
+) -> Stages:
+    """Describe a network whose upper stages attend.
+
+    Args:
+        stages: all, of blocks that are given tokens as (B, D, h, w).
+        features: timm's information on them, the last for the last stage.
+        kind: that of the blocks that attend.
+        step: describes such a block on its grid.
+    """
+    attending = [of_kind(stage, kind) for stage in stages]
     lowest = next(index for index, blocks in enumerate(attending) if blocks)
-    reduction = model.feature_info[lowest - len(attending)]["reduction"]
+    reduction = features[lowest - len(stages)]["reduction"]
     # Blocks may pool their tokens themselves, so that the lowest ones are given those of the stage below.
     found = in_stages(lambda *size: merged(size, reduction // 2), [[], *attending[lowest:]], step)
     return replace(found, grid=lambda *size: merged(size, reduction), channels_first=True)
@@ -111,7 +131,21 @@ def _next_vit_step(block: Any, grid: Grid) -> Step:
 
 
 def _next_vit(model: Any) -> Stages:
-    return above_convolutions(model, NextTransformerBlock, _next_vit_step)
+    return above_convolutions(model.stages, model.feature_info, NextTransformerBlock, _next_vit_step)
+
+
+def _is_mobile_net(model: nn.Module) -> bool:
+    blocks = of_kind(model, MobileAttention) if isinstance(model, MobileNetV3) else []
+    return bool(blocks) and all(block.has_skip for block in blocks)
+
+
+def _mobile_net_step(block: Any, grid: Grid) -> Step:
+    return _reduced_by(getattr(block.attn.key, "down_conv", None), block, grid)
+
+
+def _mobile_net(model: Any) -> Stages:
+    # The last stage does not halve its tokens, nor does it attend.
+    return above_convolutions(model.blocks[:-1], model.feature_info, MobileAttention, _mobile_net_step)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -119,4 +153,5 @@ FAMILIES: tuple[Family, ...] = (
     (lambda model: type(model).__name__ == "SegformerModel", _segformer),
     (lambda model: isinstance(model, Twins), _twins),
     (lambda model: isinstance(model, NextViT), _next_vit),
+    (_is_mobile_net, _mobile_net),
 )

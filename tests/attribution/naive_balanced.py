@@ -106,7 +106,7 @@ def margin_of(target):
 def watch_addition(block, added):
     """Collect the tokens behind the addition of attention, which are given to the module that comes next."""
     kind = type(block).__name__
-    if "Parallel" in kind:  # attention and MLP are added together
+    if "Parallel" in kind or kind == "MobileAttention":  # attention and MLP are added together, or there is no MLP
         return block.register_forward_hook(lambda _, args, output: added.append(output))
     names = (
         ("mlp",)

@@ -18,8 +18,11 @@ from naive_balanced import balanced_run, margin_of
 from naive_windows import assembled, softmax_collected
 from test_families import images, relative_error, sharpened
 from test_transport import BALANCED, PRODUCTS, TARGET, ByMatrix, logit, logits_of
+from timm.models._efficientnet_blocks import MobileAttention
 from timm.models.davit import DaVit, SpatialBlock
+from timm.models.iformer import IFormer, SHMABlock
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg, TransformerBlock2d
+from timm.models.mobilenetv3 import _gen_mobilenet_v4
 from timm.models.nest import Nest
 from timm.models.nextvit import NextTransformerBlock, NextViT
 from timm.models.pit import PoolingVisionTransformer
@@ -69,6 +72,21 @@ def coatnet(kinds, **options):
     return seeded(lambda: MaxxVit(config, img_size=(64, 96), num_classes=5))
 
 
+def iformer():
+    sizes = {"dims": (8, 16, 32), "depths": (1, 4, 3), "attn_groups": (0, 1, 1), "attn_head_dim_reduction": (0, 2, 4)}
+    return seeded(lambda: IFormer(num_classes=5, **sizes))
+
+
+def mobile_net():
+    model = seeded(lambda: _gen_mobilenet_v4("mobilenetv4_hybrid_medium", 0.25, num_classes=5))
+    for name, parameter in model.named_parameters():
+        if "layer_scale" in name:
+            torch.nn.init.ones_(parameter)
+    # Untrained, it makes logits whose exponentials no number can hold.
+    model.classifier.weight.data.div_(1e5)
+    return model
+
+
 def davit(**options):
     sizes = {"depths": (1, 2), "embed_dims": (8, 16), "num_heads": (1, 2), "window_size": 3}
     return seeded(lambda: DaVit(num_classes=5, **sizes, **options))
@@ -91,8 +109,8 @@ def runs_of_four(grids):
     return F.avg_pool1d(grids.flatten(2), 4)
 
 
-def spatial(part):
-    return [each for each in part.modules() if isinstance(each, SpatialBlock)]
+def of_kind(part, kind):
+    return [each for each in part.modules() if isinstance(each, kind)]
 
 
 def attending(kind):
@@ -113,7 +131,7 @@ by_stage = lambda model: [list(stage.blocks) for stage in model.stages]  # noqa:
 twins_blocks = lambda model: [list(stage) for stage in model.blocks]  # noqa: E731
 pit_blocks = lambda model: [list(stage.blocks) for stage in model.transformers]  # noqa: E731
 coatnet_blocks = lambda model: [each for each in attending(TransformerBlock2d)(model) if each]  # noqa: E731
-davit_blocks = lambda model: [spatial(stage) for stage in model.stages]  # noqa: E731
+davit_blocks = lambda model: [of_kind(stage, SpatialBlock) for stage in model.stages]  # noqa: E731
 
 NETWORKS = {
     "PVT v2": case(
@@ -148,6 +166,14 @@ NETWORKS = {
     "CoAtNet with ConvNeXt blocks": case(
         partial(coatnet, ("C", "C", ("C", "T")), conv_cfg=MaxxVitConvCfg(block_type="convnext")), (64, 96), [(4, 6)],
         [[None]], two_by_two, coatnet_blocks, adds=False, exact=False,
+    ),
+    "iFormer": case(
+        iformer, (60, 76), [(8, 10), (4, 5)], [[None]] * 2, two_by_two_padded,
+        lambda model: attending(SHMABlock)(model)[1:], rule=False, exact=False,
+    ),
+    "MobileNet v4": case(
+        mobile_net, (60, 76), [(4, 5), (2, 3)], [[overlapping] * 4, [None] * 4], two_by_two_padded,
+        lambda model: [of_kind(stage, MobileAttention) for stage in model.blocks[2:4]], exact=False,
     ),
     "DaViT": case(
         davit, (34, 44), [(9, 11), (5, 6)], [[3], [3] * 2], two_by_two_padded, davit_blocks, rule=False, exact=False,
@@ -295,7 +321,9 @@ def keys_of(block, tokens, others, options):
     return kept[0]
 
 
-@pytest.mark.parametrize("name", [name for name, net in NETWORKS.items() if net.exact or name == "NextViT"])
+@pytest.mark.parametrize(
+    "name", [name for name, net in NETWORKS.items() if net.exact or name in ("NextViT", "MobileNet v4")]
+)
 def test_keys_and_merged_tokens_are_made_of_the_tokens_that_change_them(name):
     net = NETWORKS[name]
     model, batch = net.make(), images(net.size, batch=1)
@@ -388,6 +416,7 @@ def test_the_balanced_methods_are_those_of_all_blocks_on_the_finest_grid(name):
 
 @pytest.mark.parametrize(("name", "method", "message"), [
     ("DaViT", "token_relevance", "no rule for operations of this network: Bmm"),
+    ("iFormer", "token_relevance", "no rule for operations of this network: Mul"),
     ("CoAtNet", "gmarpp_balanced", "expected block 0 to add its attention to its tokens in one place"),
     ("PVT v2", "legrad", "legrad: the head would have to score the tokens of every block"),
 ])  # fmt: skip
