@@ -35,8 +35,8 @@ kept, and the layers are visited from the top down when the forward pass is over
 Methods that make their maps themselves run after all that, each by itself (`own_maps`).
 
 A network that attends in windows calls with q, k, v (B · W, H, n, d), of which `windowed.WindowedLayer` makes one layer
-of all tokens of a grid. Where tokens are merged between two blocks, `Relevance.spread` hands the rows on to the finer
-grid.
+of all tokens of a grid; of one with fewer keys than tokens `reduced.ReducedLayer` does. Where tokens are merged
+between two blocks, `Relevance.spread` hands the rows on to the finer grid.
 
 Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter
 block 3 and the addition behind its attention have hooks (`stream`), which bring `x · ds/dm` and `x · ds/dx`, (B, 197)

@@ -18,7 +18,7 @@ from gmarpp.attribution.reduced import ReducedLayer
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.windowed import WindowedLayer
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.pooling import Grid
+from gmarpp.network.pooling import Pooling
 from gmarpp.network.transport import Step
 
 
@@ -93,7 +93,7 @@ class Descent:
         self.received: list[int] = []
         self._calls: Counter[int | None] = Counter()
         self._waiting: list[Given] = []
-        self._grid: Grid | None = None
+        self._above: Step | None = None
 
     def begin(
         self,
@@ -110,7 +110,7 @@ class Descent:
         self.layers = len(calls)
         self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
         self.visited, self.received, self._waiting = [], [], []
-        self._grid = next((call.step.above.grid for call in reversed(calls) if call.step is not None), None)
+        self._above = None
 
     def end(self) -> None:
         """End a pass; what is differentiated between passes is by the plain rule."""
@@ -130,7 +130,8 @@ class Descent:
         """Take the relevance (B, N), times `gradient_scale`, of the tokens that enter a block."""
         assert self.relevance is not None
         self.received.append(block)
-        self.relevance.receive(relevance)
+        # The block's layer is the one that was visited last.
+        self.relevance.receive(relevance if self._above is None else self._above.by_token(relevance))
 
     def visit(
         self,
@@ -175,13 +176,13 @@ class Descent:
             self._waiting = []
 
     def _reach(self, step: Step, is_top: bool) -> None:
-        """Hand the relevance on to the tokens of a block that is visited next."""
+        """Bring the relevance from the tokens of the layer above to those of a block that is visited next."""
         assert self.relevance is not None
-        if self._grid is not None and step.above.grid != self._grid:
-            self.relevance.spread(self._grid, step.above.grid)
+        above, self._above = self._above, step
+        if above is not None and above.grid != step.above.grid:
+            self.relevance.spread(above.merged or Pooling.cells(step.above.grid, above.grid).to(step.windows.device))
         if step.pool is not None:
             self.relevance.pool(step, is_top)
-        self._grid = step.grid
 
     def _layers(self, given: Given, is_whole: bool) -> Iterator[tuple[slice, slice, AttentionLayer]]:
         """Make a call's layer, for parts of the batch; without the layer's own score if other calls belong to it.
@@ -193,6 +194,8 @@ class Descent:
         has_local = is_whole and call.block is not None and len(self.local) > 0
         local = self.local[call.block] if has_local else None
         residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
+        if residual is not None and call.step is not None:
+            residual = call.step.by_token(residual)
         step, windows = call.step, 1 if call.step is None else len(call.step.windows)
         # The kernels have no way to leave out padding.
         may_fuse = is_fused(query) and (step is None or not (step.is_padded or step.above.is_padded))
@@ -218,7 +221,11 @@ class Descent:
 
 
 def _of_all_tokens(layer: AttentionLayer, step: Step, shares: Tensor | None) -> AttentionLayer:
-    return WindowedLayer(layer if step.keys is None else ReducedLayer(layer, step.keys), step, shares)
+    if step.keys is not None:
+        layer = ReducedLayer(layer, step.keys)
+        if step.pool is None:
+            return layer
+    return WindowedLayer(layer, step, shares)
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.products import RowProduct, RowProducts
-from gmarpp.network.pooling import Grid
-from gmarpp.network.transport import Step, spread
+from gmarpp.network.pooling import Pooling
+from gmarpp.network.transport import Step
 
 
 class Relevance:
@@ -88,15 +88,20 @@ class Relevance:
             if method.needs_tokens:
                 rows.copy_(method.receive(rows, relevance, self._patches))
 
-    def spread(self, coarse: Grid, fine: Grid) -> None:
-        """Hand on the relevance of merged tokens to those that they were made of."""
-        self._rows, self._sums = spread(self._rows, coarse, fine), spread(self._sums, coarse, fine)
+    def spread(self, merged: Pooling) -> None:
+        """Hand on the relevance of merged tokens to those that they were made of; prefix tokens keep theirs."""
+
+        def spread(rows: Tensor) -> Tensor:
+            prefix = self._patches.start
+            return torch.cat((rows[..., :prefix], merged.spread(rows[..., prefix:])), dim=-1)
+
+        self._rows, self._sums, tokens = spread(self._rows), spread(self._sums), self._tokens
         self._other_rows = [
             # Rows that take nothing of the layers may be those of the input tokens already.
-            (above, spread(rows, coarse, fine) if rows.shape[-1] == self._tokens else rows)
+            (above, spread(rows) if rows.shape[-1] == tokens else rows)
             for above, rows in self._other_rows
         ]
-        self._tokens = fine[0] * fine[1]
+        self._tokens = self._rows.shape[-1]
 
     def pool(self, step: Step, is_top: bool) -> None:
         """Make room for rows of the tokens below a layer that pools its queries, which comes next.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmarpp.network import hiera, mvit, sam, stages
+from gmarpp.network import hiera, mvit, pooled, reduced, sam, stages
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -81,7 +81,7 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
-        "windowed or pyramid attention (PVT, Hiera, SAM), and those with attention between channels (XCiT), cannot be "
+        "windowed or pyramid attention (LeViT, SAM), and those with attention between channels (XCiT), cannot be "
         "explained by these methods: use a ViT, Swin or MaxViT"
     )
 
@@ -216,20 +216,15 @@ def _hugging_face(model: Any) -> Architecture:
     )
 
 
-def _in_stages(model: nn.Module) -> Architecture:
-    return Architecture(**vars(stages.described(model)))
-
-
-def _block_by_block(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Architecture]:
+def _in_stages(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Architecture]:
     return lambda model: Architecture(**vars(describe(model)))
 
 
-_BLOCK_BY_BLOCK = (*hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES)
+_IN_STAGES = (*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES)
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),
     (_is_open_clip, _open_clip),
-    (stages.is_known, _in_stages),
-    *((matches, _block_by_block(describe)) for matches, describe in _BLOCK_BY_BLOCK),
+    *((matches, _in_stages(describe)) for matches, describe in _IN_STAGES),
 )

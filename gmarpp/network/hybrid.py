@@ -7,7 +7,7 @@ Distillation for Small Vision Transformers", ECCV 2022; Yu et al., "MetaFormer B
 Vasu et al., "FastViT: A Fast Hybrid Vision Transformer Using Structural Reparameterization", ICCV 2023.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,11 @@ def torchvision_maxvit_attention(attention: Any) -> Callable[[Tensor], Tensor]:
 
 def tiny_vit_step(block: Any, grid: Grid) -> Step:
     """Describe the windows of a block of TinyViT."""
-    window = [block.window_size] * 2
+    return padded_step(grid, [block.window_size] * 2)
+
+
+def padded_step(grid: Grid, window: Sequence[int]) -> Step:
+    """Describe windows of neighbors, padded at the bottom and on the right."""
     return Step(grid, partitioned(padded(cells(grid), window, value=grid[0] * grid[1]), window)[..., 0])
 
 

@@ -18,7 +18,7 @@ from torchvision.models import MaxVit as TorchvisionMaxVit
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
 from gmarpp.network import hybrid, swin
-from gmarpp.network.pooling import Grid
+from gmarpp.network.pooling import Grid, Pooling
 from gmarpp.network.transport import Step
 
 
@@ -34,34 +34,47 @@ class Stages:
     prefix_tokens: int = 0
 
 
-def is_known(model: nn.Module) -> bool:
-    """Return whether a network is of one of these families."""
-    return any(matches(model) for matches, _ in _FAMILIES)
+Family = tuple[Callable[[nn.Module], bool], Callable[[Any], Stages]]
+"""Whether a network is of it, and what describes the network."""
 
 
-def described(model: nn.Module) -> Stages:
-    """Return what there is to know of a network of one of these families."""
-    return next(describe(model) for matches, describe in _FAMILIES if matches(model))
-
-
-def _merged(sides: Sequence[int], stride: int) -> Grid:
+def merged(sides: Sequence[int], stride: int) -> Grid:
+    """Return the grid of tokens that merge so many along each side, at the edges fewer."""
     height, width = (-(-side // stride) for side in sides)
     return height, width
 
 
-def _in_stages(
+def _halved(grid: Grid) -> Pooling:
+    return Pooling.cells(grid, merged(grid, 2))
+
+
+def in_stages(
     grid: Callable[[int, int], Grid],
     stages: Sequence[Sequence[nn.Module]],
     step: Callable[[Any, Grid], Step],
     fused: Mapping[nn.Module, Callable[..., Any]] = MappingProxyType({}),
+    merging: Sequence[Callable[[Grid], Pooling] | None] | None = None,
 ) -> Stages:
-    """Describe a network of several stages, with half as many tokens along each side from stage to stage."""
+    """Describe a network of several stages.
+
+    Args:
+        grid: of the first stage, for the height and width of an image.
+        stages: the blocks of each.
+        step: describes a block on its grid.
+        fused: see `Architecture`.
+        merging: how tokens are made of those of the stage below, for each stage but the first; of two by two where it
+            is not given.
+    """
+    by_stage = [None] * (len(stages) - 1) if merging is None else merging
 
     def transport(*size: int) -> list[Step]:
-        grids = [grid(*size)]
-        for _ in stages[1:]:
-            grids.append(_merged(grids[-1], 2))
-        return [step(block, each) for stage, each in zip(stages, grids, strict=True) for block in stage]
+        at = grid(*size)
+        steps = [step(block, at) for block in stages[0]]
+        for stage, merge in zip(stages[1:], by_stage, strict=True):
+            made = (merge or _halved)(at)
+            at = made.coarse
+            steps += [replace(step(block, at), merged=made) for block in stage]
+        return steps
 
     blocks = [block for stage in stages for block in stage]
     return Stages(grid, blocks, transport, fused)
@@ -71,7 +84,7 @@ def _timm_swin(model: Any) -> Stages:
     is_second = isinstance(model, SwinTransformerV2)
     stages = [list(stage.blocks) for stage in model.layers]
     fused = swin.timm_cosine_attention if is_second else swin.timm_attention
-    return _in_stages(
+    return in_stages(
         lambda *size: tuple(model.patch_embed.dynamic_feat_size(size)),
         stages,
         swin.timm_step,
@@ -85,13 +98,13 @@ def _torchvision_swin(model: Any) -> Stages:
     stages = [list(stage) for stage in layers[::2]]
     fused = {block.attn: swin.torchvision_attention(block.attn) for stage in stages for block in stage}
     down, right = embedding[0].stride
-    return _in_stages(lambda *size: (size[0] // down, size[1] // right), stages, swin.torchvision_step, fused)
+    return in_stages(lambda *size: (size[0] // down, size[1] // right), stages, swin.torchvision_step, fused)
 
 
 def _hugging_face_swin(model: Any) -> Stages:
     side = model.config.patch_size
     stages = [list(stage.blocks) for stage in model.encoder.layers]
-    return _in_stages(lambda *size: _merged(size, side), stages, swin.hugging_face_step)
+    return in_stages(lambda *size: merged(size, side), stages, swin.hugging_face_step)
 
 
 def _is_timm_maxvit(model: nn.Module) -> bool:
@@ -103,13 +116,13 @@ def _is_timm_maxvit(model: nn.Module) -> bool:
 def _timm_maxvit(model: Any) -> Stages:
     # The stem and the first stage halve the image each.
     stages = [hybrid.maxvit_partitions(stage) for stage in model.stages]
-    return _in_stages(lambda *size: _merged(size, 4), stages, hybrid.maxvit_step)
+    return in_stages(lambda *size: merged(size, 4), stages, hybrid.maxvit_step)
 
 
 def _timm_tiny_vit(model: Any) -> Stages:
     # The stem halves the image twice; the first stage is one of convolutions.
     stages = [list(stage.blocks) for stage in model.stages[1:]]
-    return _in_stages(lambda *size: _merged(size, 8), stages, hybrid.tiny_vit_step)
+    return in_stages(lambda *size: merged(size, 8), stages, hybrid.tiny_vit_step)
 
 
 def _torchvision_maxvit(model: Any) -> Stages:
@@ -118,7 +131,7 @@ def _torchvision_maxvit(model: Any) -> Stages:
     stages = [[each for layer in stage for each in (layer.window_attention, layer.grid_attention)] for stage in layers]
     attentions = [partition.attn_layer[1] for stage in stages for partition in stage]
     fused = {each: hybrid.torchvision_maxvit_attention(each) for each in attentions}
-    found = _in_stages(lambda *size: _merged(size, 4), stages, hybrid.torchvision_maxvit_step, fused)
+    found = in_stages(lambda *size: merged(size, 4), stages, hybrid.torchvision_maxvit_step, fused)
     return replace(found, channels_first=True)
 
 
@@ -129,7 +142,7 @@ def _fast_vit_stages(model: Any) -> list[Any]:
 def _timm_fast_vit(model: Any) -> Stages:
     stages = [list(stage.blocks) for stage in _fast_vit_stages(model)]
     reduction = model.feature_info[-len(stages)]["reduction"]
-    found = _in_stages(lambda *size: _merged(size, reduction), stages, hybrid.whole_step)
+    found = in_stages(lambda *size: merged(size, reduction), stages, hybrid.whole_step)
     return replace(found, channels_first=True)
 
 
@@ -141,12 +154,12 @@ def _timm_caformer(model: Any) -> Stages:
     stages = [list(stage.blocks) for stage in _attending_stages(model)]
     convolutional = len(model.stages) - len(stages)
     # The stem has patches of 7 x 7 pixels at every fourth pixel, from 2 pixels outside the image.
-    return _in_stages(
-        lambda *size: _merged([(side + 1) // 4 for side in size], 2**convolutional), stages, hybrid.whole_step
+    return in_stages(
+        lambda *size: merged([(side + 1) // 4 for side in size], 2**convolutional), stages, hybrid.whole_step
     )
 
 
-_FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Stages]], ...] = (
+FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, SwinTransformer | SwinTransformerV2), _timm_swin),
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
     (lambda model: type(model).__name__ == "SwinModel" and hasattr(model, "encoder"), _hugging_face_swin),

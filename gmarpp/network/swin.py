@@ -43,7 +43,7 @@ def timm_cosine_attention(attention: Any) -> Callable[..., Tensor]:
         biases, places = (attention.q_bias, attention.k_bias, attention.v_bias), windows.shape[1]
         by_distance = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads)
         by_pair = by_distance[attention.relative_position_index.view(-1)].view(places, places, -1)
-        return _attended(
+        return attended(
             attention,
             windows,
             None if attention.q_bias is None else torch.cat(biases),
@@ -75,7 +75,7 @@ def torchvision_attention(attention: Any) -> Callable[[Tensor], Tensor]:
             bias = torch.cat([of_query, torch.zeros_like(of_key), of_value])
         windows = partitioned(shifted(whole, shift), window)
         apart = _apart(grid, window, shift, windows) if any(shift) else None
-        windows = _attended(attention, windows, bias, attention.get_relative_position_bias(), apart)
+        windows = attended(attention, windows, bias, attention.get_relative_position_bias(), apart)
         left = shifted(put_together(windows, window, grid), [-each for each in shift])
         return left[:, :height, :width].contiguous()
 
@@ -96,8 +96,12 @@ def _shift(attention: Any, grid: Sequence[int]) -> list[int]:
     return [0 if window >= side else shift for shift, window, side in sides]
 
 
-def _attended(
-    attention: Any, windows: Tensor, bias: Tensor | None, by_position: Tensor, apart: Tensor | None
+def attended(
+    attention: Any,
+    windows: Tensor,
+    bias: Tensor | None,
+    by_position: Tensor | None = None,
+    apart: Tensor | None = None,
 ) -> Tensor:
     """Return what an attention module makes of windows, (B * W, n, D).
 
@@ -106,7 +110,7 @@ def _attended(
         windows: (B * W, n, D).
         bias: of queries, keys and values, (3 D,).
         by_position: added to the scores, (1, H, n, n).
-        apart: likewise, (W, 1, n, n), of tokens that do not attend to each other.
+        apart: likewise, (W, 1, n, n), of tokens that do not attend to each other; only beside the former.
     """
     projected = F.linear(windows, attention.qkv.weight, bias)
     query, key, value = torch.unflatten(projected, 2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -114,7 +118,9 @@ def _attended(
     if hasattr(attention, "logit_scale"):
         query = F.normalize(query, dim=-1) * attention.logit_scale.clamp(max=math.log(100)).exp()
         key, scale = F.normalize(key, dim=-1), 1.0
-    mask = by_position if apart is None else (by_position + apart).repeat(len(windows) // len(apart), 1, 1, 1)
+    mask = by_position
+    if by_position is not None and apart is not None:
+        mask = (by_position + apart).repeat(len(windows) // len(apart), 1, 1, 1)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     left: Tensor = attention.proj(attended.transpose(1, 2).flatten(2))
     return left

@@ -1,8 +1,9 @@
 """How blocks attend that do not attend over all tokens of one grid: in windows, on grids that grow coarser upward.
 
 Tokens of a block are the cells of its grid, in rows. A window partition is a permutation of them, with places for
-padding. Merging n tokens into one spreads relevance in equal shares on the way down, `r_fine = Uᵀ r_coarse`, so that
-its sum is kept. A block may pool its queries, and its residual with them: it attends from fewer tokens than to.
+padding. Tokens of a coarser grid, or keys that are fewer than tokens, are each made of several
+(`gmarpp.network.pooling`). A block may pool its queries, and its residual with them: it attends from fewer tokens than
+to.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ class Step:
         keys: what keys are made of, where they are fewer than tokens; then there is one window.
         pool: how the block pools its queries, if it does.
         cells: the token of each cell of the grid, (N,), if tokens are not the cells in rows.
+        merged: what the grid's tokens are made of, those of the next finer grid; of cells without overlap unless it is
+            given.
+        enters_in_windows: whether the block is given its tokens in windows, one after the other.
     """
 
     grid: Grid
@@ -35,6 +39,8 @@ class Step:
     keys: Pooling | None = None
     pool: "QueryPool | None" = None
     cells: Tensor | None = None
+    merged: Pooling | None = None
+    enters_in_windows: bool = False
 
     @property
     def above(self) -> "Step":
@@ -64,9 +70,9 @@ class Step:
     def to(self, device: torch.device) -> "Step":
         """Return the step with its windows on a device."""
         pool = None if self.pool is None else self.pool.to(device)
-        keys = None if self.keys is None else self.keys.to(device)
         cells = None if self.cells is None else self.cells.to(device)
-        return replace(self, windows=self.windows.to(device), keys=keys, pool=pool, cells=cells)
+        keys, merged = (None if each is None else each.to(device) for each in (self.keys, self.merged))
+        return replace(self, windows=self.windows.to(device), keys=keys, pool=pool, cells=cells, merged=merged)
 
     def into_windows(self, rows: Tensor) -> Tensor:
         """Lay rows (B, ..., N) out in windows, (B * W, ..., n); padding gets 0."""
@@ -78,6 +84,14 @@ class Step:
         """Return rows (B, ..., N) of what lies in windows, (B * W, ..., n)."""
         by_window = torch.unflatten(placed, 0, (-1, len(self.windows))).movedim(1, -2)
         return by_window.flatten(-2).index_select(-1, self.places)
+
+    def by_token(self, entered: Tensor) -> Tensor:
+        """Return rows (B, N) of what belongs to the tokens that a block is given, which it may pool first."""
+        if self.enters_in_windows:
+            return self.out_of_windows(entered.reshape(-1, self.windows.shape[1]))
+        if self.merged is not None and entered.shape[-1] != self.tokens:
+            return self.merged.added(entered)
+        return entered
 
     @cached_property
     def places(self) -> Tensor:
@@ -149,27 +163,6 @@ class QueryPool:
             pooled = torch.cat([pooled, mean], dim=-1)
             shares = (shares + (~missing) / counts) / 2
         return pooled, shares
-
-
-def spread(rows: Tensor, coarse: Grid, fine: Grid) -> Tensor:
-    """Share the relevance of merged tokens, (..., N_coarse), out equally among those that each was made of.
-
-    A token of the coarse grid covers a rectangle of the fine one, at the lower and right edges perhaps less than
-    others do.
-
-    Returns:
-        (..., N_fine), of the same sum.
-
-    Raises:
-        ValueError: if the coarse grid does not cover the fine one in this way.
-    """
-    strides = [-(-many // few) for many, few in zip(fine, coarse, strict=True)]
-    if any(-(-many // stride) != few for many, few, stride in zip(fine, coarse, strides, strict=True)):
-        raise ValueError(f"expected a grid that tokens of a {fine} grid can be merged into, got {coarse}")
-    down, right = (torch.arange(side, device=rows.device) // stride for side, stride in zip(fine, strides, strict=True))
-    merged = (down[:, None] * coarse[1] + right).flatten()
-    sizes = merged.bincount(minlength=rows.shape[-1])
-    return (rows / sizes)[..., merged]
 
 
 def cells(grid: Grid) -> Tensor:

@@ -52,30 +52,31 @@ def row_normalized(matrix):
     return matrix / matrix.sum(dim=-1, keepdim=True)
 
 
-def layer_matrix(name, attention, gradient, alpha=1.0):
-    """Give M_l of one image, (N, N), from A and G of shape (H, N, N)."""
+def layer_matrix(name, attention, gradient, alpha=1.0, keys=None):
+    """Give M_l of one image, (N, N), from A and G of shape (H, N, N), or (H, N, K) for keys made of tokens, (K, N)."""
     heads, tokens, _ = attention.shape
     identity = torch.eye(tokens)
+    keys = identity if keys is None else keys
     if name == "rollout":
-        return row_normalized(attention.mean(0) + alpha * identity)
+        return row_normalized(attention.mean(0) @ keys + alpha * identity)
     if name.startswith("gmar_"):
         p = int(name[-1])
         norms = torch.stack([gradient[h].abs().pow(p).sum().pow(1 / p) for h in range(heads)])
         weights = norms / norms.sum()
-        return row_normalized(sum(weights[h] * attention[h] for h in range(heads)) + alpha * identity)
+        return row_normalized(sum(weights[h] * attention[h] for h in range(heads)) @ keys + alpha * identity)
     if name.startswith("gmarpp_"):
         positive = gradient.clamp(min=0)
         if positive.sum() == 0:
             return identity
         if name == "gmarpp_sum":
-            return row_normalized((positive * attention).sum(0) + alpha * identity)
+            return row_normalized((positive * attention).sum(0) @ keys + alpha * identity)
         p = int(name[-1])
         norms = torch.stack([positive[h].pow(p).sum().pow(1 / p) for h in range(heads)])
         weights = norms / norms.sum()
         relevance = sum(weights[h] * positive[h] * attention[h] for h in range(heads))
-        return row_normalized(relevance + alpha * identity)
+        return row_normalized(relevance @ keys + alpha * identity)
     if name == "chefer":
-        return identity + (gradient * attention).clamp(min=0).mean(0)
+        return identity + (gradient * attention).clamp(min=0).mean(0) @ keys
     raise KeyError(name)
 
 

@@ -318,8 +318,9 @@ def unsupported(name):
             if hasattr(module, "fused_attn"):
                 module.fused_attn = True
         return model, images((56, 56)), "windowed attention"
-    if name == "PVT":
-        return timm.create_model("pvt_v2_b0", num_classes=3), images(), r"windowed or pyramid attention \(PVT"
+    if name == "XCiT":
+        model = timm.create_model("xcit_nano_12_p16_224", depth=1, num_classes=3)
+        return model, images(), r"attention between channels \(XCiT\)"
     if name == "CaiT":
         return timm.create_model("cait_xxs24_224", img_size=32, depth=2, num_classes=3), images(), "class-attention"
     if name == "unfused timm":
@@ -330,7 +331,7 @@ def unsupported(name):
     return timm.create_model("resnet10t", num_classes=3), images(), "ResNet is not known to attend"
 
 
-@pytest.mark.parametrize("name", ["Swin, described as a ViT", "PVT", "CaiT", "unfused timm", "ResNet"])
+@pytest.mark.parametrize("name", ["Swin, described as a ViT", "XCiT", "CaiT", "unfused timm", "ResNet"])
 def test_what_cannot_be_explained_says_so(name):
     model, batch, message = unsupported(name)
     by_hand = (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_families import images, relative_error
 from test_pooled_queries import timm_hiera
+from test_pooled_tokens import pvt
 from test_transport import TARGET, timm_swin
 
 import gmarpp
@@ -336,20 +337,27 @@ def test_the_sum_over_heads_does_not_vary(layers):
     assert (first == again).all()
 
 
-def maps_in_windows(device, window):
-    """Give the maps of a Swin Transformer, whose second block is shifted."""
-    model = timm_swin(32, window, depths=(2, 1)).to(device)
+# A Swin Transformer's second block is shifted; its windows divide its tokens, or not.
+IN_STAGES = {
+    "windows": (lambda: timm_swin(32, 4, depths=(2, 1)), (32, 32)),
+    "windows with padding": (lambda: timm_swin(32, 3, depths=(2, 1)), (32, 32)),
+    "fewer keys": (pvt, (36, 44)),
+}
+
+
+def maps_in_stages(device, name):
+    make, size = IN_STAGES[name]
     methods = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "rollout", "chefer", "gmarpp_balanced")
-    return gmarpp.explain(model, images().to(device), methods, TARGET.to(device)).maps
+    return gmarpp.explain(make().to(device), images(size).to(device), methods, TARGET.to(device)).maps
 
 
-@pytest.mark.parametrize("window", [4, 3])
-def test_windows_without_padding_and_with_it(layers, window):
+@pytest.mark.parametrize("name", IN_STAGES)
+def test_layers_that_do_not_attend_to_all_tokens(layers, name):
     if layers.interpreter is None:
-        found = maps_in_windows(layers.device, window)
+        found = maps_in_stages(layers.device, name)
     else:
-        found = layers.interpreter.submit(maps_in_windows, layers.device, window).result()
-    for method, maps in maps_in_windows(torch.device("cpu"), window).items():
+        found = layers.interpreter.submit(maps_in_stages, layers.device, name).result()
+    for method, maps in maps_in_stages(torch.device("cpu"), name).items():
         assert relative_error(found[method].cpu(), maps) < 1e-4, method
 
 

@@ -21,7 +21,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 
 import gmarpp
 from gmarpp.attribution import Method
-from gmarpp.network.transport import spread
+from gmarpp.network.pooling import Pooling
 
 PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
 BALANCED = ("token_relevance", "gmarpp_balanced")
@@ -298,9 +298,9 @@ def test_weights_of_torchvision_give_the_same_maps_in_timm():
 def test_relevance_of_merged_tokens_is_shared_out_by_hand():
     rows = torch.tensor([[6.0, 2.0, 4.0, 1.0]])
     expected = [[1.5, 1.5, 1.0], [1.5, 1.5, 1.0], [2.0, 2.0, 1.0]]
-    assert spread(rows, (2, 2), (3, 3)).view(3, 3).tolist() == expected
+    assert Pooling.cells((3, 3), (2, 2)).spread(rows).view(3, 3).tolist() == expected
     with pytest.raises(ValueError, match=r"tokens of a \(3, 3\) grid can be merged into, got \(4, 1\)"):
-        spread(torch.ones(1, 4), (4, 1), (3, 3))
+        Pooling.cells((3, 3), (4, 1))
 
 
 class ByMatrix(Method):
