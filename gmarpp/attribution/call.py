@@ -40,7 +40,7 @@ class AttentionCall:
     is_pool: bool
     follows: bool
     values: Callable[[], Tensor | None] = lambda: None
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
     step: Step | None = None
 

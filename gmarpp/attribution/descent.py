@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
-from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.layer import AttentionLayer, WrittenLayer
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.windowed import WindowedLayer
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -26,7 +26,7 @@ class Given:
 
     call: AttentionCall
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     value: Tensor
     mask: Tensor | None
     outer: Tensor | None
@@ -40,7 +40,11 @@ def joined(given: Sequence[Given]) -> Given:
     """
     ordered = sorted(given, key=lambda each: each.call.index)
     last = ordered[-1]
-    shapes = {(each.query.shape[2:], each.value.shape[2:], each.query.shape[1] // each.key.shape[1]) for each in given}
+    keys = [each.key for each in ordered if each.key is not None]
+    shapes = {
+        (each.query.shape[2:], each.value.shape[2:], each.key is not None and each.query.shape[1] / each.key.shape[1])
+        for each in given
+    }
     if len(shapes) > 1 or any(each.mask is not None for each in given):
         raise UnsupportedNetworkError(
             f"block {last.call.block} makes {len(given)} attention calls at once, of different shapes or with masks: "
@@ -50,7 +54,7 @@ def joined(given: Sequence[Given]) -> Given:
     return Given(
         last.call,
         torch.cat([each.query * (each.call.scale / last.call.scale) for each in ordered], dim=1),
-        torch.cat([each.key for each in ordered], dim=1),
+        torch.cat(keys, dim=1) if keys else None,
         torch.cat([each.value for each in ordered], dim=1),
         None,
         torch.cat(outer, dim=1) if outer else None,
@@ -134,7 +138,7 @@ class Descent:
         self,
         call: AttentionCall,
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         value: Tensor,
         mask: Tensor | None,
         outer: Tensor | None,
@@ -144,8 +148,8 @@ class Descent:
 
         Args:
             call: the layer's call.
-            query: (B, H, Q, d).
-            key: (B, H, N, d).
+            query: (B, H, Q, d); or the attention itself, (B, H, Q, N), without a key.
+            key: (B, H, N, d), or `None`.
             value: (B, H, N, dv).
             mask: as `scaled_dot_product_attention` takes it.
             outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv), or `None`.
@@ -185,12 +189,13 @@ class Descent:
         residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
         step, windows = call.step, 1 if call.step is None else len(call.step.windows)
         # The kernels have no way to leave out padding.
-        may_fuse = is_fused(query) and (step is None or not step.is_padded)
-        for part in _parts(query, key, windows, may_fuse):
+        may_fuse = is_fused(query) and key is not None and (step is None or not step.is_padded)
+        kind = WrittenLayer if key is None else FusedLayer if may_fuse else AttentionLayer
+        for part in _parts(query, value, windows, may_fuse):
             rows = slice(part.start * windows, part.stop * windows)
-            layer = (FusedLayer if may_fuse else AttentionLayer)(
+            layer = kind(
                 query[rows],
-                key[rows],
+                None if key is None else key[rows],
                 value[rows],
                 mask=_mask_part(mask, rows),
                 scale=call.scale,
@@ -210,12 +215,12 @@ def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
     return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
 
 
-def _parts(query: Tensor, key: Tensor, windows: int, may_fuse: bool) -> Iterator[slice]:
+def _parts(query: Tensor, value: Tensor, windows: int, may_fuse: bool) -> Iterator[slice]:
     """Split a batch so that a part's matrices fit a CPU's cache, or stay small on a GPU; fused layers make none."""
     images = len(query) // windows
     if may_fuse:
         return iter([slice(0, images)])
-    bytes_per_image = windows * query.shape[1] * query.shape[2] * key.shape[2] * 4
+    bytes_per_image = windows * query.shape[1] * query.shape[2] * value.shape[2] * 4
     budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
     size = max(1, budget // bytes_per_image)
     return (slice(start, start + size) for start in range(0, images, size))

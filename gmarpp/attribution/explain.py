@@ -110,9 +110,8 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     fused = plan.layout.fused
     with intercepted(model), forwards_replaced(list(fused), list(fused.values())):
         with (
-            answered_by(passed.attend),
+            answered_by(passed.attend) as written,
             wrapped(plan.layout.blocks, passed),
-            passed.unseen,
             ruled(passed.descent),
         ):
             output = _output(model, images)
@@ -122,7 +121,7 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         passed.check_calls()
         require_one_layer(total, passed)
         grid = _grid(plan, images, passed.tokens)
-        way = WayDown(passed, output, images, Replay(model, images, passed))
+        way = WayDown(passed, output, images, Replay(model, images, passed), written)
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     shape = (*scores.indices.shape, *grid)

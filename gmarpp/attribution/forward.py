@@ -1,5 +1,7 @@
 """The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
+import functools
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +17,6 @@ from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan, blind_to_sign
 from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
-from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -58,6 +59,16 @@ def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | 
     return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
+@functools.cache
+def _warn_of_memory() -> None:
+    warnings.warn(
+        "the network writes its attention out, N x N numbers for each head and image, which are kept for each layer: "
+        "give it fewer images at a time, or switch it to fused attention where it has that "
+        "(model.set_attn_implementation('sdpa'), module.fused_attn = True)",
+        stacklevel=2,
+    )
+
+
 CUT = (
     "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
     "gradients, or ask for methods that need none (rollout, attention)"
@@ -95,7 +106,6 @@ class ForwardPass:
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         marks: position of the block whose tokens a node of the graph returns, below the last one.
         dtype: in which the network attends.
-        unseen: attention that bypassed the interception.
 
     Args:
         plan: what the call of `explain` will do.
@@ -117,7 +127,6 @@ class ForwardPass:
         self.last_tokens: Tensor | None = None
         self.marks: dict[object, int] = {}
         self.dtype = torch.float32
-        self.unseen = UnseenAttention()
         self._batch = batch
         self._anchor = torch.zeros((), requires_grad=True)
         self._block: int | None = None
@@ -201,9 +210,11 @@ class ForwardPass:
         if isinstance(made, GradientEdge) and self._entrance is not None and self._entered is not None:
             watch_addition(output, self._entrance, made, self._entered, self.descent)
 
-    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Answer an attention call, and record it."""
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Answer an attention call, and record it; `None` if a product of weights and values is no attention."""
         inputs = Inputs.of(*args, **kwargs)
+        if inputs.key is None and not self._is_attention(inputs):
+            return None
         call = self._record(inputs)
         if not self.plan.gradients:
             return self._kept(call, inputs)
@@ -241,7 +252,7 @@ class ForwardPass:
     def _kept(self, call: AttentionCall, inputs: Inputs) -> Tensor:
         """Answer without a graph from block to block, and keep the inputs for a visit after the forward pass."""
         query, key, value, mask, _ = inputs
-        call.inputs = query.detach(), key.detach(), value.detach(), mask
+        call.inputs = query.detach(), None if key is None else key.detach(), value.detach(), mask
         output = inputs.attend().detach()
         if self.plan.local_scores:
             call.prefix = self._prefix(output)
@@ -253,8 +264,19 @@ class ForwardPass:
         # A view would keep the whole output alive.
         return output[:, :, : self.plan.layout.prefix_tokens].detach().clone()
 
+    def _is_attention(self, inputs: Inputs) -> bool:
+        """Return whether weights and values that the network multiplies are those of a block, or of a pool after it."""
+        if self._block is None and self.plan.layout.blocks:
+            queries, keys = inputs.query.shape[-2:]
+            return self.last_tokens is not None and queries != keys and keys in self.token_counts
+        return True
+
     def _record(self, inputs: Inputs) -> AttentionCall:
-        query, key = inputs.query, inputs.key
+        # There is a value for each key.
+        query, key = inputs.query, inputs.value if inputs.key is None else inputs.key
+        if inputs.key is None:
+            _warn_of_memory()
+            self._require_no_sign(query)
         step = self.plan.steps[self._block] if self.plan.steps and self._block is not None else None
         if step is not None:
             self._require_windows(query, key, step)
@@ -268,7 +290,7 @@ class ForwardPass:
         queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.tokens, step.tokens)
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
-        follows = any(each.requires_grad for each in inputs[:3])
+        follows = any(each.requires_grad for each in (query, key, inputs.value))
         call = AttentionCall(
             len(self.calls),
             self._block,
@@ -287,6 +309,16 @@ class ForwardPass:
         if call.is_pool and follows_blocks and keys != self.tokens:
             self._require_no_prefix(key)
         return call
+
+    def _require_no_sign(self, weights: Tensor) -> None:
+        """Refuse methods that take attention as it is where some of it is negative."""
+        blind = blind_to_sign(self.plan.groups)
+        if blind and bool((weights < 0).any()):
+            raise UnsupportedNetworkError(
+                f"some attention of this network is negative, as where its heads are mixed after the softmax (CaiT): "
+                f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient "
+                "(gmarpp_l1, gmarpp_sum, chefer, legrad)"
+            )
 
     def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
         windows, places = step.windows.shape
@@ -307,7 +339,7 @@ class ForwardPass:
                 "that needs gradients too (gmarpp_l1)"
             )
         # Sums save no tensors, which a block that runs again would miss.
-        total = torch.stack([each.sum() for each in inputs[:3]]).sum()
+        total = torch.stack([each.sum() for each in inputs[:3] if each is not None]).sum()
         earlier = [each for each in self.calls if each.block == call.block]
         if any(gradient_of(total, self.outputs[each.index]) is not None for each in earlier):
             raise UnsupportedNetworkError(

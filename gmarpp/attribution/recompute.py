@@ -54,7 +54,7 @@ def narrowed(run: BlockRun, tokens: Tensor, prefix: int, attend: Handler, descen
     dropping = ExitStack()
 
     def attend_and_drop(*args: Any, **kwargs: Any) -> Tensor:
-        output = attend(*args, **kwargs)
+        output: Tensor = attend(*args, **kwargs)
         answers.append((_Place.apply(output), output[:, :, :prefix].detach().clone()))
         # What the tail would keep goes. Its graph stays, so that a gradient which comes by another way than the tokens
         # that the block returns is an error, and not lost.
