@@ -131,7 +131,7 @@ def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
         key = None if inputs.key is None else shared(inputs.key, descent)
         inputs = inputs._replace(query=shared(inputs.query, descent), key=key)
     visit = partial(descent.visit, call)
-    if descent.needs_attention and not (is_fused(inputs.query) and inputs.key is not None):
+    if inputs.key is None or (descent.needs_attention and not is_fused(inputs.query)):
         output: Tensor = _DenseAttention.apply(visit, inputs.scale, *inputs.ungrouped()[:4])
         return output
     # The layer is visited before the network's own backward step, which stays the fused one.

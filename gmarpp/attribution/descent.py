@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.call import AttentionCall
+from gmarpp.attribution.class_attention import ClassLayer
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
 from gmarpp.attribution.layer import AttentionLayer, WrittenLayer
 from gmarpp.attribution.relevance import Relevance
@@ -110,7 +111,9 @@ class Descent:
         self.is_balanced, self.residuals = is_balanced, {}
         self._calls = Counter(call.block for call in calls if call.block is not None)
         self.layers = len(calls)
-        self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
+        # Class attention after the blocks is part of the head, as a pool is.
+        of_head = sum(call.is_pool or (call.is_class and call.block is None) for call in calls)
+        self.depth = len(calls) - of_head - sum(count - 1 for count in self._calls.values())
         self.visited, self.received, self._waiting = [], [], []
         self._grid = next((call.step.grid for call in reversed(calls) if call.step is not None), None)
 
@@ -160,7 +163,9 @@ class Descent:
         if call.step is not None and self._grid is not None and call.step.grid != self._grid:
             self.relevance.spread(self._grid, call.step.grid)
             self._grid = call.step.grid
-        if not self.needs_attention:
+        if call.step is None and not call.is_pool:
+            self.relevance.leave_out(call.queries)
+        if not self.needs_attention and gradients is None:
             return
         given = Given(call, query, key, value, mask, outer)
         is_whole = self._calls[call.block] <= 1
@@ -208,7 +213,9 @@ class Descent:
                 index=call.index if call.block is None else call.block,
                 residual=None if residual is None else residual[part] / self.gradient_scale,
             )
-            yield part, rows, layer if step is None else WindowedLayer(layer, step)
+            if step is not None:
+                layer = WindowedLayer(layer, step)
+            yield part, rows, ClassLayer(layer) if call.is_class else layer
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

@@ -160,7 +160,7 @@ def _output(model: nn.Module, images: Tensor) -> Any:
 def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
     """Return the patch grid (h, w), after checking that it and the tokens around it make up all tokens."""
     height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
-    prefix, suffix = plan.layout.prefix_tokens, plan.layout.suffix_tokens
+    prefix, suffix = plan.layout.prefix_at(0), plan.layout.suffix_tokens
     if prefix + height * width + suffix != tokens:
         around = f"{prefix} prefix tokens" + (f" and {suffix} suffix tokens" if suffix else "")
         raise UnsupportedNetworkError(

@@ -143,14 +143,15 @@ class ForwardPass:
 
     @property
     def top_tokens(self) -> int:
-        """How many tokens leave the last block."""
-        return self.plan.steps[-1].tokens if self.plan.steps else self.tokens
+        """How many tokens the top layer attends to, prefix tokens that an attention-pool head leaves out included."""
+        return next((call.keys for call in reversed(self.calls) if not call.is_pool), self.tokens)
 
     @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
         of_windows = {step.windows.shape[1] for step in self.plan.steps}
-        return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} | of_windows - {0, 1}
+        around = (-self.plan.layout.prefix_at(0), 0, self.plan.layout.prefix_tokens - self.plan.layout.prefix_at(0))
+        return {self.tokens + each for each in around} | of_windows - {0, 1}
 
     @property
     def attends_once(self) -> bool:
@@ -160,7 +161,7 @@ class ForwardPass:
     @property
     def score_start(self) -> GradientEdge | Tensor | None:
         """Where the graph of the score alone begins: at the last tokens, or at the output of the top call."""
-        if self.last_tokens is not None and not self.calls[-1].is_pool:
+        if self.last_tokens is not None and self.calls[-1].block is not None:
             return self.last_tokens
         return self.outputs[-1]
 
@@ -227,12 +228,12 @@ class ForwardPass:
         output = attended(inputs._replace(query=query), call, self.descent)
         self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)
         if self.plan.local_scores:
-            call.prefix = self._prefix(output)
+            call.prefix = self._prefix(output, call)
         return output
 
     def leave_out_unread(self, total: Tensor) -> None:
-        """Forget the pools after the last block that a score does not depend on."""
-        while self.calls and self.calls[-1].is_pool and self.calls[-1].block is None:
+        """Forget the pools and class attention after the last block that a score does not depend on."""
+        while self.calls and (self.calls[-1].is_pool or self.calls[-1].is_class) and self.calls[-1].block is None:
             if gradient_of(total, self.outputs[-1]) is not None:
                 return
             self.calls.pop()
@@ -240,7 +241,7 @@ class ForwardPass:
 
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
-        require_one_chain(self.calls, len(self.plan.layout.blocks), self.plan.layout.prefix_tokens)
+        require_one_chain(self.calls, self.plan.layout)
         first = self.calls[0].block
         above = [call for call in self.calls[1:] if first is None or call.block != first]
         cut = [call.index for call in above if not call.follows]
@@ -255,14 +256,14 @@ class ForwardPass:
         call.inputs = query.detach(), None if key is None else key.detach(), value.detach(), mask
         output = inputs.attend().detach()
         if self.plan.local_scores:
-            call.prefix = self._prefix(output)
+            call.prefix = self._prefix(output, call)
         # An attention-pool head, or any layer if the blocks are not known, may be where the score's graph starts.
         self.outputs.append(output.requires_grad_() if call.block is None else None)
         return output
 
-    def _prefix(self, output: Tensor) -> Tensor:
+    def _prefix(self, output: Tensor, call: AttentionCall) -> Tensor:
         # A view would keep the whole output alive.
-        return output[:, :, : self.plan.layout.prefix_tokens].detach().clone()
+        return output[:, :, : self.plan.layout.prefix_at(call.block or 0)].detach().clone()
 
     def _is_attention(self, inputs: Inputs) -> bool:
         """Return whether weights and values that the network multiplies are those of a block, or of a pool after it."""
@@ -288,6 +289,8 @@ class ForwardPass:
             )
         self.dtype = query.dtype
         queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.tokens, step.tokens)
+        is_class = self._is_class(queries, keys)
+        queries = keys if is_class else queries
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
         follows = any(each.requires_grad for each in (query, key, inputs.value))
@@ -297,10 +300,11 @@ class ForwardPass:
             inputs.scale,
             queries,
             keys,
-            queries != keys or is_latent,
+            queries != keys or (is_latent and not is_class),
             follows,
             weakref.ref(inputs.value),
             step=step,
+            is_class=is_class,
         )
         if self._block is not None and self.calls and self.calls[-1].block == self._block:
             self._require_at_once(call, inputs)
@@ -309,6 +313,12 @@ class ForwardPass:
         if call.is_pool and follows_blocks and keys != self.tokens:
             self._require_no_prefix(key)
         return call
+
+    def _is_class(self, queries: int, keys: int) -> bool:
+        """Return whether prefix tokens alone attend, in a block or in a layer after the last one."""
+        layout, block = self.plan.layout, len(self.plan.layout.blocks) if self._block is None else self._block
+        is_layer = self._block is not None or (self.last_tokens is not None and layout.prefix_from == block)
+        return is_layer and 0 < queries < keys and queries == layout.prefix_at(block)
 
     def _require_no_sign(self, weights: Tensor) -> None:
         """Refuse methods that take attention as it is where some of it is negative."""
