@@ -16,10 +16,13 @@ from gmarpp.network.errors import UnsupportedNetworkError
 
 
 class Inputs(NamedTuple):
-    """What an attention call is given: query (B, H, Q, d), key and value (B, H / g, N, d), mask, and factor of q kᵀ."""
+    """What an attention call is given: query (B, H, Q, d), key and value (B, H / g, N, d), mask, and factor of q kᵀ.
+
+    Where the network writes its attention out, that is in place of the query, (B, H, Q, N), and there is no key.
+    """
 
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     value: Tensor
     mask: Tensor | None
     scale: float
@@ -27,7 +30,7 @@ class Inputs(NamedTuple):
     @staticmethod
     def of(
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
@@ -44,18 +47,19 @@ class Inputs(NamedTuple):
             # Fused attention takes masks of two dimensions or four.
             attn_mask = attn_mask[None]
         if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            attn_mask = torch.ones(query.shape[-2], value.shape[-2], dtype=torch.bool, device=query.device).tril()
         return Inputs(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
 
     def attend(self) -> Tensor:
         """Return the original function's output, (B, H, Q, dv)."""
+        if self.key is None:
+            return torch.matmul(self.query, self.value)
         grouped = self.query.shape[1] != self.key.shape[1]
-        return fused_attention(*self[:3], self.mask, scale=self.scale, enable_gqa=grouped)
+        return fused_attention(self.query, self.key, self.value, self.mask, scale=self.scale, enable_gqa=grouped)
 
     def ungrouped(self) -> "Inputs":
         """Repeat keys and values for every head of the queries."""
-        group = self.query.shape[1] // self.key.shape[1]
-        if group == 1:
+        if self.key is None or (group := self.query.shape[1] // self.key.shape[1]) == 1:
             return self
         return self._replace(
             key=self.key.repeat_interleave(group, dim=1), value=self.value.repeat_interleave(group, dim=1)
@@ -75,15 +79,31 @@ class _DenseAttention(torch.autograd.Function):
         # Saved as autograd saves its own tensors, so that activation checkpointing drops and recomputes them.
         ctx.save_for_backward(*inputs)
         query, key, value, mask = inputs
-        return fused_attention(query, key, value, mask, scale=scale)
+        return Inputs(query, key, value, mask, scale).attend()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (outer,), inputs = gradients, ctx.saved_tensors
-        found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in inputs[:3]]
+        query, key, value = (
+            None if each is None else torch.empty_like(each, memory_format=torch.contiguous_format)
+            for each in inputs[:3]
+        )
         with torch.autocast(outer.device.type, enabled=False):
-            ctx.visit(*inputs, outer, found)
-        return (None, None, *found, None)
+            ctx.visit(*inputs, outer, [each for each in (query, key, value) if each is not None])
+        return None, None, query, key, value, None
+
+
+class _Weights(torch.autograd.Function):
+    """Attention that the network has written out; what it is made of is followed no further."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor) -> Tensor:
+        ctx.is_weights, ctx.followed = True, (0,)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 class _Visited(torch.autograd.Function):
@@ -105,15 +125,18 @@ class _Visited(torch.autograd.Function):
 
 def attended(inputs: Inputs, call: AttentionCall, descent: Descent) -> Tensor:
     """Return the output of attention, (B, H, Q, d); the backward pass will hand the layer to the descent."""
+    if inputs.key is None:
+        inputs = inputs._replace(query=_Weights.apply(inputs.query))
     if descent.may_balance:
-        inputs = inputs._replace(query=shared(inputs.query, descent), key=shared(inputs.key, descent))
+        key = None if inputs.key is None else shared(inputs.key, descent)
+        inputs = inputs._replace(query=shared(inputs.query, descent), key=key)
     visit = partial(descent.visit, call)
-    if descent.needs_attention and not is_fused(inputs.query):
+    if inputs.key is None or (descent.needs_attention and not is_fused(inputs.query)):
         output: Tensor = _DenseAttention.apply(visit, inputs.scale, *inputs.ungrouped()[:4])
         return output
     # The layer is visited before the network's own backward step, which stays the fused one.
-    query, key, value, mask, _ = inputs
-    visited: Tensor = _Visited.apply(visit, inputs.attend(), query.detach(), key.detach(), value.detach(), mask)
+    saved = (None if each is None else each.detach() for each in inputs[:3])
+    visited: Tensor = _Visited.apply(visit, inputs.attend(), *saved, inputs.mask)
     return visited
 
 
@@ -123,7 +146,7 @@ def repeated(descent: Descent) -> Handler:
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         inputs = Inputs.of(*args, **kwargs)
         query = inputs.query if inputs.query.requires_grad else inputs.query.detach().requires_grad_()
-        call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.key.shape[-2], False, True)
+        call = AttentionCall(-1, None, inputs.scale, query.shape[-2], inputs.value.shape[-2], False, True)
         return attended(inputs._replace(query=query), call, descent)
 
     return attend

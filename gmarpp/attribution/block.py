@@ -45,11 +45,11 @@ class Block:
 
     def _run(self, run: BlockRun, tokens: Tensor) -> Any:
         passing, plan = self.passing, self.passing.plan
-        is_last = self.position == len(plan.layout.blocks) - 1
+        is_last, prefix = self.position == len(plan.layout.blocks) - 1, plan.layout.prefix_at(self.position)
         if is_last and plan.tails_again and plan.head_again:
             assert plan.layout.head is not None
             described = in_form_of(None, plan.layout.head)
-            passing.reads_prefix = reads_prefix(described, tokens, plan.layout.prefix_tokens)
+            passing.reads_prefix = reads_prefix(described, tokens, prefix)
         if not plan.gradients:
             # The graphs of the layers' own scores also start after the block has run.
             with torch.no_grad():
@@ -57,7 +57,7 @@ class Block:
         # The balanced rule follows the graph of the tail.
         may_narrow = passing.reads_prefix and passing.leaves_tokens and passing.attends_once and not plan.is_balanced
         if is_last and may_narrow and run.is_by_token:
-            return narrowed(run, tokens, plan.layout.prefix_tokens, passing.attend, passing.descent)
+            return narrowed(run, tokens, prefix, passing.attend, passing.descent)
         # The backward pass reaches the last block before it has freed anything.
         return run(tokens) if is_last or not plan.recompute else recomputed(run, tokens, passing.descent)
 

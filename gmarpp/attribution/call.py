@@ -7,6 +7,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -25,6 +26,7 @@ class AttentionCall:
         queries: number of queries; of all windows, without padding.
         keys: number of keys; likewise.
         is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
+        is_class: whether prefix tokens alone attend, to themselves and all others; `queries` counts all tokens.
         follows: whether gradients pass from the call to the layer below.
         values: refers to its values, as long as these exist.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
@@ -41,19 +43,19 @@ class AttentionCall:
     is_pool: bool
     follows: bool
     values: Callable[[], Tensor | None] = lambda: None
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None = None
     prefix: Tensor | None = None
     step: Step | None = None
     shares: Tensor | None = None
+    is_class: bool = False
 
 
-def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
+def require_one_chain(calls: Sequence[AttentionCall], layout: Architecture) -> None:
     """Refuse a network whose attention calls do not follow each other as layers.
 
     Args:
         calls: all of a forward pass, from the input upward.
-        blocks: number of the transformer blocks; 0 if they are not known.
-        prefix: number of prefix tokens, which an attention-pool head may leave out.
+        layout: the network's blocks, if they are known, and prefix tokens, which an attention-pool head may leave out.
 
     Raises:
         UnsupportedNetworkError: if there are no calls, if they attend to different tokens, or if blocks did not make
@@ -66,22 +68,23 @@ def require_one_chain(calls: Sequence[AttentionCall], blocks: int, prefix: int) 
             "cannot be explained by these methods: use a ViT"
         )
     if not any(call.step for call in calls):
-        _require_same_tokens(calls, blocks, prefix)
-    if blocks:
-        _require_known_blocks(calls, blocks)
+        _require_same_tokens(calls, layout)
+    if layout.blocks:
+        _require_known_blocks(calls, len(layout.blocks))
 
 
-def _require_same_tokens(calls: Sequence[AttentionCall], blocks: int, prefix: int) -> None:
+def _require_same_tokens(calls: Sequence[AttentionCall], layout: Architecture) -> None:
     """Refuse calls that attend to different tokens; they may where it is described how tokens are merged."""
-    *below, top = calls
-    tokens = {top.keys, top.keys + prefix} if top.is_pool and blocks else {top.keys}
-    for call in below:
-        if call.queries != call.keys or call.keys != calls[0].keys or call.keys not in tokens:
+    top, patches = calls[-1], calls[0].keys - layout.prefix_at(0)
+    for call in calls:
+        prefix = layout.prefix_at(len(layout.blocks) if call.block is None else call.block)
+        is_pool = call is top and call.is_pool
+        expected = {patches + prefix, patches} if is_pool and layout.blocks else {patches + prefix}
+        if call.keys not in expected or (call.queries != call.keys and not is_pool):
             raise UnsupportedNetworkError(
                 f"attention layer {call.index} has {call.queries} queries and {call.keys} keys, and the last layer "
                 f"{top.keys} keys: only networks that keep all tokens from layer to layer can be explained, with "
-                "at most one attention-pool head at the top (not class-attention networks such as CaiT, nor "
-                "pyramid networks)"
+                "at most one attention-pool head at the top (not pyramid networks)"
             )
 
 
@@ -107,7 +110,8 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
             f"expected the transformer blocks to run from the input upward, got the order {order}"
         )
     outside = [call for call in calls if call.block is None]
-    if outside and not (len(outside) == 1 and outside[0] is calls[-1] and outside[0].is_pool):
+    is_head = (len(outside) == 1 and outside[0].is_pool) or all(call.is_class for call in outside)
+    if outside and not (is_head and outside == list(calls[-len(outside) :])):
         raise UnsupportedNetworkError(
             f"{len(outside)} of {len(calls)} attention calls were made outside the {blocks} known transformer blocks: "
             "expected at most that of an attention-pool head after the last block. Explain the part of the network "

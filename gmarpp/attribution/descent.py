@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.call import AttentionCall
+from gmarpp.attribution.class_attention import ClassLayer
 from gmarpp.attribution.fused_layer import FusedLayer, is_fused
-from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.layer import AttentionLayer, WrittenLayer
 from gmarpp.attribution.reduced import ReducedLayer
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.windowed import WindowedLayer
@@ -28,7 +29,7 @@ class Given:
 
     call: AttentionCall
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     value: Tensor
     mask: Tensor | None
     outer: Tensor | None
@@ -42,7 +43,11 @@ def joined(given: Sequence[Given]) -> Given:
     """
     ordered = sorted(given, key=lambda each: each.call.index)
     last = ordered[-1]
-    shapes = {(each.query.shape[2:], each.value.shape[2:], each.query.shape[1] // each.key.shape[1]) for each in given}
+    keys = [each.key for each in ordered if each.key is not None]
+    shapes = {
+        (each.query.shape[2:], each.value.shape[2:], each.key is not None and each.query.shape[1] / each.key.shape[1])
+        for each in given
+    }
     if len(shapes) > 1 or any(each.mask is not None for each in given):
         raise UnsupportedNetworkError(
             f"block {last.call.block} makes {len(given)} attention calls at once, of different shapes or with masks: "
@@ -52,7 +57,7 @@ def joined(given: Sequence[Given]) -> Given:
     return Given(
         last.call,
         torch.cat([each.query * (each.call.scale / last.call.scale) for each in ordered], dim=1),
-        torch.cat([each.key for each in ordered], dim=1),
+        torch.cat(keys, dim=1) if keys else None,
         torch.cat([each.value for each in ordered], dim=1),
         None,
         torch.cat(outer, dim=1) if outer else None,
@@ -108,7 +113,9 @@ class Descent:
         self.is_balanced, self.residuals = is_balanced, {}
         self._calls = Counter(call.block for call in calls if call.block is not None)
         self.layers = len(calls)
-        self.depth = sum(not call.is_pool for call in calls) - sum(count - 1 for count in self._calls.values())
+        # Class attention after the blocks is part of the head, as a pool is.
+        of_head = sum(call.is_pool or (call.is_class and call.block is None) for call in calls)
+        self.depth = len(calls) - of_head - sum(count - 1 for count in self._calls.values())
         self.visited, self.received, self._waiting = [], [], []
         self._above = None
 
@@ -137,7 +144,7 @@ class Descent:
         self,
         call: AttentionCall,
         query: Tensor,
-        key: Tensor,
+        key: Tensor | None,
         value: Tensor,
         mask: Tensor | None,
         outer: Tensor | None,
@@ -147,8 +154,8 @@ class Descent:
 
         Args:
             call: the layer's call.
-            query: (B, H, Q, d).
-            key: (B, H, N, d).
+            query: (B, H, Q, d); or the attention itself, (B, H, Q, N), without a key.
+            key: (B, H, N, d), or `None`.
             value: (B, H, N, dv).
             mask: as `scaled_dot_product_attention` takes it.
             outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv), or `None`.
@@ -158,7 +165,9 @@ class Descent:
         self.visited.append(call.index)
         if call.step is not None:
             self._reach(call.step, call.index == self.layers - 1)
-        if not self.needs_attention:
+        elif not call.is_pool:
+            self.relevance.leave_out(call.queries)
+        if not self.needs_attention and gradients is None:
             return
         given = Given(call, query, key, value, mask, outer)
         is_whole = self._calls[call.block] <= 1
@@ -198,12 +207,14 @@ class Descent:
             residual = call.step.by_token(residual)
         step, windows = call.step, 1 if call.step is None else len(call.step.windows)
         # The kernels have no way to leave out padding.
-        may_fuse = is_fused(query) and (step is None or not (step.is_padded or step.above.is_padded))
-        for part in _parts(query, key, windows, may_fuse):
+        is_padded = step is not None and (step.is_padded or step.above.is_padded)
+        may_fuse = is_fused(query) and key is not None and not is_padded
+        kind = WrittenLayer if key is None else FusedLayer if may_fuse else AttentionLayer
+        for part in _parts(query, value, windows, may_fuse):
             rows = slice(part.start * windows, part.stop * windows)
-            layer = (FusedLayer if may_fuse else AttentionLayer)(
+            layer = kind(
                 query[rows],
-                key[rows],
+                None if key is None else key[rows],
                 value[rows],
                 mask=_mask_part(mask, rows),
                 scale=call.scale,
@@ -216,8 +227,9 @@ class Descent:
                 index=call.index if call.block is None else call.block,
                 residual=None if residual is None else residual[part] / self.gradient_scale,
             )
-            shares = None if call.shares is None else call.shares[part]
-            yield part, rows, layer if step is None else _of_all_tokens(layer, step, shares)
+            if step is not None:
+                layer = _of_all_tokens(layer, step, None if call.shares is None else call.shares[part])
+            yield part, rows, ClassLayer(layer) if call.is_class else layer
 
 
 def _of_all_tokens(layer: AttentionLayer, step: Step, shares: Tensor | None) -> AttentionLayer:
@@ -232,12 +244,12 @@ def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:
     return mask[part] if mask is not None and mask.dim() == 4 and len(mask) > 1 else mask
 
 
-def _parts(query: Tensor, key: Tensor, windows: int, may_fuse: bool) -> Iterator[slice]:
+def _parts(query: Tensor, value: Tensor, windows: int, may_fuse: bool) -> Iterator[slice]:
     """Split a batch so that a part's matrices fit a CPU's cache, or stay small on a GPU; fused layers make none."""
     images = len(query) // windows
     if may_fuse:
         return iter([slice(0, images)])
-    bytes_per_image = windows * query.shape[1] * query.shape[2] * key.shape[2] * 4
+    bytes_per_image = windows * query.shape[1] * query.shape[2] * value.shape[2] * 4
     budget = 1 << 20 if query.device.type == "cpu" else 1 << 28
     size = max(1, budget // bytes_per_image)
     return (slice(start, start + size) for start in range(0, images, size))

@@ -110,9 +110,8 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     fused = plan.layout.fused
     with intercepted(model), forwards_replaced(list(fused), list(fused.values())):
         with (
-            answered_by(passed.attend),
+            answered_by(passed.attend) as written,
             wrapped(plan.layout.blocks, passed),
-            passed.unseen,
             ruled(passed.descent),
         ):
             output = _output(model, images)
@@ -122,7 +121,7 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
         passed.check_calls()
         require_one_layer(total, passed)
         grid = _grid(plan, images, passed.tokens)
-        way = WayDown(passed, output, images, Replay(model, images, passed))
+        way = WayDown(passed, output, images, Replay(model, images, passed), written)
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     shape = (*scores.indices.shape, *grid)
@@ -162,7 +161,7 @@ def _output(model: nn.Module, images: Tensor) -> Any:
 def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
     """Return the patch grid (h, w), after checking that it and the tokens around it make up all tokens."""
     height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
-    prefix, suffix = plan.layout.prefix_tokens, plan.layout.suffix_tokens
+    prefix, suffix = plan.layout.prefix_at(0), plan.layout.suffix_tokens
     if prefix + height * width + suffix != tokens:
         around = f"{prefix} prefix tokens" + (f" and {suffix} suffix tokens" if suffix else "")
         raise UnsupportedNetworkError(

@@ -1,5 +1,7 @@
 """The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
+import functools
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +17,6 @@ from gmarpp.attribution.call import AttentionCall, require_one_chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan, blind_to_sign
 from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
-from gmarpp.attribution.unseen import UnseenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -58,6 +59,16 @@ def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | 
     return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
+@functools.cache
+def _warn_of_memory() -> None:
+    warnings.warn(
+        "the network writes its attention out, N x N numbers for each head and image, which are kept for each layer: "
+        "give it fewer images at a time, or switch it to fused attention where it has that "
+        "(model.set_attn_implementation('sdpa'), module.fused_attn = True)",
+        stacklevel=2,
+    )
+
+
 CUT = (
     "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
     "gradients, or ask for methods that need none (rollout, attention)"
@@ -95,7 +106,6 @@ class ForwardPass:
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         marks: position of the block whose tokens a node of the graph returns, below the last one.
         dtype: in which the network attends.
-        unseen: attention that bypassed the interception.
 
     Args:
         plan: what the call of `explain` will do.
@@ -117,7 +127,6 @@ class ForwardPass:
         self.last_tokens: Tensor | None = None
         self.marks: dict[object, int] = {}
         self.dtype = torch.float32
-        self.unseen = UnseenAttention()
         self._batch = batch
         self._anchor = torch.zeros((), requires_grad=True)
         self._block: int | None = None
@@ -135,14 +144,17 @@ class ForwardPass:
 
     @property
     def top_tokens(self) -> int:
-        """How many tokens leave the last block."""
-        return self.plan.steps[-1].above.tokens if self.plan.steps else self.tokens
+        """How many tokens leave the last block, prefix tokens that an attention-pool head leaves out included."""
+        if self.plan.steps:
+            return self.plan.steps[-1].above.tokens
+        return next((call.keys for call in reversed(self.calls) if not call.is_pool), self.tokens)
 
     @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
         of_windows = {step.key_places for step in self.plan.steps}
-        return {self.tokens, self.tokens - self.plan.layout.prefix_tokens} | of_windows - {0, 1}
+        around = (-self.plan.layout.prefix_at(0), 0, self.plan.layout.prefix_tokens - self.plan.layout.prefix_at(0))
+        return {self.tokens + each for each in around} | of_windows - {0, 1}
 
     @property
     def attends_once(self) -> bool:
@@ -152,7 +164,7 @@ class ForwardPass:
     @property
     def score_start(self) -> GradientEdge | Tensor | None:
         """Where the graph of the score alone begins: at the last tokens, or at the output of the top call."""
-        if self.last_tokens is not None and not self.calls[-1].is_pool:
+        if self.last_tokens is not None and self.calls[-1].block is not None:
             return self.last_tokens
         return self.outputs[-1]
 
@@ -208,9 +220,11 @@ class ForwardPass:
         if isinstance(made, GradientEdge) and self._entrance is not None and self._entered is not None:
             watch_addition(output, self._entrance, made, self._entered, self.descent)
 
-    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Answer an attention call, and record it."""
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Answer an attention call, and record it; `None` if a product of weights and values is no attention."""
         inputs = Inputs.of(*args, **kwargs)
+        if inputs.key is None and not self._is_attention(inputs):
+            return None
         call = self._record(inputs)
         if not self.plan.gradients:
             return self._kept(call, inputs)
@@ -223,12 +237,12 @@ class ForwardPass:
         output = attended(inputs._replace(query=query), call, self.descent)
         self.outputs.append(get_gradient_edge(output) if output.requires_grad else None)
         if self.plan.local_scores:
-            call.prefix = self._prefix(output)
+            call.prefix = self._prefix(output, call)
         return output
 
     def leave_out_unread(self, total: Tensor) -> None:
-        """Forget the pools after the last block that a score does not depend on."""
-        while self.calls and self.calls[-1].is_pool and self.calls[-1].block is None:
+        """Forget the pools and class attention after the last block that a score does not depend on."""
+        while self.calls and (self.calls[-1].is_pool or self.calls[-1].is_class) and self.calls[-1].block is None:
             if gradient_of(total, self.outputs[-1]) is not None:
                 return
             self.calls.pop()
@@ -236,7 +250,7 @@ class ForwardPass:
 
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
-        require_one_chain(self.calls, len(self.plan.layout.blocks), self.plan.layout.prefix_tokens)
+        require_one_chain(self.calls, self.plan.layout)
         first = self.calls[0].block
         above = [call for call in self.calls[1:] if first is None or call.block != first]
         cut = [call.index for call in above if not call.follows]
@@ -248,20 +262,31 @@ class ForwardPass:
     def _kept(self, call: AttentionCall, inputs: Inputs) -> Tensor:
         """Answer without a graph from block to block, and keep the inputs for a visit after the forward pass."""
         query, key, value, mask, _ = inputs
-        call.inputs = query.detach(), key.detach(), value.detach(), mask
+        call.inputs = query.detach(), None if key is None else key.detach(), value.detach(), mask
         output = inputs.attend().detach()
         if self.plan.local_scores:
-            call.prefix = self._prefix(output)
+            call.prefix = self._prefix(output, call)
         # An attention-pool head, or any layer if the blocks are not known, may be where the score's graph starts.
         self.outputs.append(output.requires_grad_() if call.block is None else None)
         return output
 
-    def _prefix(self, output: Tensor) -> Tensor:
+    def _prefix(self, output: Tensor, call: AttentionCall) -> Tensor:
         # A view would keep the whole output alive.
-        return output[:, :, : self.plan.layout.prefix_tokens].detach().clone()
+        return output[:, :, : self.plan.layout.prefix_at(call.block or 0)].detach().clone()
+
+    def _is_attention(self, inputs: Inputs) -> bool:
+        """Return whether weights and values that the network multiplies are those of a block, or of a pool after it."""
+        if self._block is None and self.plan.layout.blocks:
+            queries, keys = inputs.query.shape[-2:]
+            return self.last_tokens is not None and queries != keys and keys in self.token_counts
+        return True
 
     def _record(self, inputs: Inputs) -> AttentionCall:
-        query, key = inputs.query, inputs.key
+        # There is a value for each key.
+        query, key = inputs.query, inputs.value if inputs.key is None else inputs.key
+        if inputs.key is None:
+            _warn_of_memory()
+            self._require_no_sign(query)
         step = self.plan.steps[self._block] if self.plan.steps and self._block is not None else None
         if step is not None:
             self._require_windows(query, key, step)
@@ -273,20 +298,23 @@ class ForwardPass:
             )
         self.dtype = query.dtype
         queries, keys = (query.shape[-2], key.shape[-2]) if step is None else (step.above.tokens, step.tokens)
+        is_class = step is None and self._is_class(queries, keys)
+        queries = keys if is_class else queries
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
-        follows = any(each.requires_grad for each in inputs[:3])
+        follows = any(each.requires_grad for each in (query, key, inputs.value))
         call = AttentionCall(
             len(self.calls),
             self._block,
             inputs.scale,
             queries,
             keys,
-            (step is None and queries != keys) or is_latent,
+            (step is None and queries != keys) or (is_latent and not is_class),
             follows,
             weakref.ref(inputs.value),
             step=step,
             shares=self._shares,
+            is_class=is_class,
         )
         if self._block is not None and self.calls and self.calls[-1].block == self._block:
             self._require_at_once(call, inputs)
@@ -295,6 +323,22 @@ class ForwardPass:
         if call.is_pool and follows_blocks and keys != self.tokens:
             self._require_no_prefix(key)
         return call
+
+    def _is_class(self, queries: int, keys: int) -> bool:
+        """Return whether prefix tokens alone attend, in a block or in a layer after the last one."""
+        layout, block = self.plan.layout, len(self.plan.layout.blocks) if self._block is None else self._block
+        is_layer = self._block is not None or (self.last_tokens is not None and layout.prefix_from == block)
+        return is_layer and 0 < queries < keys and queries == layout.prefix_at(block)
+
+    def _require_no_sign(self, weights: Tensor) -> None:
+        """Refuse methods that take attention as it is where some of it is negative."""
+        blind = blind_to_sign(self.plan.groups)
+        if blind and bool((weights < 0).any()):
+            raise UnsupportedNetworkError(
+                f"some attention of this network is negative, as where its heads are mixed after the softmax (CaiT): "
+                f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient "
+                "(gmarpp_l1, gmarpp_sum, chefer, legrad)"
+            )
 
     def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
         windows, queries = step.above.windows.shape
@@ -316,7 +360,7 @@ class ForwardPass:
                 "that needs gradients too (gmarpp_l1)"
             )
         # Sums save no tensors, which a block that runs again would miss.
-        total = torch.stack([each.sum() for each in inputs[:3]]).sum()
+        total = torch.stack([each.sum() for each in inputs[:3] if each is not None]).sum()
         earlier = [each for each in self.calls if each.block == call.block]
         if any(gradient_of(total, self.outputs[each.index]) is not None for each in earlier):
             raise UnsupportedNetworkError(

@@ -20,6 +20,8 @@ def is_fused(tensor: Tensor) -> bool:
 class FusedLayer(AttentionLayer):
     """An attention layer that makes its matrices only for a method that asks for them."""
 
+    key: Tensor
+
     @property
     @override
     def product_rows(self) -> Tensor:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gmarpp.attribution.forward import CUT, ForwardPass, gradient_of
@@ -178,7 +179,9 @@ def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
 
 def _gradient_by_token(total: Tensor, passed: ForwardPass) -> Tensor | None:
     """Return the gradient of a number where the graph of the score begins, (B, N, D) or (B, H, Q, d)."""
-    gradient = gradient_of(total, passed.score_start)
+    gradient, top = gradient_of(total, passed.score_start), passed.calls[-1]
+    if gradient is not None and top.is_class and top.block is None:
+        return F.pad(gradient, (0, 0, 0, top.keys - gradient.shape[2]))
     if gradient is None or passed.score_start is not passed.last_tokens:
         return gradient
     # Some networks lay out tokens as (B, h, w, D) or (B, D, h, w).

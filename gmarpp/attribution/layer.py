@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 HeadNorm = Literal["gradient_l1", "gradient_l2", "positive_l1", "positive_l2"]
 """`‖G_h‖_1`, `‖G_h‖_2`, `‖ReLU(G_h)‖_1`, `‖ReLU(G_h)‖_2`."""
@@ -21,9 +22,9 @@ class AttentionLayer:
     visited; a method takes what it needs and keeps no reference.
 
     Attributes:
-        query: (B, H, Q, d).
+        query: (B, H, Q, d); or the attention itself, (B, H, Q, N), where the network writes it out.
         key: (B, H / g, N, d), where g heads share one; N equals Q, except in an attention-pool head and where queries
-            are pooled.
+            are pooled. `None` where the network writes its attention out.
         value: (B, H / g, N, dv).
         mask: as `scaled_dot_product_attention` takes it; entries that it forbids have neither attention nor gradient.
         scale: factor of the query-key products.
@@ -40,7 +41,7 @@ class AttentionLayer:
     """
 
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     value: Tensor
     mask: Tensor | None
     scale: float
@@ -66,6 +67,7 @@ class AttentionLayer:
     @cached_property
     def attention(self) -> Tensor:
         """`A`, (B, H, Q, N); rows sum to 1."""
+        assert self.key is not None
         scores = torch.matmul(self.query.float() * self.scale, self._each_head(self.key).mT)
         if self.mask is None:
             return scores.softmax(dim=-1)
@@ -93,7 +95,7 @@ class AttentionLayer:
 
     @cached_property
     def positive_product(self) -> Tensor:
-        """`ReLU(G) ⊙ A`, which is `ReLU(G ⊙ A)` as no attention is negative; (B, H, Q, N)."""
+        """`ReLU(G ⊙ A)`, which is `ReLU(G) ⊙ A` where no attention is negative; (B, H, Q, N)."""
         return self.product.relu_()
 
     @property
@@ -156,6 +158,7 @@ class AttentionLayer:
         The softmax's own backward step is `A ⊙ (G - rowsum(A ⊙ G))`.
         """
         assert self.outer is not None
+        assert self.key is not None
         attention, product = self.attention, self.gradient.mul_(self.attention)
         scores = product.addcmul_(attention, product.sum(dim=-1, keepdim=True), value=-1)
         # As in the fused backward step, products are in the inputs' precision; float16 is too slow on a CPU.
@@ -188,6 +191,27 @@ class AttentionLayer:
             return gradient
         # A mask has a row for each query, or one for all.
         return gradient.masked_fill_(self._forbidden[..., : outer.shape[-2], :], 0)
+
+
+class WrittenLayer(AttentionLayer):
+    """A layer whose attention the network writes out; its rows need not sum to 1, and it may be negative."""
+
+    @cached_property
+    @override
+    def attention(self) -> Tensor:
+        return self.query.float()
+
+    @property
+    @override
+    def attention_rows(self) -> Tensor:
+        return self.attention.sum(dim=-1)
+
+    @override
+    def write_gradients(self, found: Sequence[Tensor]) -> None:
+        assert self.outer is not None
+        of_attention, of_value = found
+        of_attention.copy_(self.gradient * self.gradient_scale)
+        of_value.copy_(torch.matmul(self.attention.mT, self.outer.float()))
 
 
 def share(norms: Tensor) -> Tensor:

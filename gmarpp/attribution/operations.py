@@ -45,6 +45,8 @@ _LAYERS = {"Mm": (0, 1), "Bmm": (0, 1), "Mv": (0, 1), "Addmm": (1, 2), "Baddbmm"
     "Linear": (0, 1),
     "Convolution": (0, 1),
 }
+# Of queries and keys: attention that a network writes out keeps its own gradient down to these.
+_SIMILARITIES = {"Bmm", "Baddbmm"}
 # Fused attention below a node that visits its layer, and the nodes that visit layers.
 _ATTENTION = re.compile(r"(_?ScaledDotProduct\w*|_DenseAttention|_Visited)")
 
@@ -112,17 +114,20 @@ def require_known(score: Tensor, end_of_network: int) -> None:
     Raises:
         UnsupportedNetworkError: naming the operations.
     """
-    waiting, seen, unknown = [score.grad_fn], set(), set()
+    waiting, seen, unknown = [(score.grad_fn, False)], set(), set()
     while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
+        node, is_of_weights = each = waiting.pop()
+        if node is None or each in seen:
             continue
-        seen.add(node)
+        seen.add(each)
+        is_of_weights = is_of_weights or hasattr(node, "is_weights")
         is_of_score = operation(node) != "AccumulateGrad" and node._sequence_nr() > end_of_network
-        if not is_of_score and not is_linear(node):
+        if is_of_weights and operation(node) in _SIMILARITIES and not is_linear(node):
+            is_of_weights = False
+        elif not (is_of_score or is_linear(node) or (is_of_weights and operation(node) == "Softmax")):
             unknown.add(operation(node))
-        else:
-            waiting += followed(node)
+            continue
+        waiting += [(below, is_of_weights) for below in followed(node)]
     if unknown:
         raise UnsupportedNetworkError(
             f"the balanced gradient has no rule for operations of this network: {', '.join(map(_described, unknown))}. "

@@ -31,7 +31,8 @@ class OwnScores:
         self._passed, self._head = passed, head
         assert passed.last_tokens is not None
         may_run = passed.plan.tails_again and passed.attends_once and all(run.is_by_token for run in passed.runs)
-        self._by_prefix = may_run and reads_prefix(head, passed.last_tokens, passed.plan.layout.prefix_tokens)
+        prefix = passed.plan.layout.prefix_at(0)
+        self._by_prefix = may_run and reads_prefix(head, passed.last_tokens, prefix)
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.

@@ -46,6 +46,21 @@ def _steps(layout: Architecture, images: Tensor) -> tuple[Step, ...]:
     return steps
 
 
+def _require_prefix(methods: Sequence[Method], layout: Architecture) -> None:
+    """Refuse methods that need prefix tokens where they have not entered yet, or where they leave the blocks."""
+    if 0 < layout.prefix_from < len(layout.blocks):
+        named = [method.name for method in methods if method.needs_local_gradient]
+        why = f"the head would have to score the tokens of every block, and those below block {layout.prefix_from} have"
+        why += " no class token"
+    elif layout.prefix_from:
+        named = [method.name for method in methods if method.needs_residual]
+        why = "what the class token keeps of itself in the layers after the blocks is not followed"
+    else:
+        return
+    if named:
+        raise UnsupportedNetworkError(f"{', '.join(named)}: {why}. Ask for other methods (gmarpp_l1)")
+
+
 def rule_of(methods: Sequence[Method]) -> str:
     """Return the gradient rule of a group of methods."""
     return next((method.gradient_rule for method in methods if method.needs_gradient), GRADIENT_RULES[0])
@@ -137,6 +152,7 @@ class Plan:
                 f"{', '.join(followed)}: the network's blocks are needed: pass them in "
                 "gmarpp.Architecture(..., blocks=...)"
             )
+        _require_prefix(methods, layout)
         names = tuple(method.name for method in methods)
         groups = _by_rule(methods)
         steps = _steps(layout, images)

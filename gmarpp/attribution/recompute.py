@@ -54,7 +54,7 @@ def narrowed(run: BlockRun, tokens: Tensor, prefix: int, attend: Handler, descen
     dropping = ExitStack()
 
     def attend_and_drop(*args: Any, **kwargs: Any) -> Tensor:
-        output = attend(*args, **kwargs)
+        output: Tensor = attend(*args, **kwargs)
         answers.append((_Place.apply(output), output[:, :, :prefix].detach().clone()))
         # What the tail would keep goes. Its graph stays, so that a gradient which comes by another way than the tokens
         # that the block returns is an error, and not lost.
@@ -108,7 +108,7 @@ class _NarrowTail(torch.autograd.Function):
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # The backward pass may run in another thread.
         ctx.autocast = torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
-        ctx.run = run
+        ctx.run, ctx.queries = run, place.shape[2]
         ctx.save_for_backward(attended, tokens, left[:, : attended.shape[2]].clone())
         return left.detach()
 
@@ -118,8 +118,11 @@ class _NarrowTail(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast:
             starts, own = _again(ctx.run, attended, tokens, left, is_narrow=not outer[:, left.shape[1] :].any())
         found = torch.autograd.grad(own, starts, outer[:, : own.shape[1]], materialize_grads=True)
-        others = outer.shape[1] - own.shape[1]
-        of_place, of_tokens = (F.pad(each, (0, 0, 0, others)) for each in found)
+        # Prefix tokens may be the only queries.
+        of_place, of_tokens = (
+            F.pad(each, (0, 0, 0, rows - each.shape[-2]))
+            for each, rows in zip(found, (ctx.queries, outer.shape[1]), strict=True)
+        )
         return None, of_place, None, of_tokens, None
 
 

@@ -119,6 +119,18 @@ class Relevance:
         ]
         self._tokens = step.tokens
 
+    def leave_out(self, tokens: int) -> None:
+        """Drop the relevance of prefix tokens that are not among the tokens of the next layer: they enter above it."""
+        late = self._tokens - tokens
+        if late <= 0:
+            return
+        self._rows, self._sums = self._rows[..., late:], self._sums[..., late:]
+        self._other_rows = [
+            (above, rows[..., late:] if rows.shape[-1] == self._tokens else rows) for above, rows in self._other_rows
+        ]
+        self._patches = slice(self._patches.start - late, self._patches.stop - late)
+        self._tokens = tokens
+
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""
         self._rows[:, self._summed] = self._sums

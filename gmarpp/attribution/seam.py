@@ -1,21 +1,27 @@
 """The seam: `torch.nn.functional.scaled_dot_product_attention`, replaced while a network is explained.
 
 A network that attends through this function can be followed without code for its family, and keeps its fused kernels.
+One that writes its attention out is followed where its weights meet the values.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmarpp.attribution.written import WrittenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 
-Handler = Callable[..., Tensor]
-"""Takes the arguments of `scaled_dot_product_attention` and answers in its place."""
+Handler = Callable[..., Any]
+"""Takes the arguments of `scaled_dot_product_attention` and answers in its place.
+
+Attention that a network writes out comes as its weights, `None` in place of the keys, and the values; the answer is
+`None` if a product is not taken for attention.
+"""
 
 fused_attention = F.scaled_dot_product_attention
 # All threads share the function and the fast path of `nn.MultiheadAttention`, so calls of `explain` take turns.
@@ -27,9 +33,15 @@ _NEED_WEIGHTS, _AFTER = 4, ("need_weights", "attn_mask", "average_attn_weights",
 
 
 class _Thread(threading.local):
-    """What answers attention calls of a thread: `None` for the original function, as in all threads at first."""
+    """What answers attention calls of a thread: `None` for the original function, as in all threads at first.
+
+    Attributes:
+        handler: answers.
+        written: hands it the attention that the network writes out.
+    """
 
     handler: Handler | None = None
+    written: WrittenAttention | None = None
 
 
 _thread = _Thread()
@@ -45,13 +57,20 @@ def is_intercepted() -> bool:
 
 
 @contextmanager
-def answered_by(handler: Handler | None) -> Iterator[None]:
-    """Let a handler answer this thread's attention calls, or the original function; effective inside `intercepted`."""
-    before, _thread.handler = _thread.handler, handler
+def answered_by(handler: Handler | None) -> Iterator[WrittenAttention]:
+    """Let a handler answer this thread's attention calls, or the original function; effective inside `intercepted`.
+
+    Returns:
+        what follows the attention that the network writes out.
+    """
+    before, active = _thread.handler, _thread.written
+    written = active or WrittenAttention(lambda: _thread.handler)
+    _thread.handler, _thread.written = handler, written
     try:
-        yield
+        with nullcontext() if active else written:
+            yield written
     finally:
-        _thread.handler = before
+        _thread.handler, _thread.written = before, active
 
 
 class _WeightsUsedError(UnsupportedNetworkError, AttributeError):

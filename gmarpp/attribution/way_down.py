@@ -17,6 +17,7 @@ from gmarpp.attribution.own_scores import OwnScores
 from gmarpp.attribution.plan import rule_of
 from gmarpp.attribution.relevance import Relevance
 from gmarpp.attribution.target import Score
+from gmarpp.attribution.written import WrittenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
 
 _DILUTED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "rollout")
@@ -34,12 +35,16 @@ class WayDown:
         output: of the network.
         images: (B, 3, H, W).
         replay: the network with its blocks skipped.
+        written: attention that the network wrote out in the forward pass.
 
     Raises:
         UnsupportedNetworkError: if the layers' own scores are wanted of a head that cannot be run alone.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any, images: Tensor, replay: Head) -> None:
+    def __init__(
+        self, passed: ForwardPass, output: Any, images: Tensor, replay: Head, written: WrittenAttention
+    ) -> None:
+        self._written = written
         self._passed, self._output, self._images = passed, output, images
         self._end_of_network = next_sequence_number()
         self._own_scores = OwnScores(passed, head_of(passed, output, replay)) if passed.plan.local_scores else None
@@ -59,7 +64,7 @@ class WayDown:
         total = (margin if is_balanced else score)(self._output)
         if is_balanced:
             require_known(total, self._end_of_network)
-        self._passed.unseen.require_none(total, self._passed.token_counts)
+        self._written.require_none(total, self._passed.token_counts)
         scale = _largest_scale(total, self._passed.score_start) if is_half else 1.0
         rows = self._descend(methods, score, total, scale, keep=keep or is_half)
         while is_half and scale > 2.0**-24 and not all(bool(row.isfinite().all()) for row in rows.values()):
@@ -68,7 +73,8 @@ class WayDown:
         return rows
 
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
-        passed, patches = self._passed, self._passed.plan.layout.patches(self._passed.tokens)
+        passed = self._passed
+        patches = passed.plan.layout.patches(passed.top_tokens, len(passed.plan.layout.blocks))
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)

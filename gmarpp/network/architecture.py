@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from timm.models.cait import Cait
+from timm.models.convit import ConVit
+from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -33,6 +36,8 @@ class Architecture:
         fused: attention modules that write their attention out, and for each a forward that computes the same by
             `scaled_dot_product_attention`.
         channels_first: whether blocks are given tokens as (B, D, h, w), and not as (B, N, D) or (B, h, w, D).
+        prefix_from: the block that prefix tokens first enter; blocks below it have patch tokens alone. The number of
+            blocks means that they enter after the last one, and attend alone there, in several layers perhaps.
     """
 
     grid: Callable[[int, int], tuple[int, int]]
@@ -43,10 +48,15 @@ class Architecture:
     transport: Callable[[int, int], Sequence[Step]] | None = None
     fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
     channels_first: bool = False
+    prefix_from: int = 0
 
-    def patches(self, tokens: int) -> slice:
-        """Return where the patch tokens are among all of a number of tokens."""
-        return slice(self.prefix_tokens, tokens - self.suffix_tokens)
+    def patches(self, tokens: int, block: int = 0) -> slice:
+        """Return where the patch tokens are among all of a number of tokens of a block."""
+        return slice(self.prefix_at(block), tokens - self.suffix_tokens)
+
+    def prefix_at(self, block: int) -> int:
+        """Return how many prefix tokens enter a block."""
+        return self.prefix_tokens if block >= self.prefix_from else 0
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -154,6 +164,25 @@ def _timm(model: Any) -> Architecture:
     )
 
 
+def _timm_convit(model: Any) -> Architecture:
+    return replace(_timm(model), prefix_from=model.local_up_to_layer)
+
+
+def _timm_cait(model: Any) -> Architecture:
+    # The layers of class attention, whose blocks take the class token beside the patches, are what follows the blocks.
+    return replace(_timm(model), head=None, prefix_from=len(model.blocks))
+
+
+def _timm_xcit(model: Any) -> Architecture:
+    # Its other blocks attend between channels, and hand relevance on place by place.
+    return Architecture(
+        grid=_by_patch(model.patch_embed.patch_size),
+        prefix_tokens=1,
+        blocks=list(model.cls_attn_blocks),
+        head=lambda tokens: model.forward_head(model.norm(tokens)),
+    )
+
+
 def _is_torchvision(model: nn.Module) -> bool:
     return _has(model, "conv_proj", "encoder", "heads", "class_token", "patch_size")
 
@@ -222,6 +251,9 @@ def _in_stages(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Arch
 
 _IN_STAGES = (*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES)
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
+    (lambda model: isinstance(model, Cait), _timm_cait),
+    (lambda model: isinstance(model, ConVit), _timm_convit),
+    (lambda model: isinstance(model, Xcit), _timm_xcit),
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
     (_is_hugging_face, _hugging_face),

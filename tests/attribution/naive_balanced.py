@@ -117,8 +117,11 @@ def watch_addition(block, added):
     return following.register_forward_pre_hook(lambda _, args: added.append(args[0]))
 
 
-def balanced_run(model, images, score, blocks, share=0.25):
-    """Give all that the methods are made of, lowest layer first: x, dx, m, dm, A and G; and the score."""
+def balanced_run(model, images, score, blocks, share=0.25, written=()):
+    """Give all that the methods are made of, lowest layer first: x, dx, m, dm, A and G; and the score.
+
+    Attention that the network writes out is collected elsewhere, in `written`.
+    """
     entered, added = [], []
     hooks = hold_by_class(model)
     for block in blocks:
@@ -127,7 +130,7 @@ def balanced_run(model, images, score, blocks, share=0.25):
     try:
         with constants_held(share) as attentions:
             total = score(model(images.clone().requires_grad_()))
-            layers = (entered, added, attentions)
+            layers = (entered, added, [*attentions, *written])
             found = torch.autograd.grad(total.sum(), [each for layer in layers for each in layer])
     finally:
         for hook in hooks:

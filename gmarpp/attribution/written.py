@@ -1,0 +1,171 @@
+"""Attention that a network writes out: a softmax over keys, and a product of what comes of it with the values.
+
+Where the two meet, the matrix is visible, and the product is handed to what answers fused attention too. All other
+attention would be missing in every map, and is refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gmarpp.network.errors import UnsupportedNetworkError
+
+Answer = Callable[..., Tensor | None]
+"""Takes the weights (B, H, Q, N), `None` and the values (B, H, N, d), and returns their product, or `None`."""
+
+_SOFTMAX = (torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_EINSUM = re.compile(r"(\w+)(\w)(\w),\1\3(\w)->\1\2\4")
+_RANDOM = (
+    torch.rand,
+    torch.randn,
+    torch.randperm,
+    torch.rand_like,
+    torch.randn_like,
+    torch.bernoulli,
+    torch.multinomial,
+    torch.normal,
+)
+_REMEDY = (
+    "switch it to torch.nn.functional.scaled_dot_product_attention (model.set_attn_implementation('sdpa'), "
+    "module.fused_attn = True, need_weights=False), or explain a network without it"
+)
+
+
+@dataclass(eq=False)
+class _Softmax:
+    """What a softmax over tokens returned, or `nn.MultiheadAttention` with its weights.
+
+    Attributes:
+        size: number of entries that sum to 1; `None` of `nn.MultiheadAttention`.
+        result: where it stands in the graph, if it has one.
+        is_followed: whether it was handed on as attention.
+    """
+
+    size: int | None
+    result: Any
+    is_followed: bool = False
+
+
+class WrittenAttention(TorchFunctionMode):
+    """Follows, while a network runs, attention that it writes out, and notes what looks like other attention.
+
+    Weights are what a softmax over the last dimension returns, and what is made of it entry by entry or head by head.
+    Random numbers, by which networks shuffle or mask their patches, are refused at once: no token could be traced to
+    its patch.
+
+    Args:
+        answer: gives what answers attention calls now; `None` if they are not followed.
+    """
+
+    def __init__(self, answer: Callable[[], Answer | None]) -> None:
+        super().__init__()
+        self._answer = answer
+        self._met: list[_Softmax] = []
+        self._weights: MutableMapping[Tensor, list[_Softmax]] = WeakTensorKeyDictionary()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options, answer = kwargs or {}, self._answer()
+        if answer is None:
+            return function(*args, **options)
+        if function in _RANDOM:
+            raise UnsupportedNetworkError(
+                f"the network draws random numbers (torch.{function.__name__}) in eval mode, as networks that "
+                "shuffle or mask patches do (ViTMAE): no token could be traced to its patch. Explain the network made "
+                "from it for classification"
+            )
+        given = [each for each in args if isinstance(each, Tensor) and each in self._weights] if self._weights else []
+        factors = _factors(function, args) if given else None
+        if factors is not None and (product := self._answered(answer, *factors)) is not None:
+            return product
+        result = function(*args, **options)
+        if function is F.multi_head_attention_forward and options.get("need_weights", True):
+            self._met.append(_Softmax(None, result[0].grad_fn))
+        if function in _SOFTMAX:
+            self._note(result, args[1] if len(args) > 1 else options.get("dim"))
+        elif given and factors is None and isinstance(result, Tensor) and result.numel() == given[0].numel():
+            self._weights[result] = [met for each in given for met in self._weights[each]]
+        return result
+
+    def _note(self, result: Tensor, dim: Any) -> None:
+        # Scores of classes have two dimensions: images and classes.
+        if isinstance(dim, int) and result.dim() > 2:
+            met = _Softmax(result.shape[dim], result.grad_fn)
+            self._met.append(met)
+            if dim % result.dim() == result.dim() - 1:
+                self._weights[result] = [met]
+
+    def _answered(self, answer: Answer, weights: Tensor, values: Tensor) -> Tensor | None:
+        """Return the product of weights and values as attention, or `None` if it is something else."""
+        origins = self._weights.get(weights, ())
+        is_attention = weights.dim() in (3, 4) and weights.shape[:-2] == values.shape[:-2]
+        if not is_attention or not any(met.size == weights.shape[-1] for met in origins):
+            return None
+        if weights.dim() == 4:
+            product = answer(weights, None, values)
+        else:
+            by_head = answer(weights[:, None], None, values[:, None])
+            product = None if by_head is None else by_head[:, 0]
+        if product is not None:
+            for met in origins:
+                met.is_followed = True
+        return product
+
+    def require_none(self, scores: Tensor, token_counts: Iterable[int]) -> None:
+        """Refuse a network whose scores depend on attention that was not followed.
+
+        Args:
+            scores: shape (B,).
+            token_counts: numbers of tokens that it may have attended to.
+
+        Raises:
+            UnsupportedNetworkError: naming what was met.
+        """
+        counts = set(token_counts)
+        for met in self._met:
+            if met.size is not None and met.size not in counts:
+                continue
+            # Below the first layer that gradients reach, everything counts.
+            if met.is_followed if met.result is None else _is_unused(scores, met.result):
+                continue
+            what = (
+                "has an nn.MultiheadAttention that returns its weights (need_weights=True)"
+                if met.size is None
+                else f"takes a softmax over {met.size} tokens"
+            )
+            raise UnsupportedNetworkError(
+                f"the network {what}: attention that does not pass through "
+                f"torch.nn.functional.scaled_dot_product_attention, and would be missing in the maps: {_REMEDY}"
+            )
+
+
+def _factors(function: Callable[..., Any], args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the two factors of a product of matrices; `None` if a function is no such product."""
+    if function in _PRODUCTS and len(args) == 2:
+        return args[0], args[1]
+    if function is torch.einsum and len(args) == 3 and _EINSUM.fullmatch(str(args[0]).replace(" ", "")):
+        return args[1], args[2]
+    return None
+
+
+def _is_unused(scores: Tensor, result: Any) -> bool:
+    """Return whether no path of the graph leads from the scores to a result, but by attention that was followed."""
+    waiting = [scores.grad_fn]
+    seen: set[object] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is result:
+            return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [] if hasattr(node, "is_weights") else [below for below, _ in node.next_functions]
+    return True
