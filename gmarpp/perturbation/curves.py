@@ -76,7 +76,8 @@ def _intervals(counts: Sequence[int], curves: bool, topk: bool) -> list[list[tup
     return [[(0, patches)], inserted, deleted, region]
 
 
-def _renderer(network: BoundNetwork, images: Tensor, baseline: str, grid: tuple[int, int], batch_size: int) -> Render:
+def renderer(network: BoundNetwork, images: Tensor, baseline: str, grid: tuple[int, int], batch_size: int) -> Render:
+    """Return the network on images (B, C, H, W) that are removed by patches of a grid (h, w)."""
     if baseline == "drop":
         if network.inputs:
             raise ValueError("baseline 'drop' runs a network on its tokens, without inputs: use blur, mean or black")
@@ -153,7 +154,7 @@ def score_perturbations(
     network = BoundNetwork(model, images, inputs or {})
     with evaluation_mode(model), torch.no_grad():
         objective = objective_of(network, images, target, score, batch_size)
-        render = _renderer(network, images, baseline, grid, batch_size)
+        render = renderer(network, images, baseline, grid, batch_size)
         scores = score_intervals(
             render, ranks, list(chain(*intervals)), objective, batch_size, equal_sizes=baseline == "drop"
         )

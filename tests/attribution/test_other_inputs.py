@@ -78,7 +78,7 @@ def test_arguments_of_inference_mode(prompted):
     ("inputs", "methods", "message"),
     [
         ({"prompt": 1.0}, "rollout", "Prompted cannot be called with the images, prompt: missing .* 'table'"),
-        ({"prompt": 1.0, "table": 1.0, "tabel": 1.0}, "rollout", "unexpected keyword argument 'tabel'"),
+        ({"prompt": 1.0, "table": 1.0, "temperature": 1.0}, "rollout", "unexpected keyword argument 'temperature'"),
         ({"prompt": [torch.ones(5)], "table": 1.0}, "rollout", "prompt: expected a tensor .* got tensors in a list"),
         (
             {"prompt": 1.0, "table": torch.ones(5, 4)},
