@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gmarpp import data as data
     from gmarpp import metrics as metrics
     from gmarpp import perturbation as perturbation
+    from gmarpp import targets as targets
     from gmarpp.attribution import (
         METHODS,
         VARIANTS,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     __version__: str
 else:
     # Type checkers do not see `__getattr__`, which would make every misspelled name right.
-    _SUBPACKAGES = ("attribution", "callbacks", "data", "metrics", "perturbation")
+    _SUBPACKAGES = ("attribution", "callbacks", "data", "metrics", "perturbation", "targets")
     _MODULES = {
         "METHODS": "gmarpp.attribution",
         "METHOD_LABELS": "gmarpp.labels",

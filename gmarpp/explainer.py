@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gmarpp.attribution import AttributionMethod, Explanation, explain, register_method, resolve_method
+from gmarpp.attribution import AttributionMethod, Contrast, Explanation, explain, register_method, resolve_method
 from gmarpp.attribution.registry import is_own, select_methods
+from gmarpp.attribution.target import NO_CLASS, Target
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
@@ -24,9 +25,19 @@ from gmarpp.perturbation import (
     RoadScores,
     Score,
     class_scores,
+    map_changes,
     road_scores,
     score_perturbations,
+    square_removals,
 )
+
+if TYPE_CHECKING:
+    from gmarpp.attribution.target import Score as ScoreFunction
+
+    ExplainedTarget: TypeAlias = str | int | Contrast | ScoreFunction
+else:
+    # On command lines and in files only classes have names.
+    ExplainedTarget = str | int
 
 FAITHFULNESS_METRICS = ("average_drop", "average_increase", "average_gain", "insertion_auc", "deletion_auc")
 """The five metrics of the published claim."""
@@ -40,9 +51,10 @@ class ExplainedBatch:
         index: (B,) long, positions in the data set.
         path: of each image, relative to the data's root.
         label: (B,) long, -1 where unknown.
-        target: (B,) long, class explained.
-        predicted: (B,) long.
-        target_probability: (B,), by the sigmoid where that is the score; NaN for one output scored by its logit.
+        target: (B,) long, class explained; -1 where a function was explained instead of a class.
+        predicted: (B,) long; likewise.
+        target_probability: (B,), by the sigmoid where that is the score; NaN for one output scored by its logit, and
+            for functions.
         predicted_probability: (B,), likewise.
         maps: by method, float32 (B, h, w), raw.
         values: by method and metric, float32 (B,); NaN where a value is undefined, as without a box.
@@ -77,7 +89,8 @@ class Explainer:
     Args:
         methods: names of attribution methods, in the order of all outputs; or objects, which are registered, in files
             and on command lines as `class_path` and `init_args`.
-        target: the class explained: `predicted`, `label`, or a class name or index for all images.
+        target: what is explained: `predicted`, `label`, or a class name or index for all images; in Python also a
+            `gmarpp.Contrast`, one of `gmarpp.targets`, or a function of the network's output.
         metrics: names in `gmarpp.metrics.METRICS`; localization metrics need boxes or masks in the data. Empty for maps
             only, which is about fifty times faster.
         steps: of the insertion and deletion curves.
@@ -99,7 +112,7 @@ class Explainer:
         "legrad",
         "rollout",
     )
-    target: str | int = "predicted"
+    target: ExplainedTarget = "predicted"
     metrics: Sequence[str] = FAITHFULNESS_METRICS
     steps: int = 28
     baseline: Baseline = "blur"
@@ -172,8 +185,10 @@ class Explainer:
         """
         images: Tensor = batch["image"]
         explanation = explain(model, images, self.methods, self._target(batch), recompute=self.recompute)
-        probabilities = self._probabilities(explanation.logits)
-        predicted = explanation.logits.argmax(dim=1)
+        if explanation.target.dim() != 1:
+            given = tuple(explanation.target.shape)
+            raise ValueError(f"explain.target: expected one score per image, shape ({len(images)},), got {given}")
+        predicted, target_probability, predicted_probability = self._prediction(explanation)
         # Maps cover the pixels that the network sees, so pictures and objects are cropped to these.
         height, width = explanation.images.shape[2:]
         boxes, masks = _cropped(batch.get("box"), batch.get("mask"), (height, width))
@@ -191,8 +206,8 @@ class Explainer:
             label=batch["label"].cpu(),
             target=explanation.target.cpu(),
             predicted=predicted.cpu(),
-            target_probability=probabilities.gather(1, explanation.target[:, None])[:, 0].cpu(),
-            predicted_probability=probabilities.amax(dim=1).cpu(),
+            target_probability=target_probability.cpu(),
+            predicted_probability=predicted_probability.cpu(),
             maps={method: maps.cpu() for method, maps in explanation.maps.items()},
             values=values,
             inputs=inputs,
@@ -202,22 +217,30 @@ class Explainer:
             masks=None if masks is None else masks.cpu(),
         )
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
+    def _prediction(self, explanation: Explanation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the predicted class and the probabilities of the explained and the predicted one, (B,) each."""
+        logits, target = explanation.logits, explanation.target
+        if bool((target == NO_CLASS).any()):
+            unknown = torch.full_like(logits[:, 0], torch.nan, dtype=torch.float32)
+            return target, unknown, unknown
         if self.score == "logit" and logits.shape[1] == 1:
-            return torch.full_like(logits, torch.nan, dtype=torch.float32)
-        return class_scores(logits, "sigmoid" if self.score == "sigmoid" else "probability")
+            probabilities = torch.full_like(logits, torch.nan, dtype=torch.float32)
+        else:
+            probabilities = class_scores(logits, "sigmoid" if self.score == "sigmoid" else "probability")
+        return logits.argmax(dim=1), probabilities.gather(1, target[:, None])[:, 0], probabilities.amax(dim=1)
 
-    def _target(self, batch: Mapping[str, Any]) -> Tensor | str | int | None:
-        if self.target == "predicted":
+    def _target(self, batch: Mapping[str, Any]) -> Target:
+        if isinstance(self.target, str) and self.target == "predicted":
             return None
-        if self.target == "label":
+        if isinstance(self.target, str) and self.target == "label":
             unlabeled = (batch["label"] < 0).nonzero().flatten().tolist()
             if unlabeled:
                 raise ValueError(
                     f"explain.target is label, but {batch['path'][unlabeled[0]]} has none: explain the predicted "
                     "class, or name a class"
                 )
-            return batch["label"]  # type: ignore[no-any-return]
+            labels: Tensor = batch["label"]
+            return labels
         return self.target
 
     def _metric_inputs(
@@ -227,12 +250,12 @@ class Explainer:
         if objects is not None:
             for given in inputs.values():
                 given["masks"] = objects
+        is_class = not (callable(self.target) or isinstance(self.target, Contrast))
+        target: Target = explanation.target if is_class else self.target
+        scored = (model, images, explanation.maps, target)
         if self._needs & {"full", "kept", "insertion", "deletion"}:
             scores = score_perturbations(
-                model,
-                images,
-                explanation.maps,
-                explanation.target,
+                *scored,
                 steps=self.steps,
                 baseline=self.baseline,
                 score=self.score,
@@ -244,10 +267,16 @@ class Explainer:
             )
             _add_scores(inputs, scores)
         if "most_relevant_first" in self._needs:
-            road = road_scores(
-                model, images, explanation.maps, explanation.target, score=self.score, batch_size=self.batch_size
-            )
-            _add_road(inputs, road)
+            _add_road(inputs, road_scores(*scored, score=self.score, batch_size=self.batch_size))
+        if self._needs & {"removed_relevance", "score_drops"}:
+            removals = square_removals(*scored, baseline=self.baseline, score=self.score, batch_size=self.batch_size)
+            for method, given in inputs.items():
+                given["removed_relevance"] = removals.removed_relevance[method]
+                given["score_drops"] = removals.score_drops
+        if "map_changes" in self._needs:
+            changes = map_changes(model, images, self.methods, target, recompute=self.recompute)
+            for method, given in inputs.items():
+                given["map_changes"] = changes[method]
         return {method: {name: value.cpu() for name, value in given.items()} for method, given in inputs.items()}
 
     @staticmethod

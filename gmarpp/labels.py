@@ -27,6 +27,8 @@ METRIC_LABELS = {
     "deletion_auc": "Deletion AUC",
     "insertion_deletion_gap": "Insertion-Deletion Gap",
     "road": "ROAD",
+    "infidelity": "Infidelity",
+    "max_sensitivity": "Max-Sensitivity",
     "pointing_game": "Pointing Game",
     "energy_inside": "Energy Inside",
     "iou": "IoU",

@@ -22,6 +22,7 @@ ARROWS = {
     "attribution": {"network", "entry_points", "labels", "figures", "visualize"},
     "perturbation": {"attribution", "network", "maps"},
     "metrics": {"entry_points", "labels", "maps"},
+    "targets": {"attribution", "network", "metrics"},
     "data": {"network", "files", "options", "processes"},
     "explainer": {"attribution", "perturbation", "metrics", "network", "options"},
     "run": {"explainer", "metrics", "colormaps", "files", "labels", "processes", "maps", "visualize", "figures"},
@@ -33,7 +34,7 @@ ARROWS = {
     "export": {"command", "network", "files"},
     "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", "sanity", "export", *GROUND},
 }
-LIGHTNING_FREE = ("network", "attribution", "perturbation", "metrics", *GROUND, "visualize", "figures")
+LIGHTNING_FREE = ("network", "attribution", "perturbation", "metrics", "targets", *GROUND, "visualize", "figures")
 
 
 def imported(path):

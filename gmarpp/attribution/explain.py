@@ -1,6 +1,7 @@
 """`explain`: maps of all methods from one forward and one backward pass."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,7 @@ from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture, architecture_of, unwrapped
+from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.extent import fit_to_extent, grid_extent
 from gmarpp.network.modes import evaluation_mode
@@ -37,6 +39,7 @@ def explain(
     methods: str | AttributionMethod | Iterable[str | AttributionMethod] = ("gmarpp_l1",),
     target: Target = None,
     *,
+    inputs: Mapping[str, Any] | None = None,
     architecture: Architecture | None = None,
     recompute: bool = False,
 ) -> Explanation:
@@ -46,12 +49,16 @@ def explain(
     gradient is computed. `explain` works under autocast, and inside `torch.inference_mode`.
 
     Args:
-        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
-        images: preprocessed for the network, shape (B, 3, H, W).
+        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`. One of images and
+            texts (CLIP, SigLIP) runs on images alone, and the target is a `gmarpp.targets.Text`.
+        images: preprocessed for the network, shape (B, 3, H, W); or what else it is given first, of any floating-point
+            type with a batch axis, such as videos and spectrograms.
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, of registered methods, aliases, or objects with their
             own options; those that make their maps themselves run one after the other, after the others.
         target: `None` for the predicted class; a class (index or name), one per image, or (B, K) with as many backward
-            passes; a `Contrast`; or a function of the network's output that returns one score per image.
+            passes; a `Contrast`; one of `gmarpp.targets`; or a function of the network's output that returns one score
+            per image, (B,), or K of them, (B, K).
+        inputs: further arguments of the network's forward, by name.
         architecture: token layout of a network of an unknown family.
         recompute: keep only the inputs of blocks, and run each block again in the backward pass, if any.
 
@@ -72,16 +79,21 @@ def explain(
     require_classes(outside, target)
     model = unwrapped(model)
     _check(model, images)
+    network = BoundNetwork(model, images, inputs or {})
+    if outside and network.inputs:
+        own = ", ".join(method.name for method in outside)
+        raise ValueError(f"inputs: {own} run the network on images alone: leave out the methods that make own maps")
     layout = architecture or architecture_of(model)
+    pictures = layout.pictures_of(images)
     plan = Plan.of(model, images, rules, layout, recompute)
     with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        maps, scores = _maps(model, usable, plan, target) if rules else ({}, _scores(model, usable, target))
+        maps, scores = _maps(network, usable, plan, target) if rules else ({}, _scores(network, usable, target))
         maps |= own_maps(outside, model, usable, scores.indices, layout)
     maps = {method.name: maps[method.name] for method in selected}
-    names = () if callable(target) else class_names(model)
-    seen = fit_to_extent(usable, grid_extent(layout, *images.shape[-2:]))
+    names = tuple(getattr(target, "names", ())) if callable(target) else class_names(model)
+    seen = fit_to_extent(pictures.detach(), grid_extent(layout, *pictures.shape[2:]))
     signed = tuple(method.name for method in selected if method.signed)
     return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names, signed)
 
@@ -104,8 +116,9 @@ def _explained_errors() -> Iterator[None]:
         ) from error
 
 
-def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
+def _maps(network: BoundNetwork, images: Tensor, plan: Plan, target: Target) -> tuple[dict[str, Tensor], Scores]:
     """Run the network once, and each score and gradient rule once down through its layers."""
+    model = network.model
     passed = ForwardPass(plan, Descent(plan.needs_attention, plan.is_balanced), len(images))
     fused = plan.layout.fused
     with intercepted(model), forwards_replaced(list(fused), list(fused.values())):
@@ -114,14 +127,14 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
             wrapped(plan.layout.blocks, passed),
             ruled(passed.descent),
         ):
-            output = _output(model, images)
+            output = _output(network, images)
         scores = Scores.of(output, target, model, len(images))
         total = torch.stack([score(output).float().sum() for score in scores.functions]).sum()
         passed.leave_out_unread(total)
         passed.check_calls()
         require_one_layer(total, passed)
         grid = _grid(plan, images, passed.tokens)
-        way = WayDown(passed, output, images, Replay(model, images, passed), written)
+        way = WayDown(passed, output, images, Replay(network, images, passed), written)
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     shape = (*scores.indices.shape, *grid)
@@ -134,14 +147,15 @@ def _maps(model: nn.Module, images: Tensor, plan: Plan, target: Target) -> tuple
     return maps, scores
 
 
-def _scores(model: nn.Module, images: Tensor, target: Target) -> Scores:
+def _scores(network: BoundNetwork, images: Tensor, target: Target) -> Scores:
     with torch.no_grad():
-        return Scores.of(_output(model, images), target, model, len(images))
+        return Scores.of(_output(network, images), target, network.model, len(images))
 
 
-def _output(model: nn.Module, images: Tensor) -> Any:
+def _output(network: BoundNetwork, images: Tensor) -> Any:
+    model = network.model
     try:
-        return model(images)
+        return network(images)
     except UnsupportedNetworkError:
         raise
     except NotImplementedError as error:
@@ -158,18 +172,18 @@ def _output(model: nn.Module, images: Tensor) -> Any:
         ) from error
 
 
-def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, int]:
-    """Return the patch grid (h, w), after checking that it and the tokens around it make up all tokens."""
-    height, width = plan.layout.grid(images.shape[-2], images.shape[-1])
+def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, ...]:
+    """Return the patch grid (h, w) or (t, h, w), after checking that it and the tokens around it make up all tokens."""
+    grid = plan.layout.grid(*plan.layout.pictures_of(images).shape[2:])
     prefix, suffix = plan.layout.prefix_at(0), plan.layout.suffix_tokens
-    if prefix + height * width + suffix != tokens:
+    if prefix + math.prod(grid) + suffix != tokens:
         around = f"{prefix} prefix tokens" + (f" and {suffix} suffix tokens" if suffix else "")
         raise UnsupportedNetworkError(
-            f"the network attends over {tokens} tokens, but a patch grid of {height} x {width} and {around} make "
-            f"{prefix + height * width + suffix}: correct grid, prefix_tokens and suffix_tokens in "
+            f"the network attends over {tokens} tokens, but a patch grid of {' x '.join(map(str, grid))} and {around} "
+            f"make {prefix + math.prod(grid) + suffix}: correct grid, prefix_tokens and suffix_tokens in "
             "gmarpp.Architecture, or the size of the images. Networks that mask patches (ViTMAE) cannot be explained"
         )
-    return height, width
+    return grid
 
 
 def _check_maps(maps: dict[str, Tensor]) -> None:
@@ -184,7 +198,7 @@ def _check_maps(maps: dict[str, Tensor]) -> None:
 
 
 def _check(model: nn.Module, images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
+    if not isinstance(images, Tensor) or images.dim() < 2 or not images.is_floating_point() or len(images) == 0:
         given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
             f"images: expected a floating-point tensor of shape (images, channels, height, width), got {given}"

@@ -1,10 +1,14 @@
 """The result of `explain`, which draws itself in a notebook."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 from torch import Tensor
+
+from gmarpp.attribution.target import NO_CLASS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,14 +21,17 @@ class Explanation:
     """Maps of a batch of images.
 
     Attributes:
-        maps: by method name, float32, shape (B, h, w), raw, not normalized; (B, K, h, w) where the target was (B, K).
+        maps: by method name, float32, shape (B, h, w), raw, not normalized; (B, K, h, w) where the target was (B, K);
+            (B, t, h, w), or (B, K, t, h, w), of videos.
         target: class explained, long, (B,) or (B, K); -1 where a function was explained instead of a class.
-        logits: the network's output, (B, C); the scores (B, 1) where the target was a function.
+        logits: the network's output, (B, C); the scores, (B, 1) or (B, K), where the target was a function.
         scores: what was explained, float32, (B,) or (B, K): the logit of each class, the difference of a `Contrast`, or
             the value of a function. Of a class, methods of the balanced gradient explain the margin instead, its logit
             less the log-sum-exp of the others.
-        images: the part of the images that the network's patches cover, float32 in [0, 1] for display, (B, 3, H, W).
-        class_names: names of the classes for people; empty if the network carries none.
+        images: the part of the images that the network's patches cover, float32 in [0, 1] for display, (B, 3, H, W);
+            (B, T, 3, H, W) of videos.
+        class_names: names of the classes for people, or of the K scores where the target was a function that names
+            them; empty if they have none.
         signed_methods: names of the methods whose maps are signed, negative for what speaks against the score.
     """
 
@@ -39,7 +46,7 @@ class Explanation:
     def overlay(
         self, image: int = 0, method: str | None = None, column: int = 0, signed_maps: "SignedMaps" = "diverging"
     ) -> Image.Image:
-        """Lay a map over its image.
+        """Lay a map over its image; of a video, over one frame per step of the map, in rows of four.
 
         Args:
             image: position in the batch.
@@ -51,7 +58,7 @@ class Explanation:
 
         method = method or next(iter(self.maps))
         drawn = signed_maps if method in self.signed_methods else None
-        pixels = overlay(self.images[image].cpu(), self._map(method, image, column), signed_maps=drawn)
+        pixels = overlay(self._picture(image, method), self._map(method, image, column), signed_maps=drawn)
         return Image.fromarray(pixels)
 
     def show(self, images: int = 8, signed_maps: "SignedMaps" = "diverging") -> "Figure":
@@ -66,18 +73,10 @@ class Explanation:
 
         targets = self.target[:, None] if self.target.dim() == 1 else self.target
         columns = [(image, column) for image in range(min(images, len(targets))) for column in range(targets.shape[1])]
-        probabilities: list[float | None]
-        if self.logits.shape[1] == 1:
-            scores = self.scores.view_as(targets)
-            names = [f"score {float(scores[column]):.3g}" for column in columns]
-            probabilities = [None] * len(columns)
-        else:
-            explained = [int(targets[column]) for column in columns]
-            names = [self.class_names[index] if self.class_names else f"class {index}" for index in explained]
-            softmax = self.logits.float().softmax(dim=1)
-            probabilities = [float(softmax[image, k]) for (image, _), k in zip(columns, explained, strict=True)]
+        names, probabilities = self._headings(columns)
+        first = next(iter(self.maps))
         return comparison_figure(
-            images=[self.images[image].cpu() for image, _ in columns],
+            images=[self._picture(image, first) for image, _ in columns],
             maps={method: [self._map(method, *column) for column in columns] for method in self.maps},
             names=names,
             probabilities=probabilities,
@@ -85,6 +84,46 @@ class Explanation:
             style=MapStyle(signed_maps=signed_maps),
         )
 
+    def _headings(self, columns: Sequence[tuple[int, int]]) -> tuple[list[str], list[float | None]]:
+        """Return what stands above images and columns of classes: class and probability, or score."""
+        rows = len(self.logits)
+        targets, scores = self.target.view(rows, -1), self.scores.view(rows, -1)
+        is_function = bool((targets == NO_CLASS).any())
+        if is_function or self.logits.shape[1] == 1:
+            values = [f"{float(scores[column]):.3g}" for column in columns]
+            if not (is_function and self.class_names):
+                return [f"score {value}" for value in values], [None] * len(columns)
+            # A comma would end the name: of a class only the first of synonyms is shown.
+            texts = [self.class_names[k].replace(",", "") for _, k in columns]
+            return [f"{value} {text}" for value, text in zip(values, texts, strict=True)], [None] * len(columns)
+        explained = [int(targets[column]) for column in columns]
+        names = [self.class_names[index] if self.class_names else f"class {index}" for index in explained]
+        softmax = self.logits.float().softmax(dim=1)
+        return names, [float(softmax[image, k]) for (image, _), k in zip(columns, explained, strict=True)]
+
+    def _picture(self, image: int, method: str) -> Tensor:
+        picture = self.images[image].cpu()
+        if picture.dim() == 3:
+            return picture
+        steps = self.maps[method].shape[-3]
+        return _in_rows(picture[torch.arange(steps) * len(picture) // steps])
+
     def _map(self, method: str, image: int, column: int) -> Tensor:
-        maps = self.maps[method][image]
-        return (maps if maps.dim() == 2 else maps[column]).cpu()
+        maps = self.maps[method][image].cpu()
+        maps = maps if self.target.dim() == 1 else maps[column]
+        if maps.dim() == 2:
+            return maps
+        from gmarpp.visualize import upsample_map
+
+        # Frames are interpolated one by one, so that none shows what belongs to its neighbor.
+        height, width = self.images.shape[-2:]
+        return _in_rows(torch.stack([torch.from_numpy(upsample_map(each.numpy(), height, width)) for each in maps]))
+
+
+def _in_rows(frames: Tensor) -> Tensor:
+    """Lay frames (t, ..., H, W) out in rows of four, (..., R H, 4 W); places that are left are as good as empty."""
+    across = min(len(frames), 4)
+    left = frames.abs().min().expand(-len(frames) % across, *frames.shape[1:])
+    rows = torch.unflatten(torch.cat([frames, left]), 0, (-1, across))
+    laid_out: Tensor = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
+    return laid_out

@@ -58,25 +58,28 @@ def _keeping_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _on_grid(maps: Tensor, images: Tensor, layout: Architecture, name: str) -> Tensor:
-    """Check maps, average those of pixels over patches, and return them as float32 (B, h, w)."""
-    batch, _, height, width = images.shape
-    grid = layout.grid(height, width)
-    expected = f"{name}: expected maps of shape {(batch, *grid)}, or {(batch, height, width)} of pixels, got"
+    """Check maps, average those of pixels over patches, and return them as float32 (B, h, w), or (B, t, h, w)."""
+    batch, *size = len(images), *layout.pictures_of(images).shape[2:]
+    grid = layout.grid(*size)
+    # What is not given to the network as images has no pixels.
+    of_pixels = (batch, *size) if layout.pictures is None else (batch, *grid)
+    expected = f"{name}: expected maps of shape {(batch, *grid)}, or {of_pixels} of pixels, got"
     if not isinstance(maps, Tensor):
         raise ValueError(f"{expected} {type(maps).__name__}: return a tensor")
     values = maps.detach().to(images.device, torch.float32)
-    if values.dim() == 4:
+    if values.dim() == len(of_pixels) + 1:
         values = values.mean(dim=1)
-    if values.shape not in ((batch, *grid), (batch, height, width)):
+    if values.shape not in ((batch, *grid), of_pixels):
         raise ValueError(f"{expected} {tuple(maps.shape)}")
     unusable = (~values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if unusable:
         raise ValueError(f"{name}: expected finite maps, got NaN or infinite values for images {unusable}")
     if values.shape[1:] == grid:
         return values
-    extent = grid_extent(layout, height, width)
+    extent = grid_extent(layout, *size)
     # Padding beyond the image, where patches do not divide it, does not count.
     pooled, pixels = (
-        F.adaptive_avg_pool2d(fit_to_extent(each, extent), grid) for each in (values, torch.ones_like(values))
+        F.adaptive_avg_pool2d(fit_to_extent(each, extent), (grid[-2], grid[-1]))
+        for each in (values, torch.ones_like(values))
     )
     return pooled / pixels

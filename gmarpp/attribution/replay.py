@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.seam import answered_by
+from gmarpp.network.bound import BoundNetwork
 
 Forward = Callable[..., Any]
 
@@ -37,13 +38,13 @@ class Replay:
     the head is computed.
 
     Args:
-        model: the network.
-        images: (B, 3, H, W), that the forward pass was given.
+        network: the network.
+        images: (B, ...), that the forward pass was given.
         passed: the forward pass.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, passed: ForwardPass) -> None:
-        self._model, self._images, self._passed = model, images, passed
+    def __init__(self, network: BoundNetwork, images: Tensor, passed: ForwardPass) -> None:
+        self._network, self._images, self._passed = network, images, passed
         self._embedded: dict[nn.Module, Tensor | None] = {}
         self._is_first = self._is_embedding = True
 
@@ -56,11 +57,12 @@ class Replay:
             for block, rest, each in zip(blocks, self._passed.rests, given, strict=True)
         }
         inside = {module for block in blocks for module in block.modules()}
-        convolutions = [each for each in self._model.modules() if isinstance(each, nn.Conv2d) and each not in inside]
+        modules = [each for each in self._network.model.modules() if each not in inside]
+        convolutions = [each for each in modules if isinstance(each, nn.Conv2d | nn.Conv3d)]
         replaced |= {each: self._embed(each) for each in convolutions}
         self._is_embedding = True
         with forwards_replaced(list(replaced), list(replaced.values())), answered_by(None):
-            output = self._model(self._images[: len(tokens)])
+            output = self._network(self._images[: len(tokens)], slice(len(tokens)))
         self._is_first = False
         return output
 
@@ -74,7 +76,7 @@ class Replay:
 
         return _in_this_thread(forward, run)
 
-    def _embed(self, convolution: nn.Conv2d) -> Forward:
+    def _embed(self, convolution: nn.Conv2d | nn.Conv3d) -> Forward:
         """Return a convolution's forward that gives again what it gave the first time, up to the first block."""
         run = convolution.forward
 

@@ -10,6 +10,7 @@ from gmarpp.attribution.target import (
     NO_CLASS,
     ClassTarget,
     Contrast,
+    ImageScore,
     Score,
     Target,
     class_score,
@@ -24,9 +25,9 @@ class Scores:
     """What is explained of a batch.
 
     Attributes:
-        logits: (B, C), or the scores (B, 1) where the target is a function.
+        logits: (B, C), or the scores, (B, 1) or (B, K), where the target is a function.
         indices: class explained, long, (B,) or (B, K); -1 where the target is a function.
-        functions: one for each of the K classes.
+        functions: one for each of the K classes or scores.
         margins: what the balanced gradient is of, likewise: the class's margin, or a function or `Contrast` as it is.
         values: what they return, float32, in the shape of `indices`.
     """
@@ -44,42 +45,58 @@ class Scores:
         Raises:
             ValueError: for unusable targets, or logits or scores that are not finite.
         """
-        functions: tuple[Score, ...]
-        margins: tuple[Score, ...]
-        if callable(target):
-            logits, functions = _own_scores(output, target, batch)[:, None], (target,)
+        if isinstance(target, Contrast):
+            indices, functions = _of_contrast(output, target, model, batch)
             margins = functions
-            check_finite(logits, "scores")
-            indices = torch.full((batch,), NO_CLASS, device=logits.device)
+        elif callable(target):
+            indices, functions = _of_function(output, target, batch)
+            margins = functions
         else:
-            logits = logits_of(output)
-            check_finite(logits)
-            indices, functions, margins = _of_classes(target, logits, model)
+            indices, functions = _of_classes(output, target, model)
+            margins = tuple(map(margin_score, _columns(indices)))
         values = torch.stack([function(output).detach().float() for function in functions], dim=1)
-        return Scores(logits.detach(), indices, functions, margins, values.view(indices.shape))
+        check_finite(values, "scores")
+        logits = values if bool((indices == NO_CLASS).any()) else logits_of(output).detach()
+        return Scores(logits, indices, functions, margins, values.view(indices.shape))
 
 
-def _of_classes(
-    target: "ClassTarget | Contrast", logits: Tensor, model: nn.Module
-) -> tuple[Tensor, tuple[Score, ...], tuple[Score, ...]]:
-    if isinstance(target, Contrast):
-        indices, other = (resolve_target(each, logits, model) for each in (target.target, target.other))
-        if indices.dim() != 1 or other.dim() != 1:
-            shapes = f"{tuple(indices.shape)} and {tuple(other.shape)}"
-            raise ValueError(f"contrast: expected one class per image on either side, got shapes {shapes}")
-        plus, minus = class_score(indices), class_score(other)
-        difference = (lambda output: plus(output) - minus(output),)
-        return indices, difference, difference
+def _columns(indices: Tensor) -> tuple[Tensor, ...]:
+    return (indices[:, None] if indices.dim() == 1 else indices).unbind(dim=1)
+
+
+def _of_classes(output: Any, target: ClassTarget, model: nn.Module) -> tuple[Tensor, tuple[Score, ...]]:
+    logits = logits_of(output)
+    check_finite(logits)
     indices = resolve_target(target, logits, model)
-    columns = (indices[:, None] if indices.dim() == 1 else indices).unbind(dim=1)
-    return indices, tuple(map(class_score, columns)), tuple(map(margin_score, columns))
+    return indices, tuple(map(class_score, _columns(indices)))
 
 
-def _own_scores(output: Any, target: Score, batch: int) -> Tensor:
+def _of_contrast(output: Any, target: Contrast, model: nn.Module, batch: int) -> tuple[Tensor, tuple[Score, ...]]:
+    sides = [
+        _of_function(output, each, batch) if callable(each) else _of_classes(output, each, model)
+        for each in (target.target, target.other)
+    ]
+    (indices, (plus, *_)), (other, (minus, *_)) = sides
+    if indices.dim() != 1 or other.dim() != 1:
+        shapes = f"{tuple(indices.shape)} and {tuple(other.shape)}"
+        raise ValueError(f"contrast: expected one class or score per image on either side, got shapes {shapes}")
+    return indices, (lambda output: plus(output) - minus(output),)
+
+
+def _of_function(output: Any, target: Score, batch: int) -> tuple[Tensor, tuple[Score, ...]]:
+    if isinstance(target, ImageScore):
+        target.require(batch)
     scores = target(output)
-    if not isinstance(scores, Tensor) or scores.shape != (batch,):
+    if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != batch or not scores.numel():
         raise ValueError(
-            f"target function: expected one score per image, shape ({batch},), got "
+            f"target function: expected one score per image, shape ({batch},), or ({batch}, K) for K of them, got "
             f"{tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__}"
         )
-    return scores
+    indices = torch.full(scores.shape, NO_CLASS, device=scores.device)
+    if scores.dim() == 1:
+        return indices, (target,)
+    return indices, tuple(_column(target, position) for position in range(scores.shape[1]))
+
+
+def _column(target: Score, position: int) -> Score:
+    return lambda output: target(output)[:, position]

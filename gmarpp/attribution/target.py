@@ -1,5 +1,6 @@
 """Targets: which score of the network's output is explained."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,24 +11,51 @@ from torch import Tensor, nn
 from gmarpp.network.output import class_index, logits_of
 
 Score = Callable[[Any], Tensor]
-"""Takes the network's output and returns one score per image, shape (B,)."""
+"""Takes the network's output and returns one score per image, shape (B,), or K of them, (B, K)."""
 
 
 NO_CLASS = -1
 """Target of an explanation of a function, which explains no class."""
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """What speaks for one class and against another: the difference of their logits.
+class ImageScore(ABC):
+    """A score that knows which image is which, so that images can be scored in any number and order.
 
-    Args:
-        target: the class explained, as a target of `gmarpp.explain` for one class per image.
-        other: the class it is compared with, likewise.
+    Attributes:
+        images: number of images that it was made for; `None` if it is the same for all.
+        names: of the K scores, for people; empty if they have none.
     """
 
-    target: "ClassTarget"
-    other: "ClassTarget"
+    images: int | None = None
+    names: tuple[str, ...] = ()
+
+    def __call__(self, output: Any) -> Tensor:
+        """Return the scores of all images, (B,) or (B, K)."""
+        return self.of(output, slice(None))
+
+    @abstractmethod
+    def of(self, output: Any, rows: "Tensor | slice") -> Tensor:
+        """Return the scores, (n,) or (n, K), of the output for n images at some positions of the batch."""
+
+    def require(self, images: int) -> None:
+        """Raise `ValueError` unless it can score so many images."""
+        if self.images not in (None, images):
+            raise ValueError(
+                f"{type(self).__name__}: expected {self.images} images, as it has masks or indices, got {images}"
+            )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What speaks for one target and against another: the difference of their scores, of logits for classes.
+
+    Args:
+        target: what is explained, as a target of `gmarpp.explain` for one class or score per image.
+        other: what it is compared with, likewise.
+    """
+
+    target: "ClassTarget | Score"
+    other: "ClassTarget | Score"
 
 
 ClassTarget: TypeAlias = "int | str | Tensor | Sequence[Any] | None"

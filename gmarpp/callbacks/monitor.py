@@ -306,7 +306,9 @@ def _maps_figure(
         maps={
             method: [map_ for batch in batches for map_ in batch.maps[method]][:images] for method in batches[0].maps
         },
-        names=[names[target] if target < len(names) else str(target) for target in targets],
+        names=[
+            names[target] if 0 <= target < len(names) else str(target) if target >= 0 else "score" for target in targets
+        ],
         probabilities=torch.cat([batch.target_probability for batch in batches])[:images].tolist(),
         boxes=boxes or None,
         signed_methods=signed_methods,

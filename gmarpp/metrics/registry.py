@@ -14,6 +14,7 @@ from gmarpp.metrics.curves import ROAD, DeletionAUC, InsertionAUC, InsertionDele
 from gmarpp.metrics.kept_region import AverageDrop, AverageGain, AverageIncrease
 from gmarpp.metrics.localization import AveragePrecision, EnergyInside, IoU, PixelAccuracy, PointingGame
 from gmarpp.metrics.sparseness import Sparseness
+from gmarpp.metrics.stability import Infidelity, MaxSensitivity
 
 METRICS: dict[str, type[Metric]] = {
     "average_drop": AverageDrop,
@@ -23,6 +24,8 @@ METRICS: dict[str, type[Metric]] = {
     "deletion_auc": DeletionAUC,
     "insertion_deletion_gap": InsertionDeletionGap,
     "road": ROAD,
+    "infidelity": Infidelity,
+    "max_sensitivity": MaxSensitivity,
     "pointing_game": PointingGame,
     "energy_inside": EnergyInside,
     "iou": IoU,
@@ -40,6 +43,9 @@ INPUTS = (
     "deletion",
     "most_relevant_first",
     "least_relevant_first",
+    "map_changes",
+    "removed_relevance",
+    "score_drops",
     "maps",
     "masks",
 )

@@ -24,7 +24,8 @@ class Architecture:
     """The token layout of a Vision Transformer.
 
     Attributes:
-        grid: returns the patch grid (h, w) of an image of a given height and width in pixels.
+        grid: returns the patch grid (h, w) of an image of a given height and width in pixels; or (t, h, w) of a video
+            of a given number of frames, height and width.
         prefix_tokens: number of tokens before the patch tokens (class, distillation and register tokens).
         blocks: the transformer blocks, from the input upward.
         head: what the network computes from the tokens that leave the last block, shape (B, N, D), up to its output.
@@ -38,9 +39,11 @@ class Architecture:
         channels_first: whether blocks are given tokens as (B, D, h, w), and not as (B, N, D) or (B, h, w, D).
         prefix_from: the block that prefix tokens first enter; blocks below it have patch tokens alone. The number of
             blocks means that they enter after the last one, and attend alone there, in several layers perhaps.
+        pictures: brings what the network is given to the form (B, C, H, W), or (B, C, T, H, W) for videos, over which
+            the grid lies; `None` if it is given images (B, C, H, W).
     """
 
-    grid: Callable[[int, int], tuple[int, int]]
+    grid: Callable[..., tuple[int, ...]]
     prefix_tokens: int
     blocks: Sequence[nn.Module] = ()
     head: Callable[[Tensor], Any] | None = None
@@ -49,6 +52,19 @@ class Architecture:
     fused: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
     channels_first: bool = False
     prefix_from: int = 0
+    pictures: Callable[[Tensor], Tensor] | None = None
+
+    def pictures_of(self, images: Tensor) -> Tensor:
+        """Return what the network is given in the form (B, C, H, W), or (B, C, T, H, W).
+
+        Raises:
+            ValueError: for a tensor of another number of dimensions.
+        """
+        pictures = images if self.pictures is None else self.pictures(images)
+        if pictures.dim() not in ((4,) if self.pictures is None else (4, 5)):
+            given = f"{tuple(images.shape)}: for videos or sounds, describe `pictures` in gmarpp.Architecture"
+            raise ValueError(f"images: expected shape (images, channels, height, width), got {given}")
+        return pictures
 
     def patches(self, tokens: int, block: int = 0) -> slice:
         """Return where the patch tokens are among all of a number of tokens of a block."""
@@ -136,7 +152,7 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _has(model: nn.Module, *names: str) -> bool:
+def _has(model: object, *names: str) -> bool:
     return all(hasattr(model, name) for name in names)
 
 
@@ -232,16 +248,55 @@ def _is_flat(model: Any) -> bool:
     return 0 < len(_hugging_face_blocks(model)) == layers
 
 
-def _hugging_face(model: Any) -> Architecture:
+def _hugging_face(
+    model: Any,
+    grid: Callable[..., tuple[int, ...]] | None = None,
+    pictures: Callable[[Tensor], Tensor] | None = None,
+) -> Architecture:
     def count(names: Sequence[str]) -> int:
         tokens = [getattr(model.embeddings, name, None) for name in names]
         return sum(1 if each.dim() == 1 else each.shape[-2] for each in tokens if isinstance(each, Tensor))
 
     return Architecture(
-        grid=_by_patch(model.config.patch_size),
+        grid=grid or _by_patch(model.config.patch_size),
         prefix_tokens=count(_PREFIX_TOKENS),
         blocks=_hugging_face_blocks(model),
         suffix_tokens=count(_SUFFIX_TOKENS),
+        pictures=pictures,
+    )
+
+
+def _tubelets(model: Any) -> Any:
+    """Return what makes patches of several frames in an encoder of transformers; `None` in other networks."""
+    embeddings = getattr(model, "embeddings", None)
+    if not isinstance(embeddings, nn.Module) or not hasattr(getattr(model, "config", None), "tubelet_size"):
+        return None
+    found = [each for each in embeddings.modules() if isinstance(each, nn.Conv3d)]
+    return found[0] if len(found) == 1 and found[0].kernel_size == found[0].stride and _is_flat(model) else None
+
+
+def _hugging_face_video(model: Any) -> Architecture:
+    strides = _tubelets(model).stride
+    return _hugging_face(
+        model,
+        grid=lambda *size: tuple(side // stride for side, stride in zip(size, strides, strict=True)),
+        pictures=lambda clips: clips.transpose(1, 2),
+    )
+
+
+def _is_hugging_face_sound(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return _has(model, "embeddings") and _has(config, "num_mel_bins", "frequency_stride", "time_stride")
+
+
+def _hugging_face_sound(model: Any) -> Architecture:
+    side, strides = model.config.patch_size, (model.config.frequency_stride, model.config.time_stride)
+    return _hugging_face(
+        model,
+        # Patches may overlap.
+        grid=lambda *size: tuple((each - side) // stride + 1 for each, stride in zip(size, strides, strict=True)),
+        # Spectrograms come as (B, time, frequency).
+        pictures=lambda spectrograms: spectrograms.mT[:, None],
     )
 
 
@@ -256,7 +311,9 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (lambda model: isinstance(model, Xcit), _timm_xcit),
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
+    (_is_hugging_face_sound, _hugging_face_sound),
     (_is_hugging_face, _hugging_face),
+    (lambda model: _tubelets(model) is not None, _hugging_face_video),
     (_is_open_clip, _open_clip),
     *((matches, _in_stages(describe)) for matches, describe in _IN_STAGES),
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from gmarpp.network.architecture import Architecture
 
 
-def grid_extent(layout: Architecture, height: int, width: int) -> tuple[int, int]:
+def grid_extent(layout: Architecture, *size: int) -> tuple[int, int]:
     """Return the height and width in pixels, from the top left corner, that the patch grid spans.
 
     Where a patch does not divide the image, a network either leaves the last rows and columns out, and the extent is
@@ -16,12 +16,12 @@ def grid_extent(layout: Architecture, height: int, width: int) -> tuple[int, int
 
     Args:
         layout: its `grid` is asked for images of other sizes too; one that ignores the size spans the whole image.
-        height: of the image in pixels.
-        width: of the image in pixels.
+        size: height and width of the image in pixels; of a video, number of frames, height and width.
     """
+    *frames, height, width = size
     return (
-        _span(lambda side: layout.grid(side, width)[0], height),
-        _span(lambda side: layout.grid(height, side)[1], width),
+        _span(lambda side: layout.grid(*frames, side, width)[-2], height),
+        _span(lambda side: layout.grid(*frames, height, side)[-1], width),
     )
 
 

@@ -17,8 +17,9 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(
             f"the network's output ({_content(output)}) holds no logits of shape (images, classes): pass "
-            "gmarpp.explain a function of the output as target, which returns one score per image, shape (images,); "
-            "the similarity with a direction, for example: lambda output: output.pooler_output @ direction"
+            "gmarpp.explain one of gmarpp.targets (Text, Region, Query) as target, or a function of the output, which "
+            "returns one score per image, shape (images,); the similarity with a direction, for example: "
+            "lambda output: output.pooler_output @ direction"
         )
     return logits
 

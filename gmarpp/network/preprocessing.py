@@ -45,11 +45,14 @@ def normalization_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor] 
 
 
 def displayable(model: nn.Module, images: Tensor, normalization: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Return images (B, C, H, W) as pictures (B, 3, H, W), float32 in [0, 1].
+    """Return images (B, C, H, W) as pictures (B, 3, H, W), and videos (B, C, T, H, W) as (B, T, 3, H, W).
 
-    The normalization is undone where it is given or the network tells it, else each image is stretched to [0, 1]. Of
-    more than three channels the first three are shown, fewer are shown as gray.
+    They are float32 in [0, 1]. The normalization is undone where it is given or the network tells it, else each image
+    or video is stretched. Of more than three channels the first three are shown, fewer are shown as gray.
     """
+    if images.dim() == 5:
+        in_one = displayable(model, images.flatten(2, 3), normalization)
+        return torch.unflatten(in_one, 2, images.shape[2:4]).movedim(2, 1)
     images = images.float()
     normalization = normalization or normalization_of(model, images)
     if normalization is not None:

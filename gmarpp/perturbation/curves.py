@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.target import Target
 from gmarpp.maps import check_maps, minmax, rank_patches
+from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.baselines import BASELINES, Baseline, TokenDrop, baseline_images
 from gmarpp.perturbation.jobs import Render, composite, score_intervals, score_weighted
@@ -75,12 +76,15 @@ def _intervals(counts: Sequence[int], curves: bool, topk: bool) -> list[list[tup
     return [[(0, patches)], inserted, deleted, region]
 
 
-def _renderer(model: nn.Module, images: Tensor, baseline: str, grid: tuple[int, int], batch_size: int) -> Render:
+def renderer(network: BoundNetwork, images: Tensor, baseline: str, grid: tuple[int, int], batch_size: int) -> Render:
+    """Return the network on images (B, C, H, W) that are removed by patches of a grid (h, w)."""
     if baseline == "drop":
-        return TokenDrop(model, images, grid, batch_size)
+        if network.inputs:
+            raise ValueError("baseline 'drop' runs a network on its tokens, without inputs: use blur, mean or black")
+        return TokenDrop(network.model, images, grid, batch_size)
     size = (images.shape[2], images.shape[3])
-    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
-    return composite(model, images, baseline_images(model, images, baseline), to_patch)
+    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(network.model, size, grid))
+    return composite(network, images, baseline_images(network.model, images, baseline), to_patch)
 
 
 def _rescaled(curves: Tensor, full: Tensor, empty: Tensor) -> Tensor:
@@ -94,6 +98,7 @@ def score_perturbations(
     maps: Mapping[str, Tensor],
     target: Target,
     *,
+    inputs: Mapping[str, Any] | None = None,
     steps: int = 28,
     baseline: Baseline = "blur",
     score: Score = "probability",
@@ -111,15 +116,16 @@ def score_perturbations(
 
     Args:
         model: any network from images to logits (or to an object with `.logits`); to anything where the target is a
-            function.
+            function. One of images and texts (CLIP, SigLIP) runs on images alone.
         images: (B, C, H, W), normalized.
         maps: raw maps (B, h, w) per method, all on one grid. It is laid over the pixels that the network's patches
             cover; on a network of an unknown family, and for maps on another grid, it is upsampled to the image by
             nearest neighbor. Every pixel belongs to exactly one patch.
         target: what is scored, as in `gmarpp.explain`, of one class per image: `None` for the class predicted on
-            the image, an index or name, or one of either per image; a `Contrast`, whose two classes' scores are
-            subtracted; or a function of the network's output, which is scored by its own value. For several classes per
-            image (B, K), score each alone, `target[:, k]` with `maps[:, k]`.
+            the image, an index or name, or one of either per image; a `Contrast`, whose two sides' scores are
+            subtracted; or one of `gmarpp.targets` or a function of the network's output, which is scored by its own
+            value. For several classes per image (B, K), score each alone, `target[:, k]` with `maps[:, k]`.
+        inputs: further arguments of the network's forward, by name, as in `gmarpp.explain`.
         steps: S, curve steps; more steps than patches means one patch per step (see `fractions`).
         baseline: what replaces a removed patch: `blur`, `mean` (the image's mean color), `black` (needs
             `model.pretrained_cfg`) or `drop` (the token leaves the sequence; timm Vision Transformers).
@@ -130,8 +136,8 @@ def score_perturbations(
             which over `black` is the E * x of Grad-CAM++ (Chattopadhyay et al. 2018).
         normalize: rescale each curve by (full - empty); a curve is NaN where the image scores no higher than its
             baseline, and metrics leave that image out. `kept`, `full` and `empty` stay as they are.
-        batch_size: most images per forward pass; bounds the memory. A target that is a function is given all B images
-            at a time.
+        batch_size: most images per forward pass; bounds the memory. A target that is a function, and none of
+            `gmarpp.targets`, is given all B images at a time.
         curves: score insertion and deletion.
         kept: score kept regions.
 
@@ -145,9 +151,10 @@ def score_perturbations(
     ranks = rank_patches(stacked)
     counts = step_counts(ranks.shape[-1], steps)
     intervals = _intervals(counts, curves, kept and mask == "topk")
+    network = BoundNetwork(model, images, inputs or {})
     with evaluation_mode(model), torch.no_grad():
-        objective = objective_of(model, images, target, score, batch_size)
-        render = _renderer(model, images, baseline, grid, batch_size)
+        objective = objective_of(network, images, target, score, batch_size)
+        render = renderer(network, images, baseline, grid, batch_size)
         scores = score_intervals(
             render, ranks, list(chain(*intervals)), objective, batch_size, equal_sizes=baseline == "drop"
         )
@@ -177,6 +184,7 @@ def perturbation_curves(
     score: Score = "probability",
     normalize: bool = False,
     batch_size: int = 128,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Curves:
     """Compute insertion and deletion curves of one map per image (Petsiuk et al. 2018, by whole patches).
 
@@ -190,12 +198,14 @@ def perturbation_curves(
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
         normalize: rescale by (full - empty), see `score_perturbations`.
         batch_size: most images per forward pass.
+        inputs: further arguments of the network's forward, by name.
     """
     scores = score_perturbations(
         model,
         images,
         {"maps": maps},
         target,
+        inputs=inputs,
         steps=steps,
         baseline=baseline,
         score=score,

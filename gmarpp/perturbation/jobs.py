@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from gmarpp.network.bound import BoundNetwork
 from gmarpp.perturbation.objective import Objective
 
 Render = Callable[[Tensor, Tensor], Any]
@@ -15,11 +16,11 @@ Render = Callable[[Tensor, Tensor], Any]
 _WORD = 62
 
 
-def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tensor) -> Render:
+def composite(network: BoundNetwork, images: Tensor, baseline: Tensor, to_patch: Tensor) -> Render:
     """Return the network on images whose patches fade into the baseline: keep 1 shows the image, keep 0 the baseline.
 
     Args:
-        model: network.
+        network: network.
         images: (B, C, H, W).
         baseline: (B, C, H, W) or (B, C, 1, 1).
         to_patch: (H * W,) long, the patch of every pixel.
@@ -27,7 +28,7 @@ def composite(model: nn.Module, images: Tensor, baseline: Tensor, to_patch: Tens
 
     def render(image: Tensor, keep: Tensor) -> Any:
         weights = keep.to(images.dtype)[:, to_patch].view(len(keep), 1, *images.shape[2:])
-        return model(torch.lerp(baseline[image], images[image], weights))
+        return network(torch.lerp(baseline[image], images[image], weights), image)
 
     return render
 

@@ -6,9 +6,10 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gmarpp.attribution.target import ClassTarget, Contrast, Target, class_indices
+from gmarpp.attribution.target import ClassTarget, Contrast, ImageScore, Target, class_indices
+from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.output import logits_of
 
 Score = Literal["probability", "sigmoid", "logit"]
@@ -37,23 +38,21 @@ def class_scores(logits: Tensor, score: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassObjective:
-    """The score of each image's class, minus that of another class if there is one; float32.
+    """The score of each image's class, float32.
 
     Args:
         score: unit, one of `SCORES`.
         target: (B,) long.
-        other: (B,) long, or None.
     """
 
     score: str
     target: Tensor
-    other: Tensor | None = None
     in_order: ClassVar[bool] = False
 
     @cached_property
     def highest(self) -> int:
         """Largest class index."""
-        return max(int(classes.max()) for classes in (self.target, self.other) if classes is not None)
+        return int(self.target.max())
 
     def __call__(self, output: Any, image: Tensor) -> Tensor:
         """Return the scores (n,) of the network's output for the images at positions (n,)."""
@@ -63,42 +62,64 @@ class ClassObjective:
                 f"target class {self.highest}: expected logits of more than {self.highest} classes, got shape "
                 f"{tuple(logits.shape)}"
             )
-        values = self._of(self.target, logits, image)
-        return values if self.other is None else values - self._of(self.other, logits, image)
-
-    def _of(self, classes: Tensor, logits: Tensor, image: Tensor) -> Tensor:
-        return class_scores(logits, self.score).gather(1, classes[image, None]).squeeze(1)
+        return class_scores(logits, self.score).gather(1, self.target[image, None]).squeeze(1)
 
 
 @dataclass(frozen=True)
 class FunctionObjective:
-    """A function of the network's output, which may know which image is in which row.
+    """A function of the network's output, by its own value.
 
-    It therefore always gets all images in their order, perturbed alike.
+    One that is no `ImageScore` may know which image is in which row: it always gets all images in their order,
+    perturbed alike.
     """
 
     function: Callable[[Any], Tensor]
-    in_order: ClassVar[bool] = True
+
+    @property
+    def in_order(self) -> bool:
+        """Whether all images must come at a time, in their order."""
+        return not isinstance(self.function, ImageScore)
 
     def __call__(self, output: Any, image: Tensor) -> Tensor:
-        """Return the function's values (B,), float32."""
-        values = self.function(output)
+        """Return the function's values (n,), float32."""
+        function = self.function
+        values = function.of(output, image) if isinstance(function, ImageScore) else function(output)
         if not isinstance(values, Tensor) or values.shape != image.shape:
             given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"target function: expected one score per image, shape ({len(image)},), got {given}")
+            raise ValueError(
+                f"target function: expected one score per image, shape ({len(image)},), got {given}: score each of "
+                "several alone"
+            )
         return values.float()
 
 
-Objective: TypeAlias = ClassObjective | FunctionObjective
+@dataclass(frozen=True)
+class ContrastObjective:
+    """The score of one target less that of another."""
+
+    target: ClassObjective | FunctionObjective
+    other: ClassObjective | FunctionObjective
+
+    @property
+    def in_order(self) -> bool:
+        """Whether all images must come at a time, in their order."""
+        return self.target.in_order or self.other.in_order
+
+    def __call__(self, output: Any, image: Tensor) -> Tensor:
+        """Return the differences (n,), float32."""
+        return self.target(output, image) - self.other(output, image)
 
 
-def objective_of(model: nn.Module, images: Tensor, target: Target, score: str, batch_size: int) -> Objective:
+Objective: TypeAlias = ClassObjective | FunctionObjective | ContrastObjective
+
+
+def objective_of(network: BoundNetwork, images: Tensor, target: Target, score: str, batch_size: int) -> Objective:
     """Return what is scored for a target of `gmarpp.explain`.
 
     The network runs only where the target is the predicted class.
 
     Args:
-        model: any network from images to logits, in eval mode.
+        network: any network from images to logits, in eval mode.
         images: (B, C, H, W).
         target: of one class per image or of one score per image.
         score: unit, one of `SCORES`.
@@ -112,23 +133,30 @@ def objective_of(model: nn.Module, images: Tensor, target: Target, score: str, b
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}: choose from {', '.join(SCORES)}")
-    if callable(target):
-        if score == "sigmoid":
-            raise ValueError(
-                "a target that is a function is scored by its own value: leave score out, and apply the sigmoid in the "
-                "function"
-            )
-        return FunctionObjective(target)
 
-    def classes(of: ClassTarget) -> Tensor:
+    def side(of: "ClassTarget | Callable[[Any], Tensor]") -> ClassObjective | FunctionObjective:
+        if callable(of):
+            return _function_objective(of, score, len(images))
         if of is None:
-            parts = torch.split(images, batch_size)
-            return torch.cat([logits_of(model(part)).argmax(1) for part in parts])
-        return _one_class_per_image(class_indices(of, model), images)
+            parts = torch.split(torch.arange(len(images), device=images.device), batch_size)
+            predicted = [logits_of(network(images[part], part)).argmax(1) for part in parts]
+            return ClassObjective(score, torch.cat(predicted))
+        return ClassObjective(score, _one_class_per_image(class_indices(of, network.model), images))
 
     if isinstance(target, Contrast):
-        return ClassObjective(score, classes(target.target), classes(target.other))
-    return ClassObjective(score, classes(target))
+        return ContrastObjective(side(target.target), side(target.other))
+    return side(target)
+
+
+def _function_objective(function: Callable[[Any], Tensor], score: str, images: int) -> FunctionObjective:
+    if score == "sigmoid":
+        raise ValueError(
+            "a target that is a function is scored by its own value: leave score out, and apply the sigmoid in the "
+            "function"
+        )
+    if isinstance(function, ImageScore):
+        function.require(images)
+    return FunctionObjective(function)
 
 
 def _one_class_per_image(given: Any, images: Tensor) -> Tensor:

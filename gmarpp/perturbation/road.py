@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gmarpp.attribution.target import Target
 from gmarpp.maps import check_maps, rank_patches
+from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.imputation import noisy_linear_imputation
 from gmarpp.perturbation.jobs import score_intervals
@@ -39,6 +40,7 @@ def road_scores(
     maps: Mapping[str, Tensor],
     target: Target,
     *,
+    inputs: Mapping[str, Any] | None = None,
     fractions: Sequence[float] = FRACTIONS,
     score: Score = "probability",
     noise: float = 0.01,
@@ -52,6 +54,7 @@ def road_scores(
         images: (B, C, H, W), normalized.
         maps: raw maps (B, h, w) per method, all on one grid.
         target: what is scored, as in `gmarpp.explain`; see `score_perturbations`.
+        inputs: further arguments of the network's forward, by name, as in `gmarpp.explain`.
         fractions: shares of the patches to remove, strictly between 0 and 1; rounded to whole patches, at least one
             removed and one left.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
@@ -69,6 +72,7 @@ def road_scores(
     if patches < 2:
         raise ValueError(f"maps: expected at least 2 patches, of which imputation needs one, got {patches}")
     counts = [min(max(round(fraction * patches), 1), patches - 1) for fraction in fractions]
+    network = BoundNetwork(model, images, inputs or {})
     size = (images.shape[2], images.shape[3])
     to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
     generator = torch.Generator().manual_seed(seed)
@@ -76,12 +80,12 @@ def road_scores(
 
     def render(image: Tensor, keep: Tensor) -> Any:
         known = keep[:, to_patch].view(len(keep), *images.shape[2:])
-        return model(noisy_linear_imputation(images[image], known, field))
+        return network(noisy_linear_imputation(images[image], known, field), image)
 
     ranks = rank_patches(torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()]))
     intervals = [(count, patches) for count in counts] + [(0, patches - count) for count in counts]
     with evaluation_mode(model), torch.no_grad():
-        objective = objective_of(model, images, target, score, batch_size)
+        objective = objective_of(network, images, target, score, batch_size)
         scores = score_intervals(render, ranks, intervals, objective, batch_size)
     most, least = torch.split(scores, len(counts), dim=-1)
     return RoadScores(

@@ -176,7 +176,9 @@ def test_the_image_tower_of_a_network_of_images_and_texts_is_found(kind):
         direction = direction @ model.visual_projection.weight
     expected = gmarpp.explain(tower, batch, gmarpp.METHODS, lambda output: output.pooler_output @ direction).maps
     assert all(relative_error(found.maps[method], expected[method]) < 1e-4 for method in expected)
-    with pytest.raises(gmarpp.UnsupportedNetworkError, match=rf"{kind} takes texts beside images.*get_image_features"):
+    whole = gmarpp.explain(model, batch, gmarpp.METHODS, lambda output: of_first_token(output.image_embeds)).maps
+    assert all(torch.equal(whole[method], found.maps[method]) for method in whole)
+    with pytest.raises(ValueError, match=r"ImageEmbedding.* holds no logits .*gmarpp.targets \(Text"):
         gmarpp.explain(model, batch)
 
 

@@ -30,6 +30,9 @@ def batch(seed=0, count=IMAGES):
         "deletion": rand(count, 4),
         "most_relevant_first": rand(count, 3),
         "least_relevant_first": rand(count, 3),
+        "map_changes": rand(count, 3),
+        "removed_relevance": rand(count, 3),
+        "score_drops": rand(count, 3),
         "maps": rand(count, 4, 4),
         "masks": rand(count, 8, 8) > 0.6,
     }
@@ -62,7 +65,8 @@ def test_equals_its_functional_twin(name):
 def test_torchmetrics_conventions(name):
     given, metric = arguments(name, batch()), METRICS[name]()
     assert metric.is_differentiable in (True, False)
-    directions = {"average_drop": False, "deletion_auc": False, "sparseness": None}
+    lower = ("average_drop", "deletion_auc", "infidelity", "max_sensitivity")
+    directions = dict.fromkeys(lower, False) | {"sparseness": None}
     assert metric.higher_is_better is directions.get(name, True)
     assert metric.full_state_update is False
     with pytest.raises(RuntimeError, match="const"):

@@ -12,6 +12,7 @@ from gmarpp.metrics.functional.localization import (
 )
 from gmarpp.metrics.functional.rank_correlation import rank_correlation
 from gmarpp.metrics.functional.sparseness import sparseness
+from gmarpp.metrics.functional.stability import infidelity, max_sensitivity
 
 __all__ = [
     "average_drop",
@@ -21,9 +22,11 @@ __all__ = [
     "boxes_to_masks",
     "deletion_auc",
     "energy_inside",
+    "infidelity",
     "insertion_auc",
     "insertion_deletion_gap",
     "iou",
+    "max_sensitivity",
     "pixel_accuracy",
     "pointing_game",
     "rank_correlation",
