@@ -26,7 +26,7 @@ class Relevance:
         images: (B, 3, H, W).
         tokens: number N of tokens, in networks that merge tokens of those that leave the last block.
         input_tokens: number of tokens that enter the first block.
-        patches: where among them the patch tokens are.
+        around: number of prefix tokens and of suffix tokens among those of the top layer.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Relevance:
         images: Tensor,
         tokens: int,
         input_tokens: int,
-        patches: slice,
+        around: tuple[int, int],
     ) -> None:
         self.needs_tokens = any(method.needs_tokens for method in methods)
         self.needs_residuals = any(method.needs_residual for method in methods)
@@ -57,7 +57,7 @@ class Relevance:
         self._rows = readout.new_empty(len(readout), len(products), tokens)
         self._summed = [position for position, method in enumerate(products) if method.is_summed]
         self._sums = readout.new_zeros(len(readout), len(self._summed), tokens)
-        self._patches = patches
+        self._prefix, self._suffix = around
         others = zip(self._others, starts[len(products) :], strict=True)
         # Without a method that needs attention no layer is stepped through.
         self._other_rows = [
@@ -86,14 +86,13 @@ class Relevance:
         """Hand on the relevance (B, N) of the tokens that enter a block, once its layer was stepped through."""
         for method, (_, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_tokens:
-                rows.copy_(method.receive(rows, relevance, self._patches))
+                rows.copy_(method.receive(rows, relevance, slice(self._prefix, relevance.shape[1] - self._suffix)))
 
     def spread(self, merged: Pooling) -> None:
         """Hand on the relevance of merged tokens to those that they were made of; prefix tokens keep theirs."""
 
         def spread(rows: Tensor) -> Tensor:
-            prefix = self._patches.start
-            return torch.cat((rows[..., :prefix], merged.spread(rows[..., prefix:])), dim=-1)
+            return torch.cat((rows[..., : self._prefix], merged.spread(rows[..., self._prefix :])), dim=-1)
 
         self._rows, self._sums, tokens = spread(self._rows), spread(self._sums), self._tokens
         self._other_rows = [
@@ -128,8 +127,7 @@ class Relevance:
         self._other_rows = [
             (above, rows[..., late:] if rows.shape[-1] == self._tokens else rows) for above, rows in self._other_rows
         ]
-        self._patches = slice(self._patches.start - late, self._patches.stop - late)
-        self._tokens = tokens
+        self._prefix, self._tokens = self._prefix - late, tokens
 
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""
