@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -65,7 +66,8 @@ def explain_main(args: list[str] | None = None) -> "ExplainCLI | EvaluationCLI |
     """
     arguments = sys.argv[1:] if args is None else args
     if arguments[:1] == ["sanity"]:
-        return _run_sanity(arguments[1:], args)
+        _run_sanity(arguments[1:], args)
+        return None
     from gmarpp.cli import explain
 
     evaluates = arguments[:1] in (["validate"], ["test"])
@@ -87,7 +89,7 @@ def _run_evaluation(options: list[str], args: list[str] | None) -> None:
 def _is_hub_folder(options: list[str]) -> bool:
     """Return whether the checkpoint is a folder of the Hugging Face Hub, and no configuration describes a network."""
     words = [word for option in options for word in option.split("=", 1)]
-    following = dict(zip(words, words[1:], strict=False))
+    following = dict(pairwise(words))
     return "--config" not in words and (Path(following.get("--ckpt_path", "")) / "config.json").is_file()
 
 
