@@ -112,7 +112,15 @@ def _without_union(message: str) -> str:
     if found is None:
         return message
     errors = re.split(r"\n\s*- ", found[1])[1:]
-    told = [error.strip() for error in errors if not re.match(r"Expected a .*NoneType|Not of type Name", error)]
+    told = [
+        re.sub(
+            r"Type \S*Callable.*? expects a function or a callable class: |Not of type NetworkName: ", "", error
+        ).strip()
+        for error in errors
+        if not re.match(
+            r"Expected a .*NoneType|Not of type Name:|.*(NetworkName: expected a name|import path string)", error
+        )
+    ]
     return message[: found.start()] + "; ".join(told or errors)
 
 

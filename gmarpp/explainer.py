@@ -1,6 +1,6 @@
 """Maps, perturbation curves and metric values of one batch: what the predict loop and the monitor share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
@@ -13,6 +13,7 @@ from gmarpp.attribution.target import NO_CLASS, Target
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
+from gmarpp.network.architecture import Architecture, resolve_architecture
 from gmarpp.network.extent import fit_to_extent
 from gmarpp.options import Name
 from gmarpp.perturbation import (
@@ -100,6 +101,8 @@ class Explainer:
         normalize: rescale each curve by the score on the image minus the score on the baseline.
         batch_size: images per forward pass of the perturbed images, which bounds the memory.
         recompute: keep only the inputs of blocks, and run each block again in the backward pass.
+        architecture: token layout of a network that is not found by itself, or a function from the network to it; by
+            name: the path of such a function, or the module of a known family inside the network.
 
     Raises:
         ValueError: for an unknown method, metric, baseline, score or mask, or options that exclude each other.
@@ -121,6 +124,7 @@ class Explainer:
     normalize: bool = False
     batch_size: int = 128
     recompute: bool = False
+    architecture: str | Architecture | Callable[[nn.Module], Architecture] | None = None
     _needs: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
 
     def __post_init__(self) -> None:
@@ -184,7 +188,10 @@ class Explainer:
             ValueError: if the target is `label` and an image has none; what `gmarpp.explain` raises.
         """
         images: Tensor = batch["image"]
-        explanation = explain(model, images, self.methods, self._target(batch), recompute=self.recompute)
+        layout = resolve_architecture(self.architecture, model)
+        explanation = explain(
+            model, images, self.methods, self._target(batch), architecture=layout, recompute=self.recompute
+        )
         if explanation.target.dim() != 1:
             given = tuple(explanation.target.shape)
             raise ValueError(f"explain.target: expected one score per image, shape ({len(images)},), got {given}")

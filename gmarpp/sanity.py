@@ -29,9 +29,10 @@ from gmarpp.figures import figure_bytes
 from gmarpp.files import write_atomically
 from gmarpp.labels import method_color, method_dashes, method_label
 from gmarpp.metrics.functional import rank_correlation
+from gmarpp.network.architecture import resolve_architecture
 from gmarpp.network.preprocessing import Preprocessing
 from gmarpp.options import Name
-from gmarpp.training.module import load_classifier
+from gmarpp.training.network_choice import NetworkChoice, load_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +161,10 @@ def cascade_figure(check: SanityCheck) -> Figure:
 
 
 def write_sanity_check(
-    ckpt_path: str,
     data: L.LightningDataModule,
+    ckpt_path: str | None = None,
+    model: NetworkChoice = None,
+    architecture: str | None = None,
     output: str = "results/sanity",
     methods: Sequence[Name | AttributionMethod] = METHODS,
     images: int = 64,
@@ -170,8 +173,10 @@ def write_sanity_check(
     """Randomize a trained network step by step and write `sanity.csv` and `sanity.png`.
 
     Args:
-        ckpt_path: checkpoint, as for `explain.py`.
         data: data module; images are chosen from those it predicts on, spread over the classes.
+        ckpt_path: checkpoint, as for `predict`.
+        model: network, as for `predict`, where the checkpoint does not name it.
+        architecture: of a network that is not found by itself, as for `predict`.
         output: folder of the results.
         methods: names of attribution methods; or their `class_path` and `init_args`.
         images: number of images, at least 1.
@@ -187,11 +192,12 @@ def write_sanity_check(
     selected = select_methods(methods)
     for each in selected:
         register_method(each)
-    module = load_classifier(ckpt_path)
+    module = load_chosen(model, ckpt_path)
+    layout = resolve_architecture(architecture, module.model)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     batch = _chosen_images(data, module.preprocessing, images)
-    check = sanity_check(module.model, batch, selected, seed=seed)
+    check = sanity_check(module.model, batch, selected, architecture=layout, seed=seed)
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(("method", *check.stages))
@@ -208,9 +214,9 @@ def write_sanity_check(
             logger.warning("%s %s", method_label(name), text)
 
 
-def _chosen_images(data: Any, preprocessing: Preprocessing, count: int) -> Tensor:
+def _chosen_images(data: Any, preprocessing: Preprocessing | None, count: int) -> Tensor:
     """Return prepared images that are spread over the classes, (B, 3, H, W)."""
-    data.preprocessing = preprocessing
+    data.preprocessing = preprocessing or data.preprocessing
     data.prepare_data()
     data.setup("predict")
     dataset: Any = getattr(data, "datasets", {}).get("predict")

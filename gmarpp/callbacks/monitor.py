@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
@@ -23,6 +24,7 @@ from gmarpp.figures import comparison_figure, figure_bytes
 from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.registry import metric_inputs
+from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.options import Range, require_ranges
 from gmarpp.run.curve_figure import curves_figure
@@ -57,6 +59,7 @@ class AttributionMonitor(L.Callback):
             class, or ``positive``, only what is for it.
         network: dotted name of the network in the LightningModule. By default it is what the module's `forward` makes
             of images, or its only module with parameters.
+        architecture: of a network that is not found by itself: see `Explainer`.
         normalization: mean and standard deviation per channel, of values in [0, 1], with which the grid shows images
             as they were. By default they come from the data set's transform, or the network; without either, each image
             is stretched to [0, 1].
@@ -71,6 +74,7 @@ class AttributionMonitor(L.Callback):
         batch_size: int = 16,
         signed_maps: SignedMaps = "diverging",
         network: str | None = None,
+        architecture: str | Architecture | Callable[[nn.Module], Architecture] | None = None,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         require_ranges(
@@ -84,6 +88,8 @@ class AttributionMonitor(L.Callback):
                 f"the latter above 0, got {normalization}"
             )
         self.explainer = explainer or Explainer(steps=14)
+        if architecture is not None:
+            self.explainer = replace(self.explainer, architecture=architecture)
         self.images = images
         self.every_n_epochs = every_n_epochs
         self.grid_images = grid_images

@@ -4,12 +4,14 @@ import logging
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gmarpp.cli.pages import COMMANDS, overview, page
 
 if TYPE_CHECKING:
-    from gmarpp.cli.explain import ExplainCLI
+    from gmarpp.cli.explain import EvaluationCLI, ExplainCLI
     from gmarpp.cli.train import TrainCLI
 
 __all__ = ["explain_main", "main", "train_main"]
@@ -56,19 +58,39 @@ def train_main(args: list[str] | None = None) -> "TrainCLI":
     return train.train_main(args)
 
 
-def explain_main(args: list[str] | None = None) -> "ExplainCLI":
-    """Run `predict`; a user's mistake ends with one line on stderr and a status other than 0.
+def explain_main(args: list[str] | None = None) -> "ExplainCLI | EvaluationCLI | None":
+    """Run `predict`, or `validate`, `test` or `sanity` of any network; a user's mistake ends as one of `main`.
 
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
+    arguments = sys.argv[1:] if args is None else args
+    if arguments[:1] == ["sanity"]:
+        _run_sanity(arguments[1:], args)
+        return None
     from gmarpp.cli import explain
 
-    return explain.explain_main(args)
+    evaluates = arguments[:1] in (["validate"], ["test"])
+    return explain.evaluate_main(args) if evaluates else explain.explain_main(args)
 
 
 def _run_training(_: list[str], args: list[str] | None) -> None:
     train_main(args)
+
+
+def _run_evaluation(options: list[str], args: list[str] | None) -> None:
+    """Evaluate what was trained here as it was configured, and what was not by its own description."""
+    if any(option.partition("=")[0] == "--model" for option in options) or _is_hub_folder(options):
+        explain_main(args)
+    else:
+        train_main(args)
+
+
+def _is_hub_folder(options: list[str]) -> bool:
+    """Return whether the checkpoint is a folder of the Hugging Face Hub, and no configuration describes a network."""
+    words = [word for option in options for word in option.split("=", 1)]
+    following = dict(pairwise(words))
+    return "--config" not in words and (Path(following.get("--ckpt_path", "")) / "config.json").is_file()
 
 
 def _run_explanation(_: list[str], args: list[str] | None) -> None:
@@ -104,8 +126,8 @@ def _run_configs(options: list[str], _: list[str] | None) -> None:
 
 _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "fit": _run_training,
-    "validate": _run_training,
-    "test": _run_training,
+    "validate": _run_evaluation,
+    "test": _run_evaluation,
     "predict": _run_explanation,
     "sanity": _run_sanity,
     "export": _run_export,

@@ -19,7 +19,9 @@ _DATA = {
     "--data CLASS": "TinyImageNet, ImageFolder, HubDataset, Digits, or your own",
     "--data.NAME VALUE": "an option of the data module: --data.root, --data.batch_size, …",
 }
-_CHECKPOINT = {"--ckpt_path FILE": "the network: a .ckpt or .safetensors file"}
+_CHECKPOINT = {"--ckpt_path FILE": "the network: a .ckpt, .safetensors or .pth file, or a folder of the Hub"}
+_NETWORK = {"--model NAME|CLASS": "timm's name or your class, where the file does not say; or hf-hub:OWNER/NAME"}
+_ARCHITECTURE = {"--architecture FUNCTION": "describes a network that is not known, as my_code.describe"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def _evaluation(images: str, example: str) -> Command:
     return Command(
         summary=f"evaluate a trained network on the {images} images",
         usage="--ckpt_path FILE --data CLASS [options]",
-        options={**_CHECKPOINT, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
+        options={**_CHECKPOINT, **_NETWORK, **_CONFIG, **_DATA, **_TRAINER_OPTIONS},
         example=example,
     )
 
@@ -77,6 +79,8 @@ COMMANDS = {
         usage="--ckpt_path FILE --data CLASS [options]",
         options={
             **_CHECKPOINT,
+            **_NETWORK,
+            **_ARCHITECTURE,
             **_CONFIG,
             **_DATA,
             "--output DIR": "folder of the results (results/NAME OF THE CHECKPOINT)",
@@ -97,6 +101,8 @@ COMMANDS = {
         usage="--ckpt_path FILE --data CLASS [options]",
         options={
             **_CHECKPOINT,
+            **_NETWORK,
+            **_ARCHITECTURE,
             **_CONFIG,
             **_DATA,
             "--output DIR": "folder of sanity.csv and sanity.png (results/sanity)",

@@ -6,6 +6,7 @@ of a family that is not listed here is described by hand with `Architecture`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 from timm.models.cait import Cait
@@ -95,6 +96,47 @@ def architecture_of(model: nn.Module) -> Architecture:
     ((name, network, describe),) = known
     layout = describe(network)
     return layout if name == "" else replace(layout, head=None)
+
+
+def resolve_architecture(
+    given: Architecture | Callable[[nn.Module], Architecture] | str | None, model: nn.Module
+) -> Architecture | None:
+    """Return the architecture that an option means for a network; `None` where it is left to be found.
+
+    Args:
+        given: an architecture; a function from the network to one; the path of such a function, as
+            `my_code.describe`; or the dotted name of the network of a known family inside the network.
+        model: the network.
+
+    Raises:
+        ValueError: nothing has such a name, or what it names returns no architecture.
+        UnsupportedNetworkError: the network of that name is of no known family.
+    """
+    if given is None or isinstance(given, Architecture):
+        return given
+    if isinstance(given, str):
+        if given in (inside := dict(model.named_modules())):
+            return architecture_of(inside[given])
+        given = _imported(given, model)
+    described = given(model)
+    if not isinstance(described, Architecture):
+        raise ValueError(
+            f"architecture: expected a function from {type(model).__name__} to gmarpp.Architecture, got one to "
+            f"{type(described).__name__}"
+        )
+    return described
+
+
+def _imported(path: str, model: nn.Module) -> Callable[[nn.Module], Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        function: Callable[[nn.Module], Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"unknown architecture {path!r}: expected the name of a module inside {type(model).__name__}, or the path "
+            f"of a function from it to gmarpp.Architecture, such as my_code.describe ({error})"
+        ) from error
+    return function
 
 
 def _unknown(model: nn.Module) -> UnsupportedNetworkError:

@@ -16,7 +16,12 @@ from gmarpp.network.preprocessing import _pair, set_preprocessing
 FACTORY_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-def _require_known(architecture: str) -> None:
+def require_known(architecture: str) -> None:
+    """Require a name of timm's, with or without the tag of its weights.
+
+    Raises:
+        ValueError: naming those close to it.
+    """
     try:
         timm.get_pretrained_cfg(architecture, allow_unregistered=False)
     except RuntimeError as error:
@@ -51,7 +56,7 @@ def build_model(
             f"model_args holds {', '.join(sorted(refused))}, which would read other files or the Hub: take it out, and "
             "name start weights with --model.weights"
         )
-    _require_known(architecture)
+    require_known(architecture)
     options = dict(model_args or {})
     epsilon = options.pop("layer_norm_eps", None)
     if epsilon is not None:

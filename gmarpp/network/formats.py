@@ -1,6 +1,8 @@
 """The kinds of files that hold weights, each read into the same description."""
 
-from collections.abc import Iterator
+import logging
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from torch import Tensor
 from gmarpp.files import damaged, find_path
 from gmarpp.network.hugging_face import CONFIG, read_folder
 from gmarpp.network.safe_reading import load_safetensors, load_tensors, parse_json
+from gmarpp.network.timm_training import timm_description
 from gmarpp.network.weights import (
     DIGEST,
     DIGEST_NAME,
@@ -22,12 +25,15 @@ from gmarpp.network.weights import (
     expect_mapping,
     expect_names,
     expect_pair,
-    without_prefix,
 )
 
+logger = logging.getLogger(__name__)
+
+# Other projects' checkpoints may have an option architecture, too.
+OWN_OPTIONS = {"model_args", "preprocessing"}
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".pth.tar")
-# Training scripts keep the network under one of these, among other things.
-STATE_KEYS = ("state_dict", "model")
+# Training scripts keep the network under one of these, among other things; its average is what they evaluate.
+STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -56,7 +62,7 @@ def _read(path: str | Path) -> Weights:
             return _read_torch(source)
     raise ValueError(
         f"{path} is of an unknown kind: expected {', '.join(suffixes)}, or the folder of a timm network or of a "
-        "ViTForImageClassification from the Hugging Face Hub"
+        "classifier of transformers from the Hugging Face Hub"
     )
 
 
@@ -93,10 +99,11 @@ def weights_of_checkpoint(content: dict[str, Any], digest: str, path: str | Path
     """
     options = content["hyper_parameters"]
     origin: dict[str, Any] = {"path": str(path), "sha256": digest}
-    if "architecture" not in options:
+    if "architecture" not in options or not OWN_OPTIONS & options.keys():
         # Another project's: the caller has to know what it is.
-        return Weights(without_prefix(content["state_dict"]), **origin)
-    missing = {"image_size", "num_classes", "model_args", "preprocessing"} - options.keys()
+        named = {key: value for key, value in options.items() if isinstance(key, str)}
+        return Weights(content["state_dict"], hyper_parameters=named, **origin)
+    missing = ({"image_size", "num_classes"} | OWN_OPTIONS) - options.keys()
     prefix = "model."
     with _naming(path):
         if missing:
@@ -130,7 +137,7 @@ def _read_safetensors(path: Path) -> Weights:
     size = parsed("img_size")
     texts = {"interpolation", "crop_mode"}
     return Weights(
-        state=state if "architecture" in metadata else without_prefix(state),
+        state=state,
         architecture=metadata.get("architecture"),
         image_size=None if size is None else expect_pair("img_size", size),
         num_classes=parsed("num_classes"),
@@ -145,6 +152,22 @@ def _read_safetensors(path: Path) -> Weights:
 def _read_torch(path: Path) -> Weights:
     content, digest = load_tensors(path)
     nested = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
-    state: dict[str, Tensor] = content if nested is None else content[nested]
-    architecture = content.get("arch") if nested else None
-    return Weights(without_prefix(state), architecture if isinstance(architecture, str) else None, sha256=digest)
+    if nested is None:
+        return Weights(_flat(content), sha256=digest)
+    if nested.endswith("ema"):
+        logger.info("%s: the averaged weights are used, %s", path, nested)
+    named, options = content.get("arch"), content.get("args")
+    described = timm_description(vars(options)) if isinstance(options, Namespace) else {}
+    architecture = described.pop("architecture", named)
+    return Weights(content[nested], architecture if isinstance(architecture, str) else None, sha256=digest, **described)
+
+
+def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors in dicts inside dicts, under dotted names; what is no tensor is left out."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value
+        elif isinstance(value, dict) and all(isinstance(each, str) for each in value):
+            tensors |= _flat(value, f"{prefix}{key}.")
+    return tensors

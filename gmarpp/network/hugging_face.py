@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gmarpp.files import first_line
+from gmarpp.network.image_processor import choose, processor_preprocessing, read_image_processor
+from gmarpp.network.prefix import without_prefix
 from gmarpp.network.safe_reading import load_safetensors, load_tensors, read_json
 from gmarpp.network.weights import (
     PREPROCESSING,
@@ -18,11 +20,16 @@ from gmarpp.network.weights import (
     expect_mapping,
     expect_names,
     expect_pair,
-    without_prefix,
 )
 
 CONFIG = "config.json"
-PIL_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# Weights are in one file, or in several that an index lists.
+STATES = (
+    ("model.safetensors", load_safetensors),
+    ("model.safetensors.index.json", load_safetensors),
+    ("pytorch_model.bin", load_tensors),
+    ("pytorch_model.bin.index.json", load_tensors),
+)
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -37,7 +44,9 @@ UNUSED = ("vit.pooler.", "pooler.")
 
 
 def read_folder(folder: Path) -> Weights:
-    """Return the weights in a folder: a timm network, or transformers' ViTForImageClassification in timm's layout.
+    """Return the weights in a folder: of a timm network, or of a classifier of transformers.
+
+    A ViTForImageClassification comes in timm's layout, which can be fine-tuned and exported, too.
 
     Raises:
         FileNotFoundError: the configuration or the weights are missing.
@@ -52,10 +61,7 @@ def read_folder(folder: Path) -> Weights:
     elif config.get("model_type") == "vit":
         weights = _read_vit(folder, config, digests)
     else:
-        raise ValueError(
-            f"{folder} holds a {config.get('model_type', 'network without model_type')}; of Hugging Face folders only "
-            "timm's and ViTForImageClassification's (model_type vit) can be loaded"
-        )
+        weights = _read_classifier(folder, config, digests)
     lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
     return replace(weights, sha256=hashlib.sha256(lines.encode()).hexdigest())
 
@@ -66,11 +72,61 @@ def _read_config(file: Path, digests: dict[str, str]) -> dict[str, Any]:
 
 
 def _read_state(folder: Path, digests: dict[str, str]) -> dict[str, Tensor]:
-    for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_tensors)):
-        if (folder / name).exists():
-            state, *_, digests[name] = load(folder / name)
-            return state
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    found = next(((name, load) for name, load in STATES if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder} has neither {', '.join(name for name, _ in STATES[:-1])} nor {STATES[-1][0]}"
+        )
+    name, load = found
+    files = _shards(_read_config(folder / name, digests), name) if name.endswith(".json") else [name]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        part, *_, digests[file] = load(folder / file)
+        if twice := part.keys() & state.keys():
+            raise ValueError(f"{folder / file} holds {min(twice)}, which another file of {name} holds, too")
+        state |= part
+    return state
+
+
+def _shards(index: dict[str, Any], name: str) -> list[str]:
+    files = expect_mapping("weight_map", index.get("weight_map")).values()
+    # Another folder's files are not read.
+    if wrong := [file for file in files if not isinstance(file, str) or Path(file).name != file]:
+        raise ValueError(f"{name}: expected names of files beside it, got {wrong[0]!r:.80}")
+    return sorted(set(files))
+
+
+def _read_classifier(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> Weights:
+    """Read what `save_pretrained` of transformers writes."""
+    labels = {} if config.get("id2label") is None else expect_mapping("id2label", config["id2label"])
+    names = expect_names("id2label", [labels[index] for index in sorted(labels, key=_position)])
+    processor = read_image_processor(folder, digests)
+    size = config.get(
+        "image_size", expect_mapping("vision_config", config.get("vision_config") or {}).get("image_size")
+    )
+    image_size = (224, 224) if size is None else expect_pair("image_size", size)
+    image_size, preprocessing = processor_preprocessing(processor, image_size, resample=3)
+    return Weights(
+        state=_read_state(folder, digests),
+        image_size=image_size,
+        num_classes=len(names) or None,
+        classes=_identifiers(names),
+        class_names=names,
+        preprocessing=preprocessing if processor else {},
+        configuration=config,
+    )
+
+
+def _position(index: str) -> int:
+    if not index.isdecimal():
+        raise ValueError(f"id2label: expected indices of classes, got {index!r:.80}")
+    return int(index)
+
+
+def _identifiers(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names that tell classes apart; those that transformers makes up, LABEL_0 and so on, tell nothing."""
+    made_up = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return names if len(set(names)) == len(names) and not made_up else ()
 
 
 def _read_timm(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> Weights:
@@ -104,12 +160,6 @@ def _read_vit(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> 
     def integer(name: str) -> int:
         return expect_integer(name, config.get(name), 1, 1 << 20)
 
-    def choice(name: str, known: Mapping[Any, Any], value: Any) -> Any:
-        # As a key, True equals 1.
-        if type(value) not in map(type, known) or value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, known))}")
-        return known[value]
-
     depth, width, epsilon = integer("num_hidden_layers"), integer("hidden_size"), config.get("layer_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"layer_norm_eps: expected a number in (0, 1), got {epsilon!r}")
@@ -118,6 +168,7 @@ def _read_vit(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> 
     labels = {} if config.get("id2label") is None else expect_mapping("id2label", config["id2label"])
     names = tuple(labels.get(str(index), f"LABEL_{index}") for index in range(num_classes))
     size = expect_pair("image_size", config.get("image_size"))
+    _, preprocessing = processor_preprocessing(read_image_processor(folder, digests), size, resample=2)
     return Weights(
         state=state,
         architecture="vit_base_patch16_224",
@@ -129,13 +180,13 @@ def _read_vit(folder: Path, config: dict[str, Any], digests: dict[str, str]) -> 
             "depth": depth,
             "num_heads": integer("num_attention_heads"),
             "mlp_ratio": integer("intermediate_size") / width,
-            "qkv_bias": choice("qkv_bias", {True: True, False: False}, config.get("qkv_bias", True)),
-            "act_layer": choice("hidden_act", ACTIVATIONS, config.get("hidden_act")),
+            "qkv_bias": choose("qkv_bias", {True: True, False: False}, config.get("qkv_bias", True)),
+            "act_layer": choose("hidden_act", ACTIVATIONS, config.get("hidden_act")),
             "layer_norm_eps": epsilon,
         },
-        classes=names if len(set(names)) == len(names) else (),
+        classes=_identifiers(names),
         class_names=names,
-        preprocessing=_vit_preprocessing(folder, min(size), choice, digests),
+        preprocessing=preprocessing,
     )
 
 
@@ -189,20 +240,3 @@ def _rename_layer(left: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
         if parts[0] in left:
             state[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat([left.pop(part) for part in parts])
     return state
-
-
-def _vit_preprocessing(folder: Path, image_size: int, choice: Any, digests: dict[str, str]) -> dict[str, Any]:
-    file = folder / "preprocessor_config.json"
-    config = _read_config(file, digests) if file.exists() else {}
-    normalized = choice("do_normalize", {True: True, False: False}, config.get("do_normalize", True))
-    size = config.get("size")
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
-    if shortest is not None:
-        expect_integer("shortest_edge", shortest, image_size, 1 << 20)
-    return {
-        "mean": config.get("image_mean", [0.5] * 3) if normalized else [0.0] * 3,
-        "std": config.get("image_std", [0.5] * 3) if normalized else [1.0] * 3,
-        "interpolation": choice("resample", PIL_INTERPOLATION, config.get("resample", 2)),
-        "crop_pct": image_size / shortest if shortest else 1.0,
-        "crop_mode": "center" if shortest else "squash",
-    }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gmarpp.files import first_line
 from gmarpp.network.build import build_model
 from gmarpp.network.formats import read_weights
+from gmarpp.network.prefix import part_of_network
 from gmarpp.network.preprocessing import get_image_size, set_preprocessing
 from gmarpp.network.state_dict import at_most_parameters, load_exactly, require_same_layout, to_layout_of
 from gmarpp.network.weights import Weights
@@ -31,19 +32,31 @@ def load_model(path: str | Path, architecture: str | None = None) -> nn.Module:
     compared where the file has any.
 
     Args:
-        path: a `.ckpt` of this project, a timm `.safetensors` or `.pth`, or a folder from the Hugging Face Hub: of a
-            timm network or of a `ViTForImageClassification`.
-        architecture: timm's name of the network, for files that do not name it themselves.
+        path: a `.ckpt` by Lightning, weights of timm or in its naming (`.safetensors`, `.pth`, `.pth.tar`), or a folder
+            from the Hugging Face Hub: of a timm network or of a classifier of transformers.
+        architecture: timm's name of the network, for files that do not name it themselves. In them, the network may
+            stand under any prefix.
 
     Returns:
         The network in evaluation mode, with plain attributes `classes` and `class_names` (tuples of str, empty when
-        the file does not say) and a `pretrained_cfg` that holds the preprocessing it was trained with.
+        the file does not say) and a `pretrained_cfg` that holds the preprocessing it was trained with, which a folder
+        of transformers may lack.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ModuleNotFoundError: it is a network of transformers, which is not installed.
         ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
     """
-    weights = describe_weights(path, architecture)
+    return build_network(describe_weights(path, architecture))
+
+
+def build_network(weights: Weights) -> nn.Module:
+    """Build the network that complete weights describe, as `load_model` does."""
+    if weights.configuration:
+        # transformers takes seconds to import.
+        from gmarpp.network.transformers_classifier import build_classifier
+
+        return build_classifier(weights)
     assert weights.architecture is not None
     assert weights.num_classes is not None
     model = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
@@ -69,15 +82,19 @@ def complete(weights: Weights, architecture: str | None = None) -> Weights:
     Raises:
         ValueError: the weights do not tell their architecture, or are of another network than the one described.
     """
+    if weights.configuration and architecture is None:
+        return weights
     architecture = architecture or weights.architecture
     if architecture is None:
         raise ValueError(
-            f"{weights.origin} does not name its architecture: pass timm's name of it as architecture=, or write a "
-            f"file that names it: python -m gmarpp.export --ckpt_path {weights.origin} "
+            f"{weights.origin} does not name its architecture: pass timm's name of it as architecture=, on command "
+            f"lines --model vit_base_patch16_224 or your own class of the network, --model my_code.MyNetwork, or write "
+            f"a file that names it: python -m gmarpp.export --ckpt_path {weights.origin} "
             "--architecture vit_base_patch16_224 --output named.safetensors"
         )
     weights = replace(weights, architecture=architecture)
     if weights.num_classes is None:
+        weights = replace(weights, state=_own_part(weights))
         weights = replace(weights, num_classes=_head_size(weights.state, architecture))
     if weights.image_size is None:
         weights = replace(weights, image_size=_infer_image_size(weights.state))
@@ -87,6 +104,14 @@ def complete(weights: Weights, architecture: str | None = None) -> Weights:
         raise ValueError(f"{weights.origin} does not describe a network that can be built: {error}") from error
     require_same_layout(outline, to_layout_of(outline, weights), weights.origin)
     return weights
+
+
+def _own_part(weights: Weights) -> dict[str, Tensor]:
+    """Return the part of a state dict that is an architecture's, found by the names that its weights have."""
+    assert weights.architecture is not None
+    with torch.device("meta"), at_most_parameters(1000 + 4 * len(weights.state)):
+        names = build_model(weights.architecture, 1, None, weights.model_args).state_dict()
+    return part_of_network(weights.state, names, weights.origin)
 
 
 def _outline(weights: Weights) -> nn.Module:
@@ -123,6 +148,7 @@ def load_weights(model: nn.Module, weights: Weights, classes: Sequence[str] = ()
     Raises:
         ValueError: they are another architecture's.
     """
+    weights = replace(weights, state=part_of_network(weights.state, model.state_dict(), weights.origin))
     state = to_layout_of(model, weights, resample=True)
     current = model.state_dict()
     head = _head_keys(model)

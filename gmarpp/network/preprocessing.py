@@ -172,6 +172,21 @@ def set_preprocessing(model: nn.Module, preprocessing: Mapping[str, Any]) -> Non
     network.pretrained_cfg = network.default_cfg = config
 
 
+def tells_preprocessing(model: nn.Module) -> bool:
+    """Return whether a network tells how images have to be prepared for it."""
+    return _data_config(model) is not None
+
+
+def give_preprocessing(model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Have a network of any kind tell how its images are prepared, in timm's words."""
+    network: Any = model
+    network.pretrained_cfg = {
+        **(getattr(model, "pretrained_cfg", None) or {}),
+        **{key: getattr(preprocessing, key) for key in PREPROCESSING},
+        "input_size": (3, *preprocessing.size),
+    }
+
+
 def get_image_size(model: nn.Module) -> tuple[int, int]:
     """Return the (height, width) in pixels that a timm network is built for."""
     network: Any = model

@@ -57,31 +57,36 @@ def to_layout_of(model: nn.Module, weights: Weights, resample: bool = False) -> 
 
 
 def _architecture(model: nn.Module) -> str:
-    network: Any = model
-    return str(network.pretrained_cfg["architecture"])
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture", type(model).__name__))
 
 
 def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Require names, shapes and types of weights to be a network's.
 
     Raises:
-        ValueError: naming the first weight of each kind of difference.
+        ValueError: naming some weights of each kind of difference.
     """
     current = model.state_dict()
     missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
     problems = [
-        f"{len(keys)} {what} ({keys[0]}, …)" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+        f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
     ]
     both = sorted(current.keys() & state.keys())
     shapes = [key for key in both if current[key].shape != state[key].shape]
-    problems += [f"{key}: expected {tuple(current[key].shape)}, got {tuple(state[key].shape)}" for key in shapes[:1]]
+    problems += [f"{key}: expected {tuple(current[key].shape)}, got {tuple(state[key].shape)}" for key in shapes[:3]]
     types = [key for key in both if (current[key].dtype in FLOATS) != (state[key].dtype in FLOATS)]
     problems += [f"{key}: expected {current[key].dtype}, got {state[key].dtype}" for key in types[:1]]
     if problems:
+        remedy = "give it the options that it was saved with" if both and not (missing or extra) else ""
         raise ValueError(
             f"{origin} does not fit {_architecture(model)}: {'; '.join(problems)}; "
-            "name the architecture that it was saved from"
+            f"{remedy or 'name the architecture that it was saved from'}"
         )
+
+
+def _some(keys: list[str]) -> str:
+    return f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -92,9 +97,19 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     """
     require_same_layout(model, state, origin)
     model.load_state_dict(state)
+    require_finite(model, origin)
+
+
+def require_finite(model: nn.Module, origin: str) -> None:
+    """Require a network's weights to be finite numbers.
+
+    Raises:
+        ValueError: naming the weight that is not, and its file.
+    """
+    parameters = dict(model.named_parameters())
     for name, value in model.state_dict().items():
         # A buffer may be a mask of infinite values.
-        if value.isnan().any() or (name in dict(model.named_parameters()) and value.isinf().any()):
+        if value.isnan().any() or (name in parameters and value.isinf().any()):
             raise ValueError(
                 f"{origin}: {name} holds values that are not finite numbers, so the network's output would not be any "
                 "either: the file is damaged, or training diverged; use an earlier checkpoint"

@@ -21,18 +21,17 @@ MAX_CLASSES = 1_000_000
 MAX_PIXELS_PER_SIDE = 16_384
 # No option of a network is larger; a number of layers that the weights do not have is found while building.
 MAX_OPTION = 1 << 16
-# What wrappers and training scripts put before every name of a network's weights.
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in timm's naming, and what its file says about the network that it fits.
+    """A state dict in its network's own naming, and what its file says about the network that it fits.
 
     `None` or empty means that the file does not say. `preprocessing` holds any of `PREPROCESSING`; `model_args` are
     options of `build_model` beyond the architecture's own; `training` are all options of the training that wrote the
-    file. `path` is the file as it was asked for, `sha256` the digest of what was read from it; of a folder, the digest
-    of the lines that `sha256sum` prints for the files that were read, by name.
+    file, and `hyper_parameters` those of another project's LightningModule. `configuration` is transformers', of a
+    classifier that it builds. `path` is the file as it was asked for, `sha256` the digest of what was read from it; of
+    a folder, the digest of the lines that `sha256sum` prints for the files that were read, by name.
 
     Raises:
         ValueError: a field is of the wrong type or out of range; the message names it.
@@ -47,6 +46,8 @@ class Weights:
     class_names: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
+    configuration: dict[str, Any] = field(default_factory=dict)
     path: str | None = None
     sha256: str | None = None
 
@@ -54,6 +55,19 @@ class Weights:
     def origin(self) -> str:
         """The file's path, for messages."""
         return self.path or "the state dict"
+
+    def require_timm(self) -> None:
+        """Require the weights of a network that can be fine-tuned, as timm's can.
+
+        Raises:
+            ValueError: they are those of a classifier that transformers builds.
+        """
+        if self.configuration:
+            kind = self.configuration.get("architectures") or [self.configuration.get("model_type")]
+            raise ValueError(
+                f"{self.origin} holds a {kind[0]} of transformers, which is explained and evaluated as it is, but not "
+                "fine-tuned: name one of timm's architectures by --model.architecture, and weights that fit it"
+            )
 
     def __post_init__(self) -> None:
         other = next((key for key, value in self.state.items() if not isinstance(value, Tensor)), None)
@@ -155,14 +169,6 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     if isinstance(value, (list, tuple)):
         return depth < 4 and all(_is_plain(each, depth + 1) for each in value)
     return value is None or isinstance(value, (bool, str)) or _is_number(value)
-
-
-def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without what wrappers put before all its names, such as `module.` and `_orig_mod.`."""
-    bare = {str(key): value for key, value in state.items()}
-    while bare and (found := next((each for each in PREFIXES if all(key.startswith(each) for key in bare)), None)):
-        bare = {key.removeprefix(found): value for key, value in bare.items()}
-    return bare
 
 
 def content_digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -65,7 +65,11 @@ def classifier_options(weights: Weights) -> dict[str, Any]:
     """Return the options of a `ViTClassifier` that weights fit, in plain values.
 
     Those of groups, such as the optimizer's, are there only where the file has them.
+
+    Raises:
+        ValueError: they are another network's than timm's.
     """
+    weights.require_timm()
     return in_groups(weights.training) or {
         "architecture": weights.architecture,
         "num_classes": weights.num_classes,

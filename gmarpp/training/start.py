@@ -21,6 +21,7 @@ def start_architecture(architecture: str | None, source: Weights) -> str:
     Raises:
         ValueError: the start weights do not name their architecture, or are for another one.
     """
+    source.require_timm()
     if architecture is None and source.path is not None and source.architecture is None:
         raise ValueError(f"{source.path} does not name its architecture: set --model.architecture to timm's name of it")
     architecture = architecture or source.architecture or DEFAULT_ARCHITECTURE

@@ -27,7 +27,7 @@ def trained_network(module: L.LightningModule, images: Tensor, name: str | None 
     """
     if name is not None:
         return named_network(module, name)
-    outer = module if _takes_images(module) else _only_network(module)
+    outer = network_in(module)
     handed: list[tuple[nn.Module, Any]] = []
 
     def note(inner: nn.Module, given: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
@@ -54,6 +54,15 @@ def trained_network(module: L.LightningModule, images: Tensor, name: str | None 
         )
     # Inner modules return before outer ones.
     return next((inner for inner, output in handed if _logits(output) is logits), outer)
+
+
+def network_in(module: L.LightningModule) -> nn.Module:
+    """Return a module itself where its `forward` takes images alone, else its only module with parameters.
+
+    Raises:
+        ValueError: it has several or none; with what to write.
+    """
+    return module if _takes_images(module) else _only_network(module)
 
 
 def named_network(module: L.LightningModule, name: str) -> nn.Module:
