@@ -12,8 +12,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.data.hub_rows import DAMAGED, HubRows, HubStream, class_number
-from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.module import ImageDataModule, Split
 from gmarpp.data.names import readable_names
+from gmarpp.data.numbering import Labels
 from gmarpp.data.row_images import RowImages
 from gmarpp.data.walk import files_below, require_regular_file
 from gmarpp.files import expand_path
@@ -169,7 +170,7 @@ class HubDataset(ImageDataModule):
             self.image_column,
             self.label_column,
             self.splits[split],
-            self._numbers,
+            self.numbering.numbers,
             self.transform(split),
             self.order_seed,
             rank=self._rank,

@@ -10,7 +10,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gmarpp.data.dataset import Record, Sample, drawing_from
-from gmarpp.data.module import DROPPED, Labels
+from gmarpp.data.numbering import DROPPED, Labels
 from gmarpp.data.row_images import RowImages
 from gmarpp.data.transforms import Transform
 

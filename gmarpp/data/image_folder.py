@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gmarpp.data.dataset import Files
-from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.module import ImageDataModule, Split
 from gmarpp.data.names import readable_names
+from gmarpp.data.numbering import Labels
 from gmarpp.data.walk import SUFFIXES, files_below, require_regular_file
 from gmarpp.files import expand_path
 
