@@ -1,7 +1,7 @@
 """Maps, perturbation curves and metric values of one batch: what the predict loop and the monitor share."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from gmarpp.attribution import AttributionMethod, Explanation, explain, register_method, resolve_method
 from gmarpp.attribution.registry import is_own, select_methods
+from gmarpp.explained import ExplainedBatch
+from gmarpp.label_rows import LabelRows
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
 from gmarpp.network.extent import fit_to_extent
+from gmarpp.network.task import score_of, task_of
 from gmarpp.options import Name
 from gmarpp.perturbation import (
     BASELINES,
@@ -33,56 +36,20 @@ FAITHFULNESS_METRICS = ("average_drop", "average_increase", "average_gain", "ins
 
 
 @dataclass(frozen=True)
-class ExplainedBatch:
-    """Everything known about a batch of explained images; all tensors are on the CPU.
-
-    Attributes:
-        index: (B,) long, positions in the data set.
-        path: of each image, relative to the data's root.
-        label: (B,) long, -1 where unknown.
-        target: (B,) long, class explained.
-        predicted: (B,) long.
-        target_probability: (B,), by the sigmoid where that is the score; NaN for one output scored by its logit.
-        predicted_probability: (B,), likewise.
-        maps: by method, float32 (B, h, w), raw.
-        values: by method and metric, float32 (B,); NaN where a value is undefined, as without a box.
-        inputs: by method, the keyword arguments that update a `torchmetrics.MetricCollection` of the metrics.
-        curves: by method; empty if no metric asked for them.
-        images: float32 (B, 3, H, W) in [0, 1], the part that the network's patches cover; each is stretched to that
-            range where the network does not tell its normalization.
-        boxes: float32 (B, 4), x0, y0, x1, y1 in pixels of that part, or `None`.
-        masks: bool (B, H, W), or `None`.
-    """
-
-    index: Tensor
-    path: list[str]
-    label: Tensor
-    target: Tensor
-    predicted: Tensor
-    target_probability: Tensor
-    predicted_probability: Tensor
-    maps: dict[str, Tensor]
-    values: dict[str, dict[str, Tensor]]
-    inputs: dict[str, dict[str, Tensor]]
-    curves: dict[str, Curves]
-    images: Tensor
-    boxes: Tensor | None = None
-    masks: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Explainer:
     """Explains batches of a data module.
 
     Args:
         methods: names of attribution methods, in the order of all outputs; or objects, which are registered, in files
             and on command lines as `class_path` and `init_args`.
-        target: the class explained: `predicted`, `label`, or a class name or index for all images.
+        target: the class explained: `predicted`, `label`, or a class name or index, or several, for all images. Of a
+            multi-label network `predicted` and `label` are all labels that it predicts or that an image has.
         metrics: names in `gmarpp.metrics.METRICS`; localization metrics need boxes or masks in the data. Empty for maps
             only, which is about fifty times faster.
         steps: of the insertion and deletion curves.
         baseline: what replaces a removed patch: `blur`, `mean`, `black`, or `drop`, which takes the token out.
-        score: `probability` (softmax), `sigmoid` or `logit`. A network with one output needs one of the latter two.
+        score: `probability` (softmax), `sigmoid` or `logit`; by default what the network's task asks for. A network
+            with one output needs one of the latter two.
         mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
         normalize: rescale each curve by the score on the image minus the score on the baseline.
         batch_size: images per forward pass of the perturbed images, which bounds the memory.
@@ -93,11 +60,11 @@ class Explainer:
     """
 
     methods: Sequence[Name | AttributionMethod] = ("gmarpp_l1", "gmar_l1", "rollout", "legrad")
-    target: str | int = "predicted"
+    target: Name | int | Sequence[Name | int] = "predicted"
     metrics: Sequence[str] = FAITHFULNESS_METRICS
     steps: int = 28
     baseline: Baseline = "blur"
-    score: Score = "probability"
+    score: Score | None = None
     mask: KeptMask = "topk"
     normalize: bool = False
     batch_size: int = 128
@@ -121,11 +88,12 @@ class Explainer:
             require_metric(metric)
         for option, value, choices in (
             ("baseline", self.baseline, BASELINES),
-            ("score", self.score, SCORES),
+            ("score", self.score, (None, *SCORES)),
             ("mask", self.mask, get_args(KeptMask)),
         ):
             if value not in choices:
-                raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {', '.join(choices)}")
+                known = ", ".join(filter(None, choices))
+                raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {known}")
         if self.steps < 1 or self.batch_size < 1:
             given = f"{self.steps} and {self.batch_size}"
             raise ValueError(f"explain.steps and explain.batch_size: expected at least 1, got {given}")
@@ -154,20 +122,46 @@ class Explainer:
         """Names of the methods whose maps are signed."""
         return tuple(method.name for method in select_methods(self.methods) if method.signed)
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch:
+    def for_network(self, model: nn.Module) -> "Explainer":
+        """Return the same with the score of the network's task, where none is asked for."""
+        return self if self.score is not None else replace(self, score=score_of(task_of(model)))
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch | None:
         """Explain a batch of a data module.
 
         Args:
             model: the network, in any mode.
-            batch: `image` (B, C, H, W), `label`, `index` (B,), `path`, and `box` (B, 4) or `mask` (B, H, W) if any.
+            batch: `image` (B, C, H, W), `label` (B,) or (B, C), `index` (B,), `path`, and `box` (B, 4) or `mask`
+                (B, H, W) if any, or of each label (B, C, …).
+
+        Returns:
+            The batch explained; None where its images have none of the labels to explain.
 
         Raises:
             ValueError: if the target is `label` and an image has none; what `gmarpp.explain` raises.
         """
+        explainer = self.for_network(model)
+        rows = LabelRows.of(model, batch, self.target)
+        if rows is None:
+            return explainer._explain(model, batch, self._target(batch))
+        size = len(batch["image"])
+        parts = [
+            explainer._explain(model, part.batch(batch), part.target, part)
+            for part in (rows.part(start, size) for start in range(0, len(rows), size))
+        ]
+        return ExplainedBatch.concatenate(parts) if parts else None
+
+    def _explain(
+        self, model: nn.Module, batch: Mapping[str, Any], target: Any, rows: LabelRows | None = None
+    ) -> ExplainedBatch:
         images: Tensor = batch["image"]
-        explanation = explain(model, images, self.methods, self._target(batch), recompute=self.recompute)
-        probabilities = self._probabilities(explanation.logits)
-        predicted = explanation.logits.argmax(dim=1)
+        explanation = explain(model, images, self.methods, target, recompute=self.recompute)
+        probabilities = self._probabilities(model, explanation.logits)
+        target_probability = probabilities.gather(1, explanation.target[:, None])[:, 0]
+        label, predicted = batch["label"], explanation.logits.argmax(dim=1)
+        if rows is not None:
+            label, predicted = rows.labels(label, predicted, explanation.logits)
+        one_class = rows is None or rows.task == "multiclass"
         # Maps cover the pixels that the network sees, so pictures and objects are cropped to these.
         height, width = explanation.images.shape[2:]
         boxes, masks = _cropped(batch.get("box"), batch.get("mask"), (height, width))
@@ -182,11 +176,11 @@ class Explainer:
         return ExplainedBatch(
             index=batch["index"].cpu(),
             path=list(batch["path"]),
-            label=batch["label"].cpu(),
+            label=label.cpu(),
             target=explanation.target.cpu(),
             predicted=predicted.cpu(),
-            target_probability=probabilities.gather(1, explanation.target[:, None])[:, 0].cpu(),
-            predicted_probability=probabilities.amax(dim=1).cpu(),
+            target_probability=target_probability.cpu(),
+            predicted_probability=(probabilities.amax(dim=1) if one_class else target_probability).cpu(),
             maps={method: maps.cpu() for method, maps in explanation.maps.items()},
             values=values,
             inputs=inputs,
@@ -194,10 +188,11 @@ class Explainer:
             images=explanation.images.cpu(),
             boxes=None if boxes is None else boxes.cpu(),
             masks=None if masks is None else masks.cpu(),
+            rows_per_image=1 if rows is None else rows.places,
         )
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        if self.score == "logit" and logits.shape[1] == 1:
+    def _probabilities(self, model: nn.Module, logits: Tensor) -> Tensor:
+        if task_of(model) == "regression" or (self.score == "logit" and logits.shape[1] == 1):
             return torch.full_like(logits, torch.nan, dtype=torch.float32)
         return class_scores(logits, "sigmoid" if self.score == "sigmoid" else "probability")
 
@@ -212,6 +207,7 @@ class Explainer:
                     "class, or name a class"
                 )
             return batch["label"]  # type: ignore[no-any-return]
+        assert isinstance(self.target, str | int)
         return self.target
 
     def _metric_inputs(
@@ -229,7 +225,7 @@ class Explainer:
                 explanation.target,
                 steps=self.steps,
                 baseline=self.baseline,
-                score=self.score,
+                score=self.score or "probability",
                 mask=self.mask,
                 normalize=self.normalize,
                 batch_size=self.batch_size,
@@ -239,7 +235,12 @@ class Explainer:
             _add_scores(inputs, scores)
         if "most_relevant_first" in self._needs:
             road = road_scores(
-                model, images, explanation.maps, explanation.target, score=self.score, batch_size=self.batch_size
+                model,
+                images,
+                explanation.maps,
+                explanation.target,
+                score=self.score or "probability",
+                batch_size=self.batch_size,
             )
             _add_road(inputs, road)
         return {method: {name: value.cpu() for name, value in given.items()} for method, given in inputs.items()}

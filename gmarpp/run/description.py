@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from gmarpp.network.task import task_of
 from gmarpp.run.content import check_run
 from gmarpp.run.versions import versions
 
@@ -59,6 +60,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
         "model": {
             "name": type(module.model).__name__,
             "architecture": configuration.get("architecture"),
+            "task": task_of(module.model),
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
         },
         "explainer": {

@@ -143,8 +143,7 @@ class ViTClassifier(L.LightningModule):
             train_head_only(self.model)
         if self.execution.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        begins = options["pretrained"] or path is not None
-        self._start = StartWeights(architecture, path) if begins else None
+        self._start = StartWeights(architecture, path) if options["pretrained"] or path else None
 
     def configure_metrics(self) -> None:
         """Set up the metrics of validation and test."""
@@ -260,8 +259,10 @@ class ViTClassifier(L.LightningModule):
         counted = counted_images(batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)
         self._evaluate(batch, counted, self.test_loss, self.test_metrics, "test/loss")
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def predict_step(self, batch: Mapping[str, Any] | None, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return what the explainer says of the batch; logits (B, num_classes) when there is none."""
+        if batch is None:  # none of its images can be read
+            return None
         return self(batch["image"]) if self.explainer is None else self.explainer(self.model, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -310,8 +311,7 @@ class ViTClassifier(L.LightningModule):
         if hparams_file is not None:
             raise ValueError("hparams_file is not supported: give the options that differ by name")
         content, digest = read_lightning_checkpoint(checkpoint_path)
-        weights = complete(weights_of_checkpoint(content, digest, checkpoint_path))
-        module = cls.from_weights(weights, **options)
+        module = cls.from_weights(complete(weights_of_checkpoint(content, digest, checkpoint_path)), **options)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
         return module.to(map_location or "cpu")
