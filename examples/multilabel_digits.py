@@ -45,20 +45,18 @@ def write_pictures(folder: Path, train: int, val: int, seed: int = 0) -> Path:
     return folder / "digits.csv"
 
 
-def main(
-    folder: Path, train: int = 2000, val: int = 200, fit: list[str] = MODEL, predict: tuple[str, ...] = ()
-) -> None:
+def main(folder: Path, train: int = 1600, val: int = 200, options: list[str] = MODEL) -> None:
     """Write the pictures, train on them, and print the pointing game of every label."""
     table = write_pictures(folder / "pictures", train, val)
     data = ["--data=Table", f"--data.table={table}", "--data.box_columns=[x0,y0,x1,y1]", f"--data.classes={[*NAMES]}"]
     quiet = ["--trainer.logger=false", f"--trainer.default_root_dir={folder}"]
     task = ["--model.task=multilabel", "--model.num_classes=10", "--data.augmentation.horizontal_flip=0"]
-    scale = ["--data.augmentation.scale=[0.8,1.0]", "--trainer.max_epochs=4", "--trainer.gradient_clip_val=1.0"]
-    train_main(["fit", *data, *quiet, *task, *scale, *fit])
+    scale = ["--data.augmentation.scale=[0.8,1.0]", "--trainer.max_epochs=3", "--trainer.gradient_clip_val=1.0"]
+    train_main(["fit", *data, *quiet, *task, *scale, *options])
     metrics = "--explain.metrics=[pointing_game,energy_inside,insertion_auc,deletion_auc]"
     explained = ["--explain.target=label", f"--explain.methods=[{','.join(METHODS)}]", metrics, "--explain.steps=14"]
     best, output = f"--ckpt_path={folder}/checkpoints/best.ckpt", f"--output={folder}/explained"
-    explain_main(["predict", best, *data, *explained, output, *predict])
+    explain_main(["predict", best, *data, *explained, output])
     print_pointing_game(folder / "explained")
 
 

@@ -49,8 +49,9 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
     """
     data = trainer.datamodule
     paths = getattr(getattr(dataset, "source", None), "paths", None)
-    options = [field.name for field in dataclasses.fields(module.explainer) if field.init]
-    own_code = module.explainer.own_code
+    explainer = module.explainer.for_network(module.model)
+    options = [field.name for field in dataclasses.fields(explainer) if field.init]
+    own_code = explainer.own_code
     configuration = getattr(module.model, "pretrained_cfg", None) or {}
     run = {
         "status": "running",
@@ -64,11 +65,11 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
         },
         "explainer": {
-            **{name: getattr(module.explainer, name) for name in options},
-            "methods": list(module.explainer.names),
+            **{name: getattr(explainer, name) for name in options},
+            "methods": list(explainer.names),
             **({"own_code": own_code} if own_code else {}),
         },
-        "signed_methods": list(module.explainer.signed_methods),
+        "signed_methods": list(explainer.signed_methods),
         "data": {
             "name": None if data is None else type(data).__name__,
             "images": len(dataset),
