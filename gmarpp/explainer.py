@@ -1,7 +1,7 @@
 """Maps, perturbation curves and metric values of one batch: what the predict loop and the monitor share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from gmarpp.attribution import AttributionMethod, Contrast, Explanation, explain, register_method, resolve_method
 from gmarpp.attribution.registry import is_own, select_methods
 from gmarpp.attribution.target import NO_CLASS, Target
+from gmarpp.explained import ExplainedBatch
+from gmarpp.label_rows import LabelRows
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
 from gmarpp.network.architecture import Architecture, resolve_architecture
 from gmarpp.network.extent import fit_to_extent
+from gmarpp.network.task import score_of, task_of
 from gmarpp.options import Name
 from gmarpp.perturbation import (
     BASELINES,
@@ -35,52 +38,13 @@ from gmarpp.perturbation import (
 if TYPE_CHECKING:
     from gmarpp.attribution.target import Score as ScoreFunction
 
-    ExplainedTarget: TypeAlias = str | int | Contrast | ScoreFunction
+    ExplainedTarget: TypeAlias = str | int | Sequence[str | int] | Contrast | ScoreFunction
 else:
     # On command lines and in files only classes have names.
-    ExplainedTarget = str | int
+    ExplainedTarget = Name | int | Sequence[Name | int]
 
 FAITHFULNESS_METRICS = ("average_drop", "average_increase", "average_gain", "insertion_auc", "deletion_auc")
 """The five metrics of the published claim."""
-
-
-@dataclass(frozen=True)
-class ExplainedBatch:
-    """Everything known about a batch of explained images; all tensors are on the CPU.
-
-    Attributes:
-        index: (B,) long, positions in the data set.
-        path: of each image, relative to the data's root.
-        label: (B,) long, -1 where unknown.
-        target: (B,) long, class explained; -1 where a function was explained instead of a class.
-        predicted: (B,) long; likewise.
-        target_probability: (B,), by the sigmoid where that is the score; NaN for one output scored by its logit, and
-            for functions.
-        predicted_probability: (B,), likewise.
-        maps: by method, float32 (B, h, w), raw.
-        values: by method and metric, float32 (B,); NaN where a value is undefined, as without a box.
-        inputs: by method, the keyword arguments that update a `torchmetrics.MetricCollection` of the metrics.
-        curves: by method; empty if no metric asked for them.
-        images: float32 (B, 3, H, W) in [0, 1], the part that the network's patches cover; each is stretched to that
-            range where the network does not tell its normalization.
-        boxes: float32 (B, 4), x0, y0, x1, y1 in pixels of that part, or `None`.
-        masks: bool (B, H, W), or `None`.
-    """
-
-    index: Tensor
-    path: list[str]
-    label: Tensor
-    target: Tensor
-    predicted: Tensor
-    target_probability: Tensor
-    predicted_probability: Tensor
-    maps: dict[str, Tensor]
-    values: dict[str, dict[str, Tensor]]
-    inputs: dict[str, dict[str, Tensor]]
-    curves: dict[str, Curves]
-    images: Tensor
-    boxes: Tensor | None = None
-    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,13 +54,15 @@ class Explainer:
     Args:
         methods: names of attribution methods, in the order of all outputs; or objects, which are registered, in files
             and on command lines as `class_path` and `init_args`.
-        target: what is explained: `predicted`, `label`, or a class name or index for all images; in Python also a
-            `gmarpp.Contrast`, one of `gmarpp.targets`, or a function of the network's output.
+        target: what is explained: `predicted`, `label`, or a class name or index, or several, for all images; in Python
+            also a `gmarpp.Contrast`, one of `gmarpp.targets`, or a function of the network's output. Of a multi-label
+            network `predicted` and `label` are all labels that it predicts or that an image has.
         metrics: names in `gmarpp.metrics.METRICS`; localization metrics need boxes or masks in the data. Empty for maps
             only, which is about fifty times faster.
         steps: of the insertion and deletion curves.
         baseline: what replaces a removed patch: `blur`, `mean`, `black`, or `drop`, which takes the token out.
-        score: `probability` (softmax), `sigmoid` or `logit`. A network with one output needs one of the latter two.
+        score: `probability` (softmax), `sigmoid` or `logit`; by default what the network's task asks for. A network
+            with one output needs one of the latter two.
         mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
         normalize: rescale each curve by the score on the image minus the score on the baseline.
         batch_size: images per forward pass of the perturbed images, which bounds the memory.
@@ -119,7 +85,7 @@ class Explainer:
     metrics: Sequence[str] = FAITHFULNESS_METRICS
     steps: int = 28
     baseline: Baseline = "blur"
-    score: Score = "probability"
+    score: Score | None = None
     mask: KeptMask = "topk"
     normalize: bool = False
     batch_size: int = 128
@@ -144,11 +110,12 @@ class Explainer:
             require_metric(metric)
         for option, value, choices in (
             ("baseline", self.baseline, BASELINES),
-            ("score", self.score, SCORES),
+            ("score", self.score, (None, *SCORES)),
             ("mask", self.mask, get_args(KeptMask)),
         ):
             if value not in choices:
-                raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {', '.join(choices)}")
+                known = ", ".join(filter(None, choices))
+                raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {known}")
         if self.steps < 1 or self.batch_size < 1:
             given = f"{self.steps} and {self.batch_size}"
             raise ValueError(f"explain.steps and explain.batch_size: expected at least 1, got {given}")
@@ -177,25 +144,53 @@ class Explainer:
         """Names of the methods whose maps are signed."""
         return tuple(method.name for method in select_methods(self.methods) if method.signed)
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch:
+    def for_network(self, model: nn.Module) -> "Explainer":
+        """Return the same with the score of the network's task, where none is asked for."""
+        return self if self.score is not None else replace(self, score=score_of(task_of(model)))
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> ExplainedBatch | None:
         """Explain a batch of a data module.
 
         Args:
             model: the network, in any mode.
-            batch: `image` (B, C, H, W), `label`, `index` (B,), `path`, and `box` (B, 4) or `mask` (B, H, W) if any.
+            batch: `image` (B, C, H, W), `label` (B,) or (B, C), `index` (B,), `path`, and `box` (B, 4) or `mask`
+                (B, H, W) if any, or of each label (B, C, …).
+
+        Returns:
+            The batch explained; None where its images have none of the labels to explain.
 
         Raises:
             ValueError: if the target is `label` and an image has none; what `gmarpp.explain` raises.
         """
+        explainer = self.for_network(model)
+        target = self.target
+        rows = None if callable(target) or isinstance(target, Contrast) else LabelRows.of(model, batch, target)
+        if rows is None:
+            return explainer._explain(model, batch, self._target(batch))
+        size = len(batch["image"])
+        parts = [
+            explainer._explain(model, part.batch(batch), part.target, part)
+            for part in (rows.part(start, size) for start in range(0, len(rows), size))
+        ]
+        return ExplainedBatch.concatenate(parts) if parts else None
+
+    def _explain(
+        self, model: nn.Module, batch: Mapping[str, Any], target: Any, rows: LabelRows | None = None
+    ) -> ExplainedBatch:
         images: Tensor = batch["image"]
         layout = resolve_architecture(self.architecture, model)
-        explanation = explain(
-            model, images, self.methods, self._target(batch), architecture=layout, recompute=self.recompute
-        )
+        explanation = explain(model, images, self.methods, target, architecture=layout, recompute=self.recompute)
         if explanation.target.dim() != 1:
             given = tuple(explanation.target.shape)
             raise ValueError(f"explain.target: expected one score per image, shape ({len(images)},), got {given}")
-        predicted, target_probability, predicted_probability = self._prediction(explanation)
+        label, (predicted, target_probability, predicted_probability) = (
+            batch["label"],
+            self._prediction(model, explanation),
+        )
+        if rows is not None:
+            label, predicted = rows.labels(label, predicted, explanation.logits)
+            if rows.task != "multiclass":
+                predicted_probability = target_probability
         # Maps cover the pixels that the network sees, so pictures and objects are cropped to these.
         height, width = explanation.images.shape[2:]
         boxes, masks = _cropped(batch.get("box"), batch.get("mask"), (height, width))
@@ -210,7 +205,7 @@ class Explainer:
         return ExplainedBatch(
             index=batch["index"].cpu(),
             path=list(batch["path"]),
-            label=batch["label"].cpu(),
+            label=label.cpu(),
             target=explanation.target.cpu(),
             predicted=predicted.cpu(),
             target_probability=target_probability.cpu(),
@@ -222,15 +217,16 @@ class Explainer:
             images=explanation.images.cpu(),
             boxes=None if boxes is None else boxes.cpu(),
             masks=None if masks is None else masks.cpu(),
+            rows_per_image=1 if rows is None else rows.places,
         )
 
-    def _prediction(self, explanation: Explanation) -> tuple[Tensor, Tensor, Tensor]:
+    def _prediction(self, model: nn.Module, explanation: Explanation) -> tuple[Tensor, Tensor, Tensor]:
         """Return the predicted class and the probabilities of the explained and the predicted one, (B,) each."""
         logits, target = explanation.logits, explanation.target
         if bool((target == NO_CLASS).any()):
             unknown = torch.full_like(logits[:, 0], torch.nan, dtype=torch.float32)
             return target, unknown, unknown
-        if self.score == "logit" and logits.shape[1] == 1:
+        if task_of(model) == "regression" or (self.score == "logit" and logits.shape[1] == 1):
             probabilities = torch.full_like(logits, torch.nan, dtype=torch.float32)
         else:
             probabilities = class_scores(logits, "sigmoid" if self.score == "sigmoid" else "probability")
@@ -248,6 +244,7 @@ class Explainer:
                 )
             labels: Tensor = batch["label"]
             return labels
+        assert not isinstance(self.target, Sequence) or isinstance(self.target, str)
         return self.target
 
     def _metric_inputs(
@@ -260,12 +257,13 @@ class Explainer:
         is_class = not (callable(self.target) or isinstance(self.target, Contrast))
         target: Target = explanation.target if is_class else self.target
         scored = (model, images, explanation.maps, target)
+        score = self.score or "probability"
         if self._needs & {"full", "kept", "insertion", "deletion"}:
             scores = score_perturbations(
                 *scored,
                 steps=self.steps,
                 baseline=self.baseline,
-                score=self.score,
+                score=score,
                 mask=self.mask,
                 normalize=self.normalize,
                 batch_size=self.batch_size,
@@ -274,14 +272,15 @@ class Explainer:
             )
             _add_scores(inputs, scores)
         if "most_relevant_first" in self._needs:
-            _add_road(inputs, road_scores(*scored, score=self.score, batch_size=self.batch_size))
+            _add_road(inputs, road_scores(*scored, score=score, batch_size=self.batch_size))
         if self._needs & {"removed_relevance", "score_drops"}:
-            removals = square_removals(*scored, baseline=self.baseline, score=self.score, batch_size=self.batch_size)
+            removals = square_removals(*scored, baseline=self.baseline, score=score, batch_size=self.batch_size)
             for method, given in inputs.items():
                 given["removed_relevance"] = removals.removed_relevance[method]
                 given["score_drops"] = removals.score_drops
         if "map_changes" in self._needs:
-            changes = map_changes(model, images, self.methods, target, recompute=self.recompute)
+            layout = resolve_architecture(self.architecture, model)
+            changes = map_changes(model, images, self.methods, target, architecture=layout, recompute=self.recompute)
             for method, given in inputs.items():
                 given["map_changes"] = changes[method]
         return {method: {name: value.cpu() for name, value in given.items()} for method, given in inputs.items()}

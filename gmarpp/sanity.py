@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gmarpp.attribution import METHODS, Architecture, AttributionMethod, architecture_of, explain
 from gmarpp.attribution.registry import register_method, select_methods
 from gmarpp.command import run_function
-from gmarpp.data.probe import spread_over_classes
+from gmarpp.data.probe import choose_probe
 from gmarpp.figures import figure_bytes
 from gmarpp.files import write_atomically
 from gmarpp.labels import method_color, method_dashes, method_label
@@ -225,7 +225,8 @@ def _chosen_images(data: Any, preprocessing: Preprocessing | None, count: int) -
             f"--data {type(data).__name__} cannot be used: expected a data module of gmarpp whose images can "
             "be chosen from, not a streamed one"
         )
-    return torch.stack([dataset[int(index)]["image"] for index in spread_over_classes(dataset.labels, count)])
+    samples = (dataset[int(index)] for index in choose_probe(dataset, count))
+    return torch.stack([sample["image"] for sample in samples if sample is not None])
 
 
 def main(args: list[str] | None = None) -> None:

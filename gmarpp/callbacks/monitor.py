@@ -19,7 +19,8 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from gmarpp.callbacks.monitored_images import MonitoredImages, require_validation
-from gmarpp.explainer import ExplainedBatch, Explainer
+from gmarpp.explained import ExplainedBatch
+from gmarpp.explainer import Explainer
 from gmarpp.figures import comparison_figure, figure_bytes
 from gmarpp.labels import metric_label
 from gmarpp.metrics import METRICS
@@ -226,7 +227,8 @@ class AttributionMonitor(L.Callback):
                         f"{type(pl_module).__name__} by AttributionMonitor(network=...), or switch the monitor off by "
                         "images=0"
                     ) from error
-                self._require_inputs(explained)
+                if explained is not None:
+                    self._require_inputs(explained)
 
     def _explain(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Explain and measure this rank's share of the probe."""
@@ -234,6 +236,8 @@ class AttributionMonitor(L.Callback):
             watched = self._watched(trainer, pl_module, batch)
             for probe in watched.on(pl_module.device):
                 explained = self.explainer(watched.network, probe)
+                if explained is None:
+                    continue
                 self._accumulate(explained, pl_module.device)
                 if trainer.is_global_zero and sum(len(each.path) for each in self._shown) < self.grid_images:
                     self._shown.append(replace(explained, images=watched.pictures(probe, explained)))
@@ -286,7 +290,9 @@ class AttributionMonitor(L.Callback):
                 {method: each.mean() for method, each in self._curves[kind].items()}
                 for kind in ("insertion", "deletion")
             )
-            figure = curves_figure(insertion, deletion, self.explainer.score, self.explainer.normalize)
+            assert self._probe is not None
+            explainer = self.explainer.for_network(self._probe.network)
+            figure = curves_figure(insertion, deletion, explainer.score or "probability", explainer.normalize)
             _log_figure(trainer, "attribution/curves", figure)
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from gmarpp.data.batch_content import batch_content
 from gmarpp.data.probe import choose_probe, first_source, is_indexed, normalization_in
-from gmarpp.explainer import ExplainedBatch
+from gmarpp.explained import ExplainedBatch
 from gmarpp.network.extent import fit_to_extent
 from gmarpp.network.output import class_names
 from gmarpp.network.preprocessing import displayable, normalization_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 
 
 class ProgressLines(Callback):
@@ -106,3 +106,12 @@ class ProgressLines(Callback):
         self._printed = time.monotonic()
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
+
+
+def show_rate(trainer: L.Trainer, images_per_second: float) -> None:
+    """Show the rate of prediction in the progress bar, if there is one."""
+    bar, rate = trainer.progress_bar_callback, f"{images_per_second:.1f} images/s"
+    if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+        bar.predict_progress_bar.set_postfix_str(rate, refresh=False)
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.predict_progress_bar_id is not None:
+        bar.progress.update(bar.predict_progress_bar_id, description=f"{bar.predict_description}, {rate}")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader, IterableDataset
 
+from gmarpp.callbacks.progress import show_rate
+from gmarpp.callbacks.rank_zero import on_rank_zero
 from gmarpp.data.batches import pending_batches
 from gmarpp.data.module import chosen_batches
-from gmarpp.explainer import ExplainedBatch
+from gmarpp.explained import ExplainedBatch
 from gmarpp.figures import FIGURE_FORMATS
 from gmarpp.files import expand_path, sync_disk
 from gmarpp.metrics.registry import metric_inputs
@@ -24,12 +27,11 @@ from gmarpp.processes import usable_cores
 from gmarpp.run.background import BackgroundTasks
 from gmarpp.run.description import describe_run, now, require_same_run
 from gmarpp.run.folder import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, PARTS, write_run
-from gmarpp.run.memory import return_free_memory
 from gmarpp.run.output_folder import OutputFolder
 from gmarpp.run.pictures import write_pictures
 from gmarpp.run.reader import StoredRun
 from gmarpp.run.results import write_results
-from gmarpp.run.shards import Shard, merge_parts, remove_parts, reopen_maps, shard_files
+from gmarpp.run.shards import Shard, merge_parts, publish, remove_parts, reopen_maps, shard_files
 from gmarpp.run.stored_batch import bytes_per_image, stored_batch
 from gmarpp.visualize import MapStyle, SignedMaps, pixels
 
@@ -98,6 +100,7 @@ class ExplanationWriter(BasePredictionWriter):
         self.shard_size = shard_size
         self._run: dict[str, Any] = {}
         self._resumed = self._opened = False
+        self._skipped = 0
         self._batches: list[list[int]] = []
         self._data = ExitStack()
         self._pictures: BackgroundTasks | None = None
@@ -109,6 +112,7 @@ class ExplanationWriter(BasePredictionWriter):
             return
         self._run, self._batches = {}, []
         self._resumed = self._opened = False
+        self._skipped = 0
         limit = trainer.limit_predict_batches
         if self.output.resume and isinstance(limit, float) and limit < 1:
             raise ValueError(
@@ -158,20 +162,22 @@ class ExplanationWriter(BasePredictionWriter):
         """Describe the run, make sure that it is the one to resume, and return the indices of its finished images."""
         options = {"overlays": self.overlays, **asdict(self.style)}
         self._run = describe_run(trainer, module, dataset, options)
-        _on_rank_zero(trainer, self.output.lock)
+        on_rank_zero(trainer, self.output.lock)
         previous, finished = self.output.resumed()
         if previous is not None:
             require_same_run(previous, self._run, self.folder)
             self._run |= {"created": previous["created"], "status": previous["status"]}
+            self._run["rows_per_image"] = previous.get("rows_per_image", 1)
             self._resumed = True
-        return finished
+        return {index // self._run.get("rows_per_image", 1) for index in finished}
 
-    def _open(self, trainer: L.Trainer, module: Any) -> None:
+    def _open(self, trainer: L.Trainer, module: Any, rows_per_image: int) -> None:
         """Make the folder ready on rank 0, while the others wait."""
+        self._run["rows_per_image"] = rows_per_image
         names = [PARTS, MAPS, IMAGES]
         if self.overlays:
             names += [f"{OVERLAYS}/{method}" for method in ("", *module.explainer.names)]
-        _on_rank_zero(trainer, lambda: self.output.open(self._run, not self._resumed, names))
+        on_rank_zero(trainer, lambda: self.output.open(self._run, not self._resumed, names))
         self._opened = True
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -204,31 +210,36 @@ class ExplanationWriter(BasePredictionWriter):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: ExplainedBatch,
+        prediction: ExplainedBatch | None,
         batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
         """Hand the batch's pictures to the processes that draw, and keep the rest for the next part."""
-        indices = prediction.index.tolist()
-        if self._batches and batch_indices and indices != self._batches[batch_indices[0]]:
-            raise ValueError(
-                "index: expected the positions of the images in the data set, "
-                f"{self._batches[batch_indices[0]]}, got {indices}"
-            )
+        if self._batches and batch_indices:
+            expected = self._batches[batch_indices[0]]
+            self._skipped += len(expected) - (0 if batch is None else len(batch["index"]))
+            positions = [] if prediction is None else prediction.positions
+            # Unreadable images are left out, and so are those without any of the labels to explain.
+            if positions != [each for each in expected if each in positions]:
+                raise ValueError(
+                    f"index: expected the positions of the images in the data set, {expected}, got {positions}"
+                )
+        if prediction is None:
+            return
         shard = stored_batch(prediction)
         if not self._opened:
-            _on_rank_zero(trainer, lambda: self._require_space(trainer, shard, prediction))
-            self._open(trainer, pl_module)
+            on_rank_zero(trainer, lambda: self._require_space(trainer, shard, prediction))
+            self._open(trainer, pl_module, prediction.rows_per_image)
         assert self._pictures is not None
         self._draw(self._pictures, [row["file"] for row in shard.rows], prediction)
         self._buffer.append(shard)
-        self._done += len(indices)
+        self._done += len(shard.rows)
         waiting = sum(len(shard.rows) for shard in self._buffer)
         if waiting >= self.shard_size or time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flush(trainer, self._pictures)
-        self._show_rate(trainer)
+        show_rate(trainer, self._done * trainer.world_size / (time.monotonic() - self._started))
 
     def _require_space(self, trainer: L.Trainer, shard: Shard, explained: ExplainedBatch) -> None:
         """Estimate from the first image what all of them take."""
@@ -261,17 +272,9 @@ class ExplanationWriter(BasePredictionWriter):
         if self._buffer:
             first = self._buffer[0].rows[0]["index"]
             part = self.folder / PARTS / f"{first:09d}-{trainer.global_rank}.safetensors"
-            pictures.submit_last(_publish, self._buffer, part)
+            pictures.submit_last(publish, self._buffer, part)
         self._buffer = []
         self._flushed = time.monotonic()
-
-    def _show_rate(self, trainer: L.Trainer) -> None:
-        bar = trainer.progress_bar_callback
-        rate = f"{self._done * trainer.world_size / (time.monotonic() - self._started):.1f} images/s"
-        if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
-            bar.predict_progress_bar.set_postfix_str(rate, refresh=False)
-        elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.predict_progress_bar_id is not None:
-            bar.progress.update(bar.predict_progress_bar_id, description=f"{bar.predict_description}, {rate}")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Publish the rest and wait for all ranks."""
@@ -279,7 +282,19 @@ class ExplanationWriter(BasePredictionWriter):
         self._flush(trainer, self._pictures)
         self._pictures.wait()
         self._close()
-        trainer.strategy.barrier("explanations-complete")
+        if not self._opened:
+            # What the others did with the first batch that they explained, the space and the folder.
+            for _ in range(2):
+                on_rank_zero(trainer, self._require_explanations)
+        skipped: Any = trainer.strategy.reduce(torch.tensor(self._skipped, device=pl_module.device), reduce_op="sum")
+        self._skipped = int(skipped)
+
+    def _require_explanations(self) -> None:
+        if not self._resumed:
+            raise ValueError(
+                f"expected images to explain, got none: {self._skipped} cannot be read, and others have none of the "
+                "labels asked for"
+            )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Merge on rank 0; also where no image was left to explain, so that the predict loop had nothing to do."""
@@ -324,27 +339,8 @@ class ExplanationWriter(BasePredictionWriter):
         write_results(explanations, self.figure_images, self.figure_formats, self.style, self.report)
         # The parts may go only when the disk has all that replaces them.
         sync_disk()
-        write_run(self.folder, {**self._run, "status": "complete", "finished": now(), "explained": images})
+        done = {"status": "complete", "finished": now(), "explained": images, "skipped": self._skipped}
+        write_run(self.folder, {**self._run, **done})
         remove_parts(self.folder)
-        logger.info("Explained %d images: %s", images, self.folder)
-
-
-def _on_rank_zero(trainer: L.Trainer, action: Callable[[], None]) -> None:
-    """Act on rank 0 while the others wait, and have all ranks end with the error if there is one."""
-    error: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-    error = trainer.strategy.broadcast(error)
-    if error is not None:
-        raise error
-
-
-def _publish(shards: list[Shard], part: Path) -> None:
-    """Write the part that vouches for images, once the disk has their pictures."""
-    sync_disk()
-    Shard.concatenate(shards).write(part)
-    shards.clear()
-    return_free_memory()
+        skipped = f", skipped {self._skipped} that cannot be read" if self._skipped else ""
+        logger.info("Explained %d images%s: %s", images, skipped, self.folder)

@@ -143,9 +143,11 @@ class ExplainCLI(NetworkCLI):
         explainer = replace(options.predict.explain, architecture=options.predict.architecture)
         if getattr(self.datamodule, "masks", None) is not None and explainer.metrics == FAITHFULNESS_METRICS:
             explainer = replace(explainer, metrics=(*FAITHFULNESS_METRICS, *MASK_METRICS))
-        if isinstance(explainer.target, str) and explainer.target not in ("predicted", "label"):
-            class_index(explainer.target, self.model.model)
-        self.model.explainer = explainer
+        targets = [explainer.target] if isinstance(explainer.target, str | int) else explainer.target
+        for target in targets:
+            if isinstance(target, str) and target not in ("predicted", "label"):
+                class_index(target, self.model.model)
+        self.model.explainer = explainer.for_network(self.model.model)
         own = options.predict.trainer.callbacks or []
         self.trainer = self.instantiate_trainer(callbacks=[*(own if isinstance(own, list) else [own]), writer])
 

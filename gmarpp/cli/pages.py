@@ -16,7 +16,7 @@ _TRAINER_OPTIONS = {
 }
 _CONFIG = {"--config FILE": "options from a file, several times if wanted; later ones win"}
 _DATA = {
-    "--data CLASS": "TinyImageNet, ImageFolder, HubDataset, Digits, or your own",
+    "--data CLASS": "ImageFolder, Table, HubDataset, TinyImageNet, Digits, or your own",
     "--data.NAME VALUE": "an option of the data module: --data.root, --data.batch_size, …",
 }
 _CHECKPOINT = {"--ckpt_path FILE": "the network: a .ckpt, .safetensors or .pth file, or a folder of the Hub"}
@@ -60,7 +60,8 @@ COMMANDS = {
             **_CONFIG,
             **_DATA,
             "--model.architecture NAME": "timm's name of the network",
-            "--model.num_classes N": "classes of the data (200)",
+            "--model.task NAME": "multiclass, binary, multilabel or regression (multiclass)",
+            "--model.num_classes N": "classes, labels or values of the data (200)",
             "--model.weights FILE": "start from this file; timm's weights from the Hub without it",
             "--model.optimizer.lr RATE": "peak learning rate of the head (0.00025)",
             "--model.head_only true": "train the head alone (false)",
@@ -88,7 +89,7 @@ COMMANDS = {
             "--overwrite": "replace the run in the same folder",
             "--explain.methods '[NAME, …]'": "methods ([gmarpp_l1, gmar_l1, rollout, legrad])",
             "--explain.metrics '[NAME, …]'": "metrics; [] for maps alone, about fifty times faster",
-            "--explain.target CLASS": "predicted, label, or a class's name or index (predicted)",
+            "--explain.target CLASS": "predicted, label, or a class's name or index, or several (predicted)",
             "--explain.steps N": "steps of the insertion and deletion curves (28)",
             "--explain.baseline NAME": "what replaces removed patches: blur, mean, black, drop (blur)",
             "--write.overlays false": "write no picture per image and method (true)",

@@ -20,10 +20,13 @@ from gmarpp.network.weights import Weights
 from gmarpp.training.hyperparameters import GROUPS, classifier_options, moved_options
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.resume import find_checkpoint
+from gmarpp.training.task import known_task
 from gmarpp.training.trainer import Trainer
 
 # What a checkpoint fixes about how the network sees images; it differs from the command line only by being resolved.
 RESOLVED = ("image_size", "model_args", "preprocessing")
+# What the best checkpoint is the best by; tasks without accuracy have a metric of their own.
+DEFAULT_MONITOR = "val/accuracy"
 
 
 class TrainCLI(CommandLine):
@@ -81,7 +84,7 @@ class TrainCLI(CommandLine):
         parser.add_lightning_class_args(LatestCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.monitor": DEFAULT_MONITOR,
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
                 "checkpoint.auto_insert_metric_name": False,
@@ -101,6 +104,9 @@ class TrainCLI(CommandLine):
 
     def instantiate_classes(self) -> None:
         """Build the network of a checkpoint, of any format, from what was read of it; else from its options."""
+        options = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit" and options.checkpoint.monitor == DEFAULT_MONITOR:
+            options.checkpoint.monitor, options.checkpoint.mode = known_task(options.model.task).monitored
         if self.weights is not None:
             self.parser.add_instantiator(self._restore, ViTClassifier, subclasses=False)
         super().instantiate_classes()

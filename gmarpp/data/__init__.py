@@ -5,6 +5,7 @@ from gmarpp.data.digits import Digits
 from gmarpp.data.hub import HubDataset
 from gmarpp.data.image_folder import ImageFolder
 from gmarpp.data.module import ImageDataModule
+from gmarpp.data.table import Table
 from gmarpp.data.tiny_imagenet import TinyImageNet
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, TrainingTransform
 from gmarpp.network.preprocessing import Preprocessing, denormalize
@@ -17,6 +18,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolder",
     "Preprocessing",
+    "Table",
     "TinyImageNet",
     "TrainingTransform",
     "denormalize",

@@ -21,8 +21,9 @@ def batch_content(batch: Any, indices: Sequence[int] | None = None) -> dict[str,
         indices: positions of the images in the data set; in the batch, if not given.
 
     Returns:
-        `image` (B, C, H, W); `label` (B,) long, -1 where the batch tells none; `index` (B,) long; `path`, of which some
-        are made up of the index; `box` (B, 4) and `mask` (B, H, W) where the batch is a dictionary that has them.
+        `image` (B, C, H, W); `label` (B,) long, -1 where the batch tells none, or (B, C) of a dictionary's `label`, for
+        labels that do not exclude each other; `index` (B,) long; `path`, of which some are made up of the index; `box`
+        (B, 4) and `mask` (B, H, W), or (B, C, …) of labels, where the batch is a dictionary that has them.
 
     Raises:
         ValueError: there is no image, or there are several.
@@ -41,6 +42,9 @@ def batch_content(batch: Any, indices: Sequence[int] | None = None) -> dict[str,
     labels = _chosen(parts, _LABEL_NAMES, lambda each: each.shape == images.shape[:1] and each.dtype in integer)
     index = torch.arange(len(images)) if indices is None else torch.as_tensor(indices)
     known: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    several = known.get("label")
+    if isinstance(several, Tensor) and several.dim() == 2 and several.dtype in integer:
+        labels = [several]
     content = {
         "image": images,
         "label": labels[0].long() if len(labels) == 1 else torch.full((len(images),), -1, device=images.device),
@@ -51,9 +55,9 @@ def batch_content(batch: Any, indices: Sequence[int] | None = None) -> dict[str,
 
 
 _OBJECTS: dict[str, Callable[[Any], bool]] = {
-    "box": lambda box: isinstance(box, Tensor) and box.dim() == 2 and box.shape[1] == 4,
+    "box": lambda box: isinstance(box, Tensor) and box.dim() in (2, 3) and box.shape[-1] == 4,
     # Masks of several classes are integers, and none of one object.
-    "mask": lambda mask: isinstance(mask, Tensor) and mask.dim() == 3 and mask.dtype == torch.bool,
+    "mask": lambda mask: isinstance(mask, Tensor) and mask.dim() in (3, 4) and mask.dtype == torch.bool,
 }
 
 

@@ -1,25 +1,30 @@
 """The map-style dataset behind every data module: samples by index, held in compact arrays."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from gmarpp.data.decode import read_image, read_mask
+from gmarpp.data.numbering import Labels
 from gmarpp.data.transforms import Transform
 
+logger = logging.getLogger(__name__)
+
 Sample: TypeAlias = dict[str, Any]
+Unreadable: TypeAlias = Literal["raise", "replace", "unlabel", "drop"]
 
 
 class Record(NamedTuple):
-    """A decoded sample: image, uint8 (3, H, W); path as shown to people; box, float (4,); mask, bool (H, W)."""
+    """A decoded sample: uint8 (3, H, W); path as shown to people; box, float (4,) or (C, 4); mask, bool (H, W)."""
 
     image: Tensor
     path: str
@@ -44,7 +49,8 @@ class Files:
     Args:
         root: folder that the paths start from.
         paths: relative paths of the images.
-        boxes: (n, 4), inclusive pixel corners x0, y0, x1, y1; converted to exclusive right and bottom edges.
+        boxes: (n, 4), or (n, C, 4) of labels: x0, y0, x1, y1 in pixels. Integers are inclusive corners; others have
+            exclusive right and bottom edges, and an area of zero where there is no box.
         masks: paths of the masks, one per image.
     """
 
@@ -52,7 +58,7 @@ class Files:
         self,
         root: Path,
         paths: list[str],
-        boxes: NDArray[np.integer[Any]] | None = None,
+        boxes: NDArray[Any] | None = None,
         masks: list[str] | None = None,
     ) -> None:
         self.root = root
@@ -74,21 +80,29 @@ class Files:
         """
         path = self.path(row)
         image = read_image(self.root / path)
-        box = None if self.boxes is None else torch.from_numpy(self.boxes[row].astype(np.float32)) + _INCLUSIVE_TO_EDGES
-        height, width = image.shape[-2:]
-        if box is not None and self.boxes is not None and (box < 0).any() | (box[2] > width) | (box[3] > height):
-            raise ValueError(
-                f"the box of {self.root / path} has corners {self.boxes[row].tolist()}, expected x0, y0, x1, y1 in its "
-                f"{width}x{height} pixels: correct its annotation"
-            )
+        box = None if self.boxes is None else self._box(row, image)
         mask = None if self.masks is None else _fitted_mask(os.fsdecode(self.masks[row]), image, path)
         return Record(image, path, box, mask)
+
+    def _box(self, row: int, image: Tensor) -> Tensor:
+        """Return x0, y0, x1, y1, (4,), or (C, 4) of labels, with exclusive right and bottom edges."""
+        assert self.boxes is not None
+        corners, (height, width) = self.boxes[row], image.shape[-2:]
+        box = torch.from_numpy(corners.astype(np.float32))
+        if np.issubdtype(corners.dtype, np.integer):
+            box = box + _INCLUSIVE_TO_EDGES
+        if (box < 0).any() | (box[..., 2] > width).any() | (box[..., 3] > height).any():
+            raise ValueError(
+                f"the box of {self.root / self.path(row)} has corners {corners.tolist()}, expected x0, y0, x1, y1 in "
+                f"its {width}x{height} pixels: correct its annotation"
+            )
+        return box
 
 
 _INCLUSIVE_TO_EDGES = torch.tensor([0.0, 0.0, 1.0, 1.0])
 
 
-class ImageDataset(Dataset[Sample]):
+class ImageDataset(Dataset[Sample | None]):
     """Samples of a source as dictionaries, ready for torch's default collate function.
 
     A key is an index, or an index and an epoch. All random numbers of the transform follow from seed, epoch and
@@ -96,36 +110,74 @@ class ImageDataset(Dataset[Sample]):
 
     Args:
         source: where the samples come from.
-        labels: (n,), one per row of the source; -1 where unknown.
+        labels: (n,) or (n, C), one row per row of the source.
         transform: from decoded sample to tensors.
         seed: of the transform's random numbers.
         rows: rows of the source to keep, in this order; all by default.
+        unreadable: what becomes of a sample that cannot be read: an error; the next one in its place, with its label
+            or without any; or None.
     """
 
     def __init__(
         self,
         source: Source,
-        labels: NDArray[np.int64],
+        labels: Labels,
         transform: Transform,
         seed: int = 0,
         rows: NDArray[np.int64] | None = None,
+        unreadable: Unreadable = "raise",
     ) -> None:
         self.source = source
         self.rows = np.arange(len(labels)) if rows is None else rows
         self.labels = labels[self.rows]
         self.transform = transform
         self.seed = seed
+        self.unreadable = unreadable
+        self._told: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample | None:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
-        label = int(self.labels[index])
-        record = self.source.read(int(self.rows[index]))
+        record, found = self._read(index)
+        if record is None:
+            return None
+        label = self.labels[found]
+        if found != index and self.unreadable == "unlabel":
+            label = np.full_like(label, np.nan if np.issubdtype(label.dtype, np.floating) else -1)
         with drawing_from(hash((self.seed, epoch, index))):
             tensors = self.transform(record.image, record.box, record.mask)
-        return {**tensors, "label": label, "index": index, "path": record.path}
+        return {**tensors, "label": _as_collated(label), "index": index, "path": record.path}
+
+    def _read(self, index: int) -> tuple[Record | None, int]:
+        """Return a sample's record, or the first readable one after it, and where it was found."""
+        if self.unreadable == "raise":
+            return self.source.read(int(self.rows[index])), index
+        tries = 1 if self.unreadable == "drop" else len(self)
+        for found in ((index + step) % len(self) for step in range(tries)):
+            try:
+                return self.source.read(int(self.rows[found])), found
+            except (FileNotFoundError, ValueError) as error:  # noqa: PERF203, one is rarely more
+                if found not in self._told:
+                    self._told.add(found)
+                    logger.warning("skipped: %s", error)
+        if self.unreadable == "drop":
+            return None, index
+        raise ValueError(f"expected an image that can be read, got none among {len(self)}: look at the data's root")
+
+
+def collate_readable(samples: list[Sample | None]) -> Any:
+    """Return a batch of those samples that could be read, None if there are none."""
+    readable = [sample for sample in samples if sample is not None]
+    return default_collate(readable) if readable else None
+
+
+def _as_collated(label: Any) -> int | Tensor:
+    """Return a label as torch's collate function takes it."""
+    if np.ndim(label) == 0:
+        return int(label)
+    return torch.as_tensor(label, dtype=torch.float32 if np.issubdtype(label.dtype, np.floating) else torch.long)
 
 
 @contextmanager

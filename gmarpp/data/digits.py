@@ -162,16 +162,43 @@ def draw_digit(
     Returns:
         RGB image of 64×64, and the inclusive pixel corners x0, y0, x1, y1 of the digit.
     """
+    return draw_on(crop(photograph, generator), strokes, generator)
+
+
+def crop(photograph: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Return a random square of a photograph, 64×64."""
     side = int(generator.integers(96, min(photograph.size)))
     x, y = (int(generator.integers(edge - side + 1)) for edge in photograph.size)
-    background = photograph.resize((EDGE, EDGE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    return photograph.resize((EDGE, EDGE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
 
+
+def draw_on(
+    background: Image.Image,
+    strokes: NDArray[np.float64],
+    generator: np.random.Generator,
+    sizes: tuple[int, int] = (30, 54),
+    corner: tuple[int, int] = (0, 0),
+    edge: int = EDGE,
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Draw a digit on a picture.
+
+    Args:
+        background: RGB, 64×64.
+        strokes: (8, 8) in [0, 1], 1 where there is ink.
+        generator: of place, size and color.
+        sizes: smallest size of a digit, and the first one that is too large.
+        corner: x and y of the square in which it lies.
+        edge: side of that square.
+
+    Returns:
+        RGB image, and the inclusive pixel corners x0, y0, x1, y1 of the digit.
+    """
     # The samples fill their grid; a margin of one cell lets strokes end smoothly.
-    size = int(generator.integers(30, 54))
+    size = int(generator.integers(*sizes))
     small = Image.fromarray((np.pad(strokes, 1) * 255).astype(np.uint8))
     smooth = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64) / 255
     ink = np.zeros((EDGE, EDGE))
-    x, y = (int(corner) for corner in generator.integers(EDGE - size + 1, size=2))
+    x, y = (int(place) for place in np.add(corner, generator.integers(edge - size + 1, size=2)))
     ink[y : y + size, x : x + size] = np.clip((smooth - 0.35) * 3, 0, 1)
 
     pixels = np.asarray(background, dtype=np.float64)

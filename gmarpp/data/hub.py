@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.data.hub_rows import DAMAGED, HubRows, HubStream, class_number
-from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.module import ImageDataModule, Split
 from gmarpp.data.names import readable_names
+from gmarpp.data.numbering import Labels
 from gmarpp.data.row_images import RowImages
+from gmarpp.data.splits import split_names
 from gmarpp.data.walk import files_below, require_regular_file
 from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
@@ -29,8 +32,8 @@ class HubDataset(ImageDataModule):
     validation split. A row holds its image, or names a file below the data's own folder; other files are not read.
 
     Args:
-        path: name on the Hub, a local folder, or a loader's name such as "parquet" with `data_files`. Here, in
-            `data_files` and `cache_dir`, `~` and environment variables are expanded.
+        path: name on the Hub, a local folder, one that `save_to_disk` wrote, or a loader's name such as "parquet" with
+            `data_files`. Here, in `data_files` and `cache_dir`, `~` and environment variables are expanded.
         name: configuration of the dataset.
         data_files: files by split, for a loader's name.
         revision: branch, tag or commit on the Hub.
@@ -38,7 +41,7 @@ class HubDataset(ImageDataModule):
         image_column: column of images.
         label_column: column of labels.
         train_split: what `fit` trains on; slices such as "train[:95%]" are understood, except when streaming.
-        val_split: what `fit` and `validate` evaluate on.
+        val_split: what `fit` and `validate` evaluate on; "valid", "val" and "validation" mean each other.
         test_split: what `test` evaluates on; `val_split` if None.
         predict_split: what `predict` explains; `val_split` if None.
         classes: the expected class ids, in order: checked against the label column's names, and needed if the column
@@ -70,8 +73,9 @@ class HubDataset(ImageDataModule):
     ) -> None:
         super().__init__(**options)
         require_ranges({"shuffle_buffer": shuffle_buffer}, {"shuffle_buffer": Range(1)}, "data: ")
-        if streaming and self.images_per_class is not None:
-            raise ValueError("images_per_class cannot be used with streamed data: set streaming to false")
+        for option in ("images_per_class", "balanced") if streaming else ():
+            if getattr(self, option):
+                raise ValueError(f"{option} cannot be used with streamed data: set streaming to false")
         self.path = _expanded(path)
         self.data_files = {split: _expanded(file) for split, file in (data_files or {}).items()}
         self.load_options = {
@@ -169,7 +173,7 @@ class HubDataset(ImageDataModule):
             self.image_column,
             self.label_column,
             self.splits[split],
-            self._numbers,
+            self.numbering.numbers,
             self.transform(split),
             self.order_seed,
             rank=self._rank,
@@ -179,6 +183,7 @@ class HubDataset(ImageDataModule):
             images=self._images(stream),
             origin=self._origin,
             names=self._text_numbers() if _is_text(stream.features[self.label_column]) else None,
+            skips=self.on_error == "skip",
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -211,7 +216,7 @@ class HubDataset(ImageDataModule):
             for file in map(Path, self.data_files.values()):
                 if file.exists():
                     require_regular_file(file)
-            data = datasets.load_dataset(self.path, split=self.splits[split], streaming=self.streaming, **options)
+            data = self._open_split(self.splits[split], options)
             for column in (self.image_column, self.label_column):
                 if column not in (data.features or ()):
                     raise ValueError(
@@ -224,6 +229,28 @@ class HubDataset(ImageDataModule):
             raise ValueError(
                 f"split {self.splits[split]!r} of {self._origin} cannot be loaded: {error.__cause__ or error}"
             ) from error
+
+    def _open_split(self, asked: str, options: dict[str, Any]) -> Any:
+        """Return a split by its name, or by another usual one of it (`valid`, `validation`)."""
+        if (Path(self.path) / "dataset_dict.json").is_file() or (Path(self.path) / "state.json").is_file():
+            return self._saved_split(asked)
+        names = split_names(asked)
+        for name in names:
+            try:
+                return datasets.load_dataset(self.path, split=name, streaming=self.streaming, **options)
+            except ValueError as error:  # noqa: PERF203, there are few
+                if not re.search("(Unknown|Bad) split", str(error)) or name == names[-1]:
+                    raise
+        raise AssertionError(names)
+
+    def _saved_split(self, asked: str) -> Any:
+        """Return a split of what `save_to_disk` of `datasets` has written."""
+        saved = datasets.load_from_disk(self.path)
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+        name = next((name for name in split_names(asked) if name in splits), None)
+        if name is None:
+            raise ValueError(f"unknown split {asked!r}: choose from {', '.join(splits)}")
+        return splits[name].to_iterable_dataset() if self.streaming else splits[name]
 
     @property
     def _origin(self) -> str:

@@ -1,5 +1,6 @@
 """Rows of Hugging Face datasets as samples: downloaded ones by number, streamed ones in their order."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
@@ -10,9 +11,11 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gmarpp.data.dataset import Record, Sample, drawing_from
-from gmarpp.data.module import DROPPED, Labels
+from gmarpp.data.numbering import DROPPED, Labels
 from gmarpp.data.row_images import RowImages
 from gmarpp.data.transforms import Transform
+
+logger = logging.getLogger(__name__)
 
 # `datasets` and its readers raise these on damaged files, besides OSError and their own errors.
 DAMAGED = (
@@ -76,6 +79,7 @@ class HubStream(IterableDataset[Sample]):
         images: reads the images of rows.
         origin: name of the data set in messages.
         names: class numbers by label, where labels are text.
+        skips: log images that cannot be read, and go on.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class HubStream(IterableDataset[Sample]):
         images: RowImages,
         origin: str,
         names: Mapping[str, int] | None = None,
+        skips: bool = False,
     ) -> None:
         self.stream = stream
         self.image_column, self.label_column = image_column, label_column
@@ -107,6 +112,7 @@ class HubStream(IterableDataset[Sample]):
         self.images = images
         self.origin = origin
         self.names = names
+        self.skips = skips
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield this process's samples of an epoch."""
@@ -145,7 +151,13 @@ class HubStream(IterableDataset[Sample]):
             name = f"{self.split}/{index}"
             label = self._label(class_number(self.names, row[self.label_column], name), name)
             if label != DROPPED:
-                record = self.images.read(row[self.image_column], name)
+                try:
+                    record = self.images.read(row[self.image_column], name)
+                except (FileNotFoundError, ValueError) as error:
+                    if not self.skips:
+                        raise
+                    logger.warning("skipped: %s", error)
+                    continue
                 with drawing_from(hash((self.seed, turn, index))):
                     tensors = self.transform(record.image)
                 yield {**tensors, "label": label, "index": index, "path": record.path}

@@ -8,39 +8,56 @@ from typing import Any
 import numpy as np
 
 from gmarpp.data.dataset import Files
-from gmarpp.data.module import ImageDataModule, Labels, Split
+from gmarpp.data.module import ImageDataModule, Split
 from gmarpp.data.names import readable_names
+from gmarpp.data.numbering import Labels
+from gmarpp.data.splits import find_split, held_out
 from gmarpp.data.walk import SUFFIXES, files_below, require_regular_file
 from gmarpp.files import expand_path
+from gmarpp.options import Range, require_ranges
 
 
 class ImageFolder(ImageDataModule):
     """Any images below a folder, in the order of their paths.
 
     Without labels, for `predict`: every image below `root`, or `root` itself if it is one. With labels: the name of
-    the folder that directly holds an image is its class, in `root/train` and `root/val` (`root/test` where it exists)
-    or, for all but `fit`, in `root` itself. Links are followed; hidden files are left out, and so, with a warning, are
-    folders that hold results of this project. Unreadable files and folders are errors.
+    the folder that directly holds an image is its class, in `root/train` and `root/val` (`root/test` where it exists),
+    or `training`, `valid`, `validation`, `dev`; or in `root` itself, for all but `fit`, or with `val_share`. Links are
+    followed; hidden files are left out, and so, with a warning, are folders that hold results of this project.
+    Unreadable folders are errors, and so are unreadable files, unless `on_error` skips them.
 
     Args:
         root: the folder, or one image. Here and in `masks`, `~` and environment variables are expanded.
         labelled: whether parent folders are class ids.
+        val_share: share of the training images held out for validation where no folder holds any: of every class alike,
+            the same ones in every run; in (0, 1).
         masks: folder of segmentation masks. An image's mask has the same relative path, or else the same name, up to
             the suffix. Everything but black, or palette index 0, is object.
         **options: of `ImageDataModule`.
     """
 
-    def __init__(self, root: str, labelled: bool = False, masks: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        labelled: bool = False,
+        masks: str | None = None,
+        val_share: float | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        ranges = {"val_share": Range(0, 1, low_open=True, high_open=True)}
+        require_ranges({"val_share": val_share}, ranges, "data: ")
         self.root = expand_path(root)
         self.labelled = labelled
+        self.val_share = val_share
         self.masks = None if masks is None else expand_path(masks)
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Return the sorted names of the class folders; none without labels."""
         if not self.labelled:
             return (), ()
-        folder = self._split_folder("train") if (self.root / "train").is_dir() else self._split_folder("val")
+        has_training = find_split("train", self._folders()) is not None
+        folder = self._split_folder("train" if has_training else "val")
         paths = self._images(folder)
         bare = next((path for path in paths if not Path(path).parent.name), None)
         if bare is not None:
@@ -56,7 +73,6 @@ class ImageFolder(ImageDataModule):
             raise ValueError(f"{split} needs labels: set labelled to true if the folders in {self.root} are classes")
         folder = self._split_folder(split)
         paths = self._images(folder)
-        masks = None if self.masks is None else _matched(paths, folder, self.masks)
         if not self.labelled:
             labels = np.full(len(paths), -1)
         else:
@@ -68,6 +84,10 @@ class ImageFolder(ImageDataModule):
                     f"unknown class {unknown!r} in {folder}: expected the classes of {self.root / 'train'}"
                 )
             labels = np.array([classes[parent] for parent in parents])
+            if self.val_share is not None and not self._has_own_folder(split):
+                chosen = held_out(labels, self.val_share) != (split == "train")
+                paths, labels = [paths[row] for row in np.flatnonzero(chosen)], labels[chosen]
+        masks = None if self.masks is None else _matched(paths, folder, self.masks)
         root = self._base
         return Files(root, [str((folder / path).relative_to(root)) for path in paths], masks=masks), labels
 
@@ -82,11 +102,28 @@ class ImageFolder(ImageDataModule):
             require_regular_file(self.root)
         if not self.labelled:
             return self._base
-        choices = {"train": ["train"], "selection": ["val"], "test": ["test", "val", ""]}.get(split, ["val", ""])
-        for name in choices:
-            if (self.root / name).is_dir():
-                return self.root / name
-        raise FileNotFoundError(f"{self.root.absolute()} has no folder {choices[0]!r}, which fit needs")
+        found = {kind: find_split(kind, self._folders()) for kind in ("train", "val", "test")}
+        if split == "test" and found["test"]:
+            return self.root / found["test"]
+        # A share of the training images stands in for a folder of validation images.
+        kind = "train" if split == "train" or (self.val_share is not None and not found["val"]) else "val"
+        if folder := found[kind]:
+            return self.root / folder
+        if split in ("train", "selection") and self.val_share is None:
+            raise FileNotFoundError(
+                f"{self.root.absolute()} has no folder {kind!r}, which fit needs: set val_share to hold out a share of "
+                "the images"
+            )
+        return self.root
+
+    def _has_own_folder(self, split: Split) -> bool:
+        """Return whether a split's images are no share of the training images."""
+        return any(find_split(kind, self._folders()) for kind in (("val", "test") if split == "test" else ("val",)))
+
+    def _folders(self) -> list[str]:
+        """Return the names of folders that may be splits: without training images, `valid` may be a class."""
+        names = [entry.name for entry in self.root.iterdir() if entry.is_dir()] if self.root.is_dir() else []
+        return names if find_split("train", names) else [name for name in names if name in ("val", "test")]
 
     def _images(self, folder: Path) -> list[str]:
         if self.root.is_file():

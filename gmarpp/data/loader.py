@@ -4,8 +4,11 @@ from collections.abc import Iterator, Sized
 from itertools import chain, count
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gmarpp.processes import follow_parent
@@ -16,25 +19,48 @@ class EpochSampler(DistributedSampler[Any]):
 
     Lightning sets the epoch, and leaves instances of `DistributedSampler` alone. Over all ranks, the k-th batches
     together hold the images that one process with the whole batch would have seen. The last images of a shuffle that
-    do not fill all ranks are left out, never repeated.
+    do not fill all ranks are left out, never repeated. With weights, images are drawn by them, some of them repeatedly.
 
     >>> samplers = [EpochSampler(range(5), world_size=2, rank=rank, seed=0) for rank in (0, 1)]
     >>> [len(list(sampler)) for sampler in samplers]
     [2, 2]
     """
 
-    def __init__(self, dataset: Sized, world_size: int, rank: int, seed: int) -> None:
+    def __init__(self, dataset: Sized, world_size: int, rank: int, seed: int, weights: Tensor | None = None) -> None:
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.images = len(dataset)
+        self.weights = weights
         self.start = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield the keys of the epoch, without the first `start` ones, once."""
         # Hashed, because a sum, as in the base class, gives the first epoch of seed 1 the order of seed 0's second.
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) & 0xFFFFFFFF)
-        order = torch.randperm(self.images, generator=generator)[: self.total_size][self.rank :: self.num_replicas]
+        if self.weights is None:
+            order = torch.randperm(self.images, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.images, replacement=True, generator=generator)
+        order = order[: self.total_size][self.rank :: self.num_replicas]
         start, self.start = self.start, 0
         return iter([(index, self.epoch) for index in order[start:].tolist()])
+
+
+def balancing_weights(labels: NDArray[Any]) -> Tensor:
+    """Return weights, (n,), by which images of every class are drawn equally often.
+
+    Args:
+        labels: classes (n,), or (n, 1) of one label.
+
+    Raises:
+        ValueError: images have several labels, or values.
+
+    >>> balancing_weights(np.array([0, 0, 1])).tolist()
+    [0.5, 0.5, 1.0]
+    """
+    if labels.size != len(labels) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError("balanced: expected one class per image: set --model.class_weights balanced instead")
+    _, classes, counts = np.unique(labels.ravel(), return_inverse=True, return_counts=True)
+    return torch.from_numpy(1 / counts[classes])
 
 
 class UnrepeatedSampler(DistributedSampler[Any]):

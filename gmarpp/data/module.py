@@ -7,25 +7,33 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import lightning as L
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.data.batches import ChooseBatches, batch_loader
-from gmarpp.data.dataset import ImageDataset, Source
-from gmarpp.data.loader import EpochSampler, ResumableLoader, UnrepeatedSampler, equal_batch_count, prepare_worker
+from gmarpp.data.dataset import ImageDataset, Source, Unreadable, collate_readable
+from gmarpp.data.loader import (
+    EpochSampler,
+    ResumableLoader,
+    UnrepeatedSampler,
+    balancing_weights,
+    equal_batch_count,
+    prepare_worker,
+)
+from gmarpp.data.numbering import Labels, Numbering
 from gmarpp.data.transforms import Augmentation, EvaluationTransform, TrainingTransform, Transform
 from gmarpp.network.preprocessing import Preprocessing
+from gmarpp.network.task import task_of
 from gmarpp.options import Range, require_ranges
 from gmarpp.processes import usable_cores
 
 # "selection" is what `fit` validates on, "val" what `validate` reports.
 Split: TypeAlias = Literal["train", "selection", "val", "test", "predict"]
-Labels: TypeAlias = NDArray[np.int64]
+OnError: TypeAlias = Literal["raise", "skip"]
 STAGES: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "selection"),
     "validate": ("val",),
@@ -34,7 +42,6 @@ STAGES: dict[str, tuple[Split, ...]] = {
 }
 DEFAULT_AUGMENTATION = Augmentation()
 SEEDS = Range(0, 2**32 - 1)
-DROPPED = -2
 _RANGES = {
     "batch_size": Range(1),
     "num_workers": Range(0, 1024),
@@ -60,10 +67,14 @@ class ImageDataModule(L.LightningDataModule):
         augmentation: random changes of training images.
         only_classes: how many classes, the first ones, or a list of class ids; None keeps all.
         images_per_class: upper limit of training images per class, at least 1; None keeps all.
+        balanced: draw training images of all classes equally often: those of rare ones several times in an epoch.
+        on_error: "raise", or "skip" images that cannot be read: they are logged, `predict` leaves them out, evaluation
+            does not count them, and in training the next image takes their place.
         seed: of the order and augmentation of training images, 0 to 2**32 - 1; None takes `seed_everything`'s.
 
     Attributes:
-        classes: class ids in the order of the labels, after `setup`; empty when the images are unlabeled.
+        classes: class ids in the order of the labels, after `setup`; empty when the images are unlabeled. For a network
+            with one output, the latter of two classes, whose absence is the other.
         class_names: the same for people.
         preprocessing: the one in use, after `setup`.
         predict_batches: chooses the batches of `predict_dataloader`; None for all images in their order.
@@ -79,6 +90,8 @@ class ImageDataModule(L.LightningDataModule):
         augmentation: Augmentation = DEFAULT_AUGMENTATION,
         only_classes: int | list[str] | None = None,
         images_per_class: int | None = None,
+        balanced: bool = False,
+        on_error: OnError = "raise",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +106,8 @@ class ImageDataModule(L.LightningDataModule):
             _RANGES,
             "data: ",
         )
+        if on_error not in get_args(OnError):
+            raise ValueError(f"data: on_error: unknown way {on_error!r}: choose from {', '.join(get_args(OnError))}")
         if only_classes == []:
             raise ValueError("only_classes: expected at least one class, got none")
         self.batch_size = batch_size
@@ -104,9 +119,12 @@ class ImageDataModule(L.LightningDataModule):
         self.augmentation = augmentation
         self.only_classes = only_classes
         self.images_per_class = images_per_class
+        self.balanced = balanced
+        self.on_error = on_error
         self.seed = seed
         self.classes: tuple[str, ...] = ()
         self.class_names: tuple[str, ...] = ()
+        self.numbering = Numbering((), (), np.array([-1]))
         self.datasets: dict[str, Any] = {}
         self.predict_batches: ChooseBatches | None = None
 
@@ -139,23 +157,29 @@ class ImageDataModule(L.LightningDataModule):
             if isinstance(dataset, ImageDataset):
                 self._check_size(split, len(dataset))
                 if split == "train":
-                    self._check_classes(dataset.labels)
+                    self.numbering.require_examples(dataset.labels, type(self).__name__)
             self.datasets["val" if split == "selection" else split] = dataset
 
     def open_split(self, split: Split) -> Dataset[Any]:
         """Open one split, restricted to the chosen classes and number of images."""
         source, labels = self.read_split(split)
-        self._check_labels(split, labels)
-        labels = self._numbers[labels]
-        rows = np.flatnonzero(labels != DROPPED)
+        self.numbering.require_labels(split, labels, type(self).__name__)
+        labels, rows = self.numbering.apply(labels)
         if split == "train" and self.images_per_class is not None:
+            if labels.ndim == 2:
+                raise ValueError("images_per_class: expected one class per image: leave it out")
             rows = np.sort(
                 [row for k in np.unique(labels[rows]) for row in rows[labels[rows] == k][: self.images_per_class]]
             )
         if split == "selection":
             # A monitor that looks at the first images sees many classes, also where the data is sorted by class.
             rows = np.random.default_rng(0).permutation(rows)
-        return ImageDataset(source, labels, self.transform(split), self.order_seed, rows)
+        return ImageDataset(source, labels, self.transform(split), self.order_seed, rows, self._unreadable(split))
+
+    def _unreadable(self, split: Split) -> Unreadable:
+        if self.on_error == "raise":
+            return "raise"
+        return "replace" if split == "train" else "drop" if split == "predict" else "unlabel"
 
     def transform(self, split: Split) -> Transform:
         """Return what turns decoded images of a split into tensors."""
@@ -178,7 +202,8 @@ class ImageDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled, augmented batches, resumable within an epoch, without an incomplete one where possible."""
         dataset = self.datasets["train"]
-        sampler = EpochSampler(dataset, self.world_size, self._rank, self.order_seed)
+        weights = balancing_weights(dataset.labels) if self.balanced else None
+        sampler = EpochSampler(dataset, self.world_size, self._rank, self.order_seed, weights)
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
@@ -221,7 +246,8 @@ class ImageDataModule(L.LightningDataModule):
         batch_size = self.batch_size
         if name != "predict":
             batch_size = equal_batch_count(len(dataset), self.world_size, batch_size)
-        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, **self._process_options())
+        options = self._process_options()
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_readable, **options)
 
     def _process_options(self) -> dict[str, Any]:
         workers = self.num_workers
@@ -244,22 +270,24 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(f"{type(self).__name__} has class {twice[0]!r} twice: expected every class once")
         kept = self._chosen(ids)
         known = tuple(getattr(self._network, "classes", ()) or ())
-        if ids and known:
+        if len(kept) == len(ids) == 2 and task_of(getattr(self._network, "model", None)) == "binary":
+            self.numbering = Numbering.of_one_label(ids, names, known)
+        elif ids and known:
             unknown = [name for name in kept if name not in known]
             if unknown:
                 raise ValueError(
                     f"the network does not know class {unknown[0]!r} of the data ({len(unknown)} of {len(kept)} are "
                     f"unknown to it; its first is {known[0]!r}): use the data it was trained on, or only_classes"
                 )
-            self.classes, self.class_names = known, tuple(getattr(self._network, "class_names", ()) or known)
+            known_names = tuple(getattr(self._network, "class_names", ()) or known)
+            self.numbering = Numbering.of(ids, kept, known, known_names)
         else:
-            self.classes = tuple(kept)
-            self.class_names = tuple(name for label, name in zip(ids, names, strict=True) if label in set(kept))
+            chosen = set(kept)
+            kept_names = tuple(name for label, name in zip(ids, names, strict=True) if label in chosen)
+            self.numbering = Numbering.of(ids, kept, tuple(kept), kept_names)
+        self.classes, self.class_names = self.numbering.classes, self.numbering.class_names
+        if not known:
             self._check_outputs()
-        positions = {name: position for position, name in enumerate(self.classes)}
-        chosen = set(kept)
-        # The last entry is read for label -1, unknown.
-        self._numbers = np.array([positions[name] if name in chosen else DROPPED for name in ids] + [-1])
 
     def _chosen(self, ids: Sequence[str]) -> list[str]:
         if self.only_classes is None:
@@ -291,34 +319,6 @@ class ImageDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{type(self).__name__} has {images} images for {split}, fewer than the {self.world_size} ranks: "
                 "use fewer devices, or more images"
-            )
-
-    def _check_labels(self, split: Split, labels: Labels) -> None:
-        classes = len(self._numbers) - 1
-        wrong = np.flatnonzero((labels < -1) | (labels >= classes))
-        if len(wrong):
-            hint = ", and seem to count from 1" if labels.min() == 1 and labels.max() == classes else ""
-            raise ValueError(
-                f"{type(self).__name__}: row {wrong[0]} of {split} has the label {labels[wrong[0]]}, expected 0 to "
-                f"{classes - 1} for {classes} classes, or -1 where it is unknown ({len(wrong)} of {len(labels)} labels "
-                f"are outside{hint}): correct the labels, or set classes to all of them"
-            )
-        unknown = np.flatnonzero(labels == -1)
-        if split == "train" and len(unknown):
-            raise ValueError(
-                f"{type(self).__name__}: row {unknown[0]} of {split} has no label, as {len(unknown)} of {len(labels)}: "
-                "expected one of every training image"
-            )
-        if split in ("selection", "val", "test") and 0 < len(labels) == len(unknown):
-            raise ValueError(f"{type(self).__name__}: no image of {split} has a label, so there is nothing to measure")
-
-    def _check_classes(self, labels: Labels) -> None:
-        wanted = set(self._numbers.tolist()) - {DROPPED, -1}
-        missing = sorted(wanted - set(labels.tolist()))
-        if missing:
-            raise ValueError(
-                f"{type(self).__name__} has no training image of {len(missing)} of its {len(wanted)} classes, the "
-                f"first of them {self.classes[missing[0]]!r}: add images, or leave the class out with only_classes"
             )
 
 

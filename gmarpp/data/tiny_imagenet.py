@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from gmarpp.data.archive import download, extract, require_same_archive
 from gmarpp.data.dataset import Files
-from gmarpp.data.module import SEEDS, ImageDataModule, Labels, Split
+from gmarpp.data.module import SEEDS, ImageDataModule, Split
+from gmarpp.data.numbering import Labels
 from gmarpp.data.walk import files_in, require_regular_file
 from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges

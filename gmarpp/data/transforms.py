@@ -59,8 +59,8 @@ class Augmentation:
 class Transform(Protocol):
     """From a decoded sample to the tensors of a batch.
 
-    Takes the image, uint8 (3, H, W); a box, float (4,), xyxy in pixels with exclusive right and bottom edges; a mask,
-    bool (H, W). Returns "image", and "box" and "mask" where they still apply.
+    Takes the image, uint8 (3, H, W); a box, float (4,), or (C, 4) of labels, xyxy in pixels with exclusive right and
+    bottom edges; a mask, bool (H, W). Returns "image", and "box" and "mask" where they still apply.
     """
 
     def __call__(self, image: Tensor, box: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -81,7 +81,8 @@ class EvaluationTransform:
         height, width = image.shape[-2:]
         inputs = {"image": image}
         if box is not None:
-            inputs["box"] = tv_tensors.BoundingBoxes(box[None], format="XYXY", canvas_size=(height, width))
+            boxes = box.reshape(-1, 4)
+            inputs["box"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         if mask is not None:
             inputs["mask"] = tv_tensors.Mask(mask)
         size = self.resized(height, width)
@@ -94,7 +95,7 @@ class EvaluationTransform:
         }
         outputs["image"] = self.normalize(outputs["image"])
         if box is not None:
-            outputs["box"] = outputs["box"][0]
+            outputs["box"] = outputs["box"].reshape(box.shape)
         return outputs
 
     def resized(self, height: int, width: int) -> tuple[int, int]:

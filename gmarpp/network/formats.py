@@ -117,6 +117,7 @@ def weights_of_checkpoint(content: dict[str, Any], digest: str, path: str | Path
             classes=expect_names("classes", content.get("classes", ())),
             class_names=expect_names("class_names", content.get("class_names", ())),
             preprocessing=options["preprocessing"],
+            task=options.get("task", "multiclass"),
             training={key: value for key, value in options.items() if not key.startswith("_")},
             **origin,
         )
@@ -144,6 +145,7 @@ def _read_safetensors(path: Path) -> Weights:
         model_args=parsed("model_args", {}),
         classes=expect_names("classes", parsed("classes", [])),
         class_names=expect_names("class_names", parsed("class_names", [])),
+        task=metadata.get("task", "multiclass"),
         preprocessing={key: metadata[key] if key in texts else parsed(key) for key in PREPROCESSING if key in metadata},
         sha256=digest,
     )

@@ -39,8 +39,8 @@ def load_model(path: str | Path, architecture: str | None = None) -> nn.Module:
 
     Returns:
         The network in evaluation mode, with plain attributes `classes` and `class_names` (tuples of str, empty when
-        the file does not say) and a `pretrained_cfg` that holds the preprocessing it was trained with, which a folder
-        of transformers may lack.
+        the file does not say), `task` (one of `gmarpp.network.task.TASKS`) and a `pretrained_cfg` that holds the
+        preprocessing it was trained with, which a folder of transformers may lack.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -133,7 +133,7 @@ def fill_model(model: nn.Module, weights: Weights) -> None:
     """
     network: Any = model
     load_exactly(model, to_layout_of(model, weights), weights.origin)
-    network.classes, network.class_names = weights.classes, weights.class_names
+    network.classes, network.class_names, network.task = weights.classes, weights.class_names, weights.task
 
 
 def load_weights(model: nn.Module, weights: Weights, classes: Sequence[str] = ()) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from gmarpp.files import write_atomically
 from gmarpp.network.preprocessing import get_image_size, get_preprocessing
+from gmarpp.network.task import task_of
 from gmarpp.network.weights import DIGEST, DIGEST_NAME, content_digest
 
 
@@ -54,6 +55,7 @@ def describe_model(model: nn.Module) -> dict[str, str]:
         "num_classes": str(network.num_classes),
         "classes": json.dumps(network.classes),
         "class_names": json.dumps(network.class_names),
+        "task": task_of(model),
         **{
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in get_preprocessing(model).items()

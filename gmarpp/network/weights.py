@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmarpp.network.task import TASKS
+
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 DIGEST = "content_sha256"
 # Names the digest a second time, so that damage to its own name does not hide it.
@@ -30,8 +32,9 @@ class Weights:
     `None` or empty means that the file does not say. `preprocessing` holds any of `PREPROCESSING`; `model_args` are
     options of `build_model` beyond the architecture's own; `training` are all options of the training that wrote the
     file, and `hyper_parameters` those of another project's LightningModule. `configuration` is transformers', of a
-    classifier that it builds. `path` is the file as it was asked for, `sha256` the digest of what was read from it; of
-    a folder, the digest of the lines that `sha256sum` prints for the files that were read, by name.
+    classifier that it builds; `task` is one of `TASKS`. `path` is the file as it was asked for, `sha256` the digest of
+    what was read from it; of a folder, the digest of the lines that `sha256sum` prints for the files that were read, by
+    name.
 
     Raises:
         ValueError: a field is of the wrong type or out of range; the message names it.
@@ -48,6 +51,7 @@ class Weights:
     training: dict[str, Any] = field(default_factory=dict)
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     configuration: dict[str, Any] = field(default_factory=dict)
+    task: str = "multiclass"
     path: str | None = None
     sha256: str | None = None
 
@@ -78,6 +82,7 @@ class Weights:
             expect_integer("num_classes", self.num_classes, 0, MAX_CLASSES)
         plain = isinstance(self.model_args, dict) and _is_plain(self.model_args)
         _expect(plain, "model_args", f"options by name, of plain values up to {MAX_OPTION}", self.model_args)
+        _expect(self.task in TASKS, "task", f"one of {', '.join(TASKS)}", self.task)
         self._check_classes()
         _expect(isinstance(self.preprocessing, dict), "preprocessing", "options by name", self.preprocessing)
         for key, value in self.preprocessing.items():

@@ -31,11 +31,13 @@ _RUN_FIELDS: Mapping[str, tuple[type, ...]] = {
 }
 _OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {
     "explained": (int,),
+    "skipped": (int,),
+    "rows_per_image": (int,),
     "finished": (str,),
     "trainer": (dict,),
     "data.options": (dict,),
     "data.paths_sha256": (str, type(None)),
-    "explainer.target": (str, int),
+    "explainer.target": (str, int, list),
     "explainer.score": (str,),
 }
 
@@ -129,6 +131,7 @@ def check_run(run: Mapping[str, Any]) -> None:
             present, value = _entry(run, name.split("."))
             _require(present or optional, f"{name} is missing")
             _require(not present or _is_a(value, kinds), f"{name}: expected {_names(kinds)}, got {value!r:.80}")
+    _require(run.get("rows_per_image", 1) > 0, f"rows_per_image: expected at least 1, got {run.get('rows_per_image')}")
     for name in ("classes", "class_names"):
         _require(_are_texts(run.get(name)), f"{name}: expected a list of texts, got {run.get(name)!r:.80}")
     signed = run.get("signed_methods", [])
@@ -149,8 +152,15 @@ def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _names(kinds: tuple[type, ...]) -> str:
-    words = {str: "a text", int: "an integer", dict: "an object", bool: "true or false", type(None): "null"}
-    return " or ".join(words[kind] for kind in kinds)
+    words = {
+        str: "a text",
+        int: "an integer",
+        list: "a list",
+        dict: "an object",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return " or ".join(words.get(kind, "null") for kind in kinds)
 
 
 def check_index(about: Mapping[str, Any]) -> None:
@@ -274,6 +284,10 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_probability(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
 def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
@@ -296,9 +310,9 @@ _ROW: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "file": (lambda value: _matches(value, _FILE_STEM), "a plain file name"),
     "label": (_is_label, "a class or -1"),
     "target": (_is_index, "a class"),
-    "predicted": (_is_index, "a class"),
-    "target_probability": (_is_number, "a finite number"),
-    "predicted_probability": (_is_number, "a finite number"),
+    "predicted": (_is_label, "a class or -1"),
+    "target_probability": (_is_probability, "a finite number or null"),
+    "predicted_probability": (_is_probability, "a finite number or null"),
 }
 
 

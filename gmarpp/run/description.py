@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from gmarpp.network.task import task_of
 from gmarpp.run.content import check_run
 from gmarpp.run.versions import versions
 
@@ -48,8 +49,9 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
     """
     data = trainer.datamodule
     paths = getattr(getattr(dataset, "source", None), "paths", None)
-    options = [field.name for field in dataclasses.fields(module.explainer) if field.init]
-    own_code = module.explainer.own_code
+    explainer = module.explainer.for_network(module.model)
+    options = [field.name for field in dataclasses.fields(explainer) if field.init]
+    own_code = explainer.own_code
     configuration = getattr(module.model, "pretrained_cfg", None) or {}
     run = {
         "status": "running",
@@ -59,14 +61,15 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
         "model": {
             "name": type(module.model).__name__,
             "architecture": configuration.get("architecture"),
+            "task": task_of(module.model),
             "parameters": sum(parameter.numel() for parameter in module.model.parameters()),
         },
         "explainer": {
-            **{name: getattr(module.explainer, name) for name in options},
-            "methods": list(module.explainer.names),
+            **{name: getattr(explainer, name) for name in options},
+            "methods": list(explainer.names),
             **({"own_code": own_code} if own_code else {}),
         },
-        "signed_methods": list(module.explainer.signed_methods),
+        "signed_methods": list(explainer.signed_methods),
         "data": {
             "name": None if data is None else type(data).__name__,
             "images": len(dataset),

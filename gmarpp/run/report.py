@@ -167,5 +167,5 @@ def _number(value: float) -> float | None:
     return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
-def _numbers(values: Sequence[float] | Array) -> list[float | None]:
-    return [_number(float(value)) for value in values]
+def _numbers(values: Sequence[float | None] | Array) -> list[float | None]:
+    return [None if value is None else _number(float(value)) for value in values]

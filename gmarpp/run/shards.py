@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gmarpp.files import remove_leftovers, write_atomically
+from gmarpp.files import remove_leftovers, sync_disk, write_atomically
 from gmarpp.run.content import (
     check_header,
     check_tensors,
@@ -23,6 +23,7 @@ from gmarpp.run.content import (
     tensor_digest,
 )
 from gmarpp.run.folder import MAPS, MAPS_INDEX, PARTS, read_run
+from gmarpp.run.memory import return_free_memory
 
 _HEADER = "explanations"
 
@@ -214,3 +215,11 @@ def remove_parts(folder: Path) -> None:
             file.unlink()
         remove_leftovers(parts)
         parts.rmdir()
+
+
+def publish(shards: list[Shard], part: Path) -> None:
+    """Write the part that vouches for images, once the disk has their pictures."""
+    sync_disk()
+    Shard.concatenate(shards).write(part)
+    shards.clear()
+    return_free_memory()

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from gmarpp.explainer import ExplainedBatch
+from gmarpp.explained import ExplainedBatch
 from gmarpp.maps import Array
 from gmarpp.run.folder import file_stem
 from gmarpp.run.pictures import encoded_pictures
@@ -37,8 +37,8 @@ def stored_batch(explained: ExplainedBatch) -> Shard:
             "path": path,
             "file": file_stem(index, path),
             **{role: int(getattr(explained, role)[position]) for role in ("label", "target", "predicted")},
-            "target_probability": float(explained.target_probability[position]),
-            "predicted_probability": float(explained.predicted_probability[position]),
+            "target_probability": _known(explained.target_probability[position]),
+            "predicted_probability": _known(explained.predicted_probability[position]),
         }
         if explained.boxes is not None:
             row["box"] = [round(float(edge), 2) for edge in explained.boxes[position]]
@@ -46,6 +46,10 @@ def stored_batch(explained: ExplainedBatch) -> Shard:
     shard = Shard(methods, metrics, rows, tensors, fractions)
     shard.check()
     return shard
+
+
+def _known(probability: Tensor) -> float | None:
+    return None if probability.isnan() else float(probability)
 
 
 def bytes_per_image(

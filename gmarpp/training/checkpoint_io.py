@@ -56,8 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, unsafe, no checkpoint, or an address of the web; or code was asked for.
         """
-        if weights_only is False:
-            raise ValueError("weights_only=False would run code from the checkpoint: leave it out")
+        require_no_code(weights_only)
         if "://" in str(path) and not re.match("https?:", str(path)):
             try:
                 content: Any = super().load_checkpoint(path, weights_only=True)
@@ -96,6 +95,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         remove_leftovers(folder, temporary)
         if folder.parent.name.startswith("version_"):
             remove_leftovers(folder.parents[1], f"version_*/{folder.name}/{temporary}")
+
+
+def require_no_code(weights_only: bool | None) -> None:
+    """Refuse to read a checkpoint in the way that would run code from it.
+
+    Raises:
+        ValueError: `weights_only` is False.
+    """
+    if weights_only is False:
+        raise ValueError("weights_only=False would run code from the checkpoint: leave it out")
 
 
 def _require_checkpoint(content: Any, path: str | Path) -> None:

@@ -35,6 +35,11 @@ class ClassList:
     def __str__(self) -> str:
         return f"{len(self.classes)}: {', '.join(self.classes[:3])}{', …' if len(self.classes) > 3 else ''}"
 
+    @property
+    def label(self) -> Self:
+        """The latter of two classes alone, which is the label of a network with one output; else all of them."""
+        return type(self)(self.classes[1:], self.class_names[1:]) if len(self.classes) == 2 else self
+
     def give_to(self, network: Any) -> None:
         """Have a network carry the classes, so that whatever explains it can name them."""
         network.classes, network.class_names = self.classes, self.class_names

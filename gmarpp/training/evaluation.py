@@ -1,4 +1,4 @@
-"""What a validation or a test measures, and on which images."""
+"""On which images a validation or a test measures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,20 +7,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 
-def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
-    """Return accuracy, top-5 accuracy and calibration error, named `<prefix>accuracy` and so on."""
-    return MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "accuracy_top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            "calibration_error": MulticlassCalibrationError(num_classes),
-        },
-        prefix=prefix,
-    )
+def known_labels(labels: Tensor) -> Tensor:
+    """Return which images have a label: (B,) bool.
+
+    Args:
+        labels: (B,) or (B, C): integers, -1 where unknown, of which one known label is enough; or values, NaN where
+            unknown, which all have to be known.
+    """
+    if labels.is_floating_point():
+        return ~labels.flatten(1).isnan().any(1) if labels.dim() > 1 else ~labels.isnan()
+    return (labels >= 0).flatten(1).any(1) if labels.dim() > 1 else labels >= 0
 
 
 def counted_images(batch: Mapping[str, Any], batch_idx: int, loaders: Any, dataloader_idx: int = 0) -> Tensor:
@@ -30,7 +28,7 @@ def counted_images(batch: Mapping[str, Any], batch_idx: int, loaders: Any, datal
     every rank gets as many: another rank has it, too.
 
     Args:
-        batch: with `label`, (B,) long, -1 where unknown.
+        batch: with `label`, as `known_labels` takes it.
         batch_idx: of the batch among the rank's own.
         loaders: one data loader or several.
         dataloader_idx: which of them.
@@ -38,12 +36,12 @@ def counted_images(batch: Mapping[str, Any], batch_idx: int, loaders: Any, datal
     Returns:
         (B,) bool, on the labels' device.
     """
-    labels: Tensor = batch["label"]
+    known = known_labels(batch["label"])
     loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
     sampler = loader.sampler if isinstance(loader, DataLoader) else None
     if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
-        return labels >= 0
+        return known
     first = batch_idx * loader.batch_size
-    drawn = torch.arange(first, first + len(labels), device=labels.device) * sampler.num_replicas + sampler.rank
+    drawn = torch.arange(first, first + len(known), device=known.device) * sampler.num_replicas + sampler.rank
     images: Any = sampler.dataset
-    return (labels >= 0) & (drawn < len(images))
+    return known & (drawn < len(images))

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -17,26 +16,28 @@ from gmarpp.files import first_line
 from gmarpp.network.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
 from gmarpp.network.load import complete, describe_weights, fill_model
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing
+from gmarpp.network.task import TaskName
 from gmarpp.network.weights import Weights
-from gmarpp.options import Range, require_ranges
+from gmarpp.training.checkpoint_io import require_no_code
+from gmarpp.training.class_weights import class_weights as weights_of
 from gmarpp.training.classes import ClassList
 from gmarpp.training.divergence import require_finite
-from gmarpp.training.evaluation import classification_metrics, counted_images
+from gmarpp.training.evaluation import counted_images
 from gmarpp.training.execution import Execution, require_whole_network
-from gmarpp.training.hyperparameters import GROUPS, arguments, classifier_options, plain
+from gmarpp.training.hyperparameters import GROUPS, arguments, classifier_options, plain, resolve_options
 from gmarpp.training.lightning_private import attached_trainer, restore_place_in_epoch
 from gmarpp.training.mixing import Mixing
 from gmarpp.training.optim import Optimization, parameter_groups, warmup_cosine_schedule
 from gmarpp.training.run_size import scaled_lr, total_steps
 from gmarpp.training.seeding import seed_step
 from gmarpp.training.start import StartWeights, build_start, start_architecture, train_head_only
+from gmarpp.training.task import known_task
 
-RANGES = {"num_classes": Range(2), "image_size": Range(1), "drop_path": Range(0, 1, high_open=True)}
 DEFAULT_OPTIMIZER, DEFAULT_MIXING, DEFAULT_EXECUTION = Optimization(), Mixing(), Execution()
 
 
 class ViTClassifier(L.LightningModule):
-    """Fine-tunes any timm Vision Transformer as a classifier.
+    """Fine-tunes any timm Vision Transformer as a classifier, of one class or several labels, or for a regression.
 
     Start weights are loaded when a run starts without a checkpoint. A trained network is built by `from_weights` or
     `load_from_checkpoint`, which need neither start weights nor the Hub. What decides how the network sees images
@@ -45,7 +46,7 @@ class ViTClassifier(L.LightningModule):
     Args:
         architecture: timm's name of the network; its pretrained tag also decides the preprocessing. The weights file's
             when not given, and without one vit_large_patch16_224.augreg_in21k_ft_in1k.
-        num_classes: classes of the data, at least 2.
+        num_classes: outputs: classes (200 when not given), labels, values; a binary task has 1.
         image_size: side, or [height, width], of the input in pixels; the weights file's or the architecture's own when
             not given. The position embedding is resampled to it.
         pretrained: start from timm's weights on the Hugging Face Hub.
@@ -58,6 +59,9 @@ class ViTClassifier(L.LightningModule):
         optimizer: learning rates, weight decay and schedule.
         mixing: mixup, CutMix and label smoothing.
         execution: how the network runs on this machine.
+        task: `multiclass` (cross entropy), `binary` (one output), `multilabel` (binary cross entropy of each label) or
+            `regression` (mean squared error).
+        class_weights: of classes in the training loss, or of a label's positives; `balanced` counts training labels.
 
     Raises:
         ValueError: an option is out of range, or the weights file is for another architecture.
@@ -67,7 +71,7 @@ class ViTClassifier(L.LightningModule):
     def __init__(
         self,
         architecture: str | None = None,
-        num_classes: int = 200,
+        num_classes: int | None = None,
         image_size: int | list[int] | None = None,
         pretrained: bool = True,
         weights: str | None = None,
@@ -78,18 +82,22 @@ class ViTClassifier(L.LightningModule):
         optimizer: Optimization = DEFAULT_OPTIMIZER,
         mixing: Mixing = DEFAULT_MIXING,
         execution: Execution = DEFAULT_EXECUTION,
+        task: TaskName = "multiclass",
+        class_weights: list[float] | Literal["balanced"] | None = None,
     ) -> None:
         super().__init__()
         # A checkpoint holds plain values alone: that is what can be read without running code.
         self.save_hyperparameters(ignore=list(GROUPS))
         self.save_hyperparameters(plain(optimizer=optimizer, mixing=mixing, execution=execution))
-        self.mixing, self.mix, self.execution = mixing, mixing.mixer(num_classes), execution
+        self.task, self.mixing, self.execution = known_task(task), mixing, execution
+        self.class_weights: Tensor | None = None
         self.explainer: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
         self.checkpoint_path: str | None = None
         self.checkpoint_sha256: str | None = None
         self.stops_at_divergence = True
         self._seed = 0
         self.configure_network()
+        self.mix = mixing.mixer(self.hparams["num_classes"])
         self.configure_metrics()
 
     @classmethod
@@ -120,10 +128,8 @@ class ViTClassifier(L.LightningModule):
     def configure_network(self) -> None:
         """Build the network with random weights, and record what was decided about it."""
         options = self.hparams
-        require_ranges(options, RANGES, "--model.")
-        size, path = options["image_size"], options["weights"]
-        if isinstance(size, list) and len(size) != 2:
-            raise ValueError(f"--model.image_size: expected a side or [height, width], got {size}")
+        resolve_options(options, self.task, self.mixing)
+        path = options["weights"]
         source = Weights({}) if path is None else read_weights(path)
         architecture = start_architecture(options["architecture"], source)
         self.model = build_start(architecture, source, options)
@@ -137,13 +143,12 @@ class ViTClassifier(L.LightningModule):
             train_head_only(self.model)
         if self.execution.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        begins = options["pretrained"] or path is not None
-        self._start = StartWeights(architecture, path) if begins else None
+        self._start = StartWeights(architecture, path) if options["pretrained"] or path else None
 
     def configure_metrics(self) -> None:
         """Set up the metrics of validation and test."""
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.val_metrics = classification_metrics(self.hparams["num_classes"], "val/")
+        self.val_metrics = self.task.collection(self.hparams["num_classes"], "val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -198,6 +203,7 @@ class ViTClassifier(L.LightningModule):
         # A subclass that saves its own options has put objects in place of plain values.
         self.hparams.update(plain(optimizer=self.optimization, mixing=self.mixing, execution=self.execution))
         known, found = ClassList.of(self.model), ClassList.of(getattr(self.trainer, "datamodule", None))
+        found = found.label if self.hparams["task"] == "binary" else found
         if known and found:
             found.require_same(known, "the network was trained on", self._data_name())
         elif found:
@@ -207,9 +213,10 @@ class ViTClassifier(L.LightningModule):
             self.execution.prepare(self.model)
 
     def on_train_start(self) -> None:
-        """Restore the place within the epoch that the checkpoint of a resumed run was saved at."""
+        """Restore the place in the epoch that a resumed run's checkpoint was saved at, and count the classes."""
         # Lightning does so when it sets up the data, which was before the checkpoint was read.
         restore_place_in_epoch(self.trainer)
+        self.class_weights = weights_of(self.task, self.hparams, self.trainer.train_dataloader, self.device)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Seed the random numbers of a step by seed, rank, epoch and batch.
@@ -219,18 +226,17 @@ class ViTClassifier(L.LightningModule):
         seed_step((self._seed, self.global_rank, self.current_epoch, batch_idx), self.device)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Return the cross entropy of one batch, mixed if so configured.
+        """Return the task's loss of one batch, mixed if so configured.
 
         Raises:
             FloatingPointError: the loss is not finite, unless `stops_at_divergence` is off.
-            ValueError: mixup or cutmix got an odd number of images.
+            ValueError: mixup or cutmix got an odd number of images, or the labels are another task's.
         """
-        images, target, smoothing = batch["image"], batch["label"], self.mixing.label_smoothing
+        images, smoothing = batch["image"], self.mixing.label_smoothing
+        target = self.task.labels(batch["label"], self.hparams["num_classes"])
         if self.mix is not None:
-            if len(images) % 2:
-                raise ValueError(f"mixup pairs images, and this batch has {len(images)}: set an even batch size")
             (images, target), smoothing = self.mix(images, target), 0.0
-        loss = F.cross_entropy(self(images).float(), target, label_smoothing=smoothing)
+        loss = self.task.loss(self(images).float(), target, smoothing, self.class_weights)
         if self.stops_at_divergence:
             require_finite(loss.detach(), batch, self.trainer)
         self.log("train/loss", loss, prog_bar=True)
@@ -244,7 +250,7 @@ class ViTClassifier(L.LightningModule):
     on_test_start = on_predict_start = on_validation_start
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update val/loss, val/accuracy, val/accuracy_top5 and val/calibration_error."""
+        """Update val/loss and the task's metrics, such as val/accuracy."""
         counted = counted_images(batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx)
         self._evaluate(batch, counted, self.val_loss, self.val_metrics, "val/loss")
 
@@ -253,8 +259,10 @@ class ViTClassifier(L.LightningModule):
         counted = counted_images(batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)
         self._evaluate(batch, counted, self.test_loss, self.test_metrics, "test/loss")
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def predict_step(self, batch: Mapping[str, Any] | None, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return what the explainer says of the batch; logits (B, num_classes) when there is none."""
+        if batch is None:  # none of its images can be read
+            return None
         return self(batch["image"]) if self.explainer is None else self.explainer(self.model, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -299,13 +307,11 @@ class ViTClassifier(L.LightningModule):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, unsafe or does not fit, or an argument asks for more than is supported.
         """
-        if weights_only is False:
-            raise ValueError("weights_only=False would run code from the checkpoint: leave it out")
+        require_no_code(weights_only)
         if hparams_file is not None:
             raise ValueError("hparams_file is not supported: give the options that differ by name")
         content, digest = read_lightning_checkpoint(checkpoint_path)
-        weights = complete(weights_of_checkpoint(content, digest, checkpoint_path))
-        module = cls.from_weights(weights, **options)
+        module = cls.from_weights(complete(weights_of_checkpoint(content, digest, checkpoint_path)), **options)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
         return module.to(map_location or "cpu")
@@ -324,11 +330,12 @@ class ViTClassifier(L.LightningModule):
     def _evaluate(
         self, batch: Mapping[str, Any], counted: Tensor, loss: MeanMetric, metrics: MetricCollection, loss_name: str
     ) -> None:
-        logits, labels = self(batch["image"]).float(), batch["label"]
+        logits = self(batch["image"]).float()
+        labels = self.task.labels(batch["label"], logits.shape[1])
         if counted.any():
             logits, labels = logits[counted], labels[counted]
-            loss.update(F.cross_entropy(logits, labels, reduction="none"))
-            metrics.update(logits, labels)
+            loss.update(self.task.losses(logits, labels))
+            metrics.update(self.task.predictions(logits), labels)
         self.log(loss_name, loss, prog_bar=True)
         self.log_dict(metrics, prog_bar=True)
 

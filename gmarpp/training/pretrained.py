@@ -4,15 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from gmarpp.network.output import class_names, logits_of
 from gmarpp.network.preprocessing import Preprocessing, give_preprocessing, tells_preprocessing
+from gmarpp.network.task import task_of
 from gmarpp.training.classes import ClassList
-from gmarpp.training.evaluation import classification_metrics, counted_images
+from gmarpp.training.evaluation import counted_images
 from gmarpp.training.execution import require_whole_network
+from gmarpp.training.task import known_task
 
 # Of the names of what is measured, by Lightning's stage.
 PREFIXES = {"validate": "val/", "test": "test/"}
@@ -32,6 +33,7 @@ class PretrainedClassifier(L.LightningModule):
     def __init__(self, network: nn.Module, path: str | None = None, sha256: str | None = None) -> None:
         super().__init__()
         self.model = network.eval()
+        self.task = known_task(task_of(network))
         self.explainer: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
         self.checkpoint_path, self.checkpoint_sha256 = path, sha256
 
@@ -85,14 +87,14 @@ class PretrainedClassifier(L.LightningModule):
                 "give labeled images, with --data ImageFolder by --data.labelled true"
             )
         self.loss = MeanMetric()
-        self.metrics = classification_metrics(len(self.classes), prefix)
+        self.metrics = self.task.collection(len(self.classes), prefix)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return what the explainer says of the batch; logits (B, classes) when there is none."""
         return self(batch["image"]) if self.explainer is None else self.explainer(self.model, batch)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update val/loss, val/accuracy, val/accuracy_top5 and val/calibration_error."""
+        """Update val/loss and the task's metrics, such as val/accuracy."""
         self._evaluate(
             batch, counted_images(batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx), "val/loss"
         )
@@ -104,15 +106,16 @@ class PretrainedClassifier(L.LightningModule):
         )
 
     def _evaluate(self, batch: Mapping[str, Any], counted: Tensor, loss_name: str) -> None:
-        logits, labels = self(batch["image"]).float(), batch["label"]
+        logits = self(batch["image"]).float()
         if logits.shape[1] != len(self.classes):
             raise ValueError(
                 f"{type(self.model).__name__} has {logits.shape[1]} outputs, and there are {len(self.classes)} "
                 "classes: use data with the classes that the network was trained on"
             )
+        labels = self.task.labels(batch["label"], logits.shape[1])
         if counted.any():
             logits, labels = logits[counted], labels[counted]
-            self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
-            self.metrics.update(logits, labels)
+            self.loss.update(self.task.losses(logits, labels))
+            self.metrics.update(self.task.predictions(logits), labels)
         self.log(loss_name, self.loss, prog_bar=True)
         self.log_dict(self.metrics, prog_bar=True)

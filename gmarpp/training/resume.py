@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from gmarpp.files import expand_path
 from gmarpp.training.ranks import launched_by_rank_zero
 
 # Rank 0's choice for the ranks that it starts: another run may write a newer checkpoint in between.
@@ -27,7 +28,7 @@ def find_checkpoint(keyword: str, options: Namespace) -> str:
     if launched_by_rank_zero() and _CHOICE in os.environ:
         return os.environ[_CHOICE]
     kept = options["last_checkpoint" if keyword == "last" else "checkpoint"]
-    folders = [Path(kept.dirpath)] if kept.dirpath else log_folders(options.trainer)
+    folders = [expand_path(kept.dirpath)] if kept.dirpath else log_folders(options.trainer)
     pattern = re.sub(r"\{.*?\}", "*", kept.filename or keyword)
     names = (f"{pattern}.ckpt", f"{pattern}-v[0-9]*.ckpt")
     found = [path for folder in folders for name in names for path in folder.rglob(name)]
@@ -45,4 +46,4 @@ def log_folders(trainer: Any) -> Sequence[Path]:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     arguments = [getattr(logger, "init_args", None) for logger in loggers]
     folders = [each.get("save_dir") for each in arguments if each is not None]
-    return [Path(folder) for folder in folders if folder] or [Path(trainer.default_root_dir or ".")]
+    return [expand_path(folder) for folder in folders if folder] or [expand_path(trainer.default_root_dir or ".")]

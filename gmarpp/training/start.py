@@ -47,7 +47,7 @@ def build_start(architecture: str, source: Weights, options: Mapping[str, Any]) 
     size = source.image_size if options["image_size"] is None else options["image_size"]
     model_args = source.model_args | (options["model_args"] or {})
     try:
-        model = build_model(architecture, options["num_classes"], size, model_args, options["drop_path"])
+        model: Any = build_model(architecture, options["num_classes"], size, model_args, options["drop_path"])
     except ValueError as error:
         raise ValueError(f"--model.architecture, --model.image_size or --model.model_args: {error}") from error
     asked = options["preprocessing"]
@@ -55,7 +55,9 @@ def build_start(architecture: str, source: Weights, options: Mapping[str, Any]) 
         set_preprocessing(model, source.preprocessing | (asked or {}))
     except ValueError as error:
         raise ValueError(f"--model.preprocessing {asked}: {error}") from error
-    return model
+    model.task = options["task"]
+    built: nn.Module = model
+    return built
 
 
 def train_head_only(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
 from gmarpp.training.checkpoint_io import AtomicCheckpointIO
 from gmarpp.training.lightning_private import replace_checkpoint_io, replace_launcher
@@ -41,6 +42,9 @@ class Trainer(L.Trainer):
         require_ranges(kwargs, TRAINER_RANGES, "--trainer.")
         if kwargs.get("val_check_interval") == 0:
             raise ValueError("--trainer.val_check_interval: expected batches, a share of an epoch or a time, got 0")
+        root = kwargs.get("default_root_dir")
+        if root is not None and "://" not in str(root):
+            kwargs["default_root_dir"] = expand_path(root)
         if kwargs.get("enable_progress_bar") is None and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
         try:

@@ -42,7 +42,7 @@ def test_an_interrupted_run_without_an_image_does_not_block_another(tmp_path, mo
     def killed(*_):
         raise OSError("killed before the first part")
 
-    monkeypatch.setattr(writer, "_publish", killed)
+    monkeypatch.setattr(writer, "publish", killed)
     with pytest.raises(OSError, match="killed before"):
         predict(tmp_path / "run", module=FakeExplaining(methods=("legrad",)))
     monkeypatch.undo()
