@@ -19,7 +19,7 @@ ARROWS = {
     "visualize": {"colormaps", "maps"},
     "figures": {"colormaps", "labels", "maps", "visualize"},
     "network": {"files"},
-    "attribution": {"network", "entry_points", "labels", "figures", "visualize"},
+    "attribution": {"network", "entry_points", "files", "labels", "figures", "visualize"},
     "perturbation": {"attribution", "network", "maps"},
     "metrics": {"entry_points", "labels", "maps"},
     "data": {"network", "files", "options", "processes"},

@@ -87,7 +87,7 @@ COMMANDS = {
             "--explain.target CLASS": "predicted, label, or a class's name or index (predicted)",
             "--explain.steps N": "steps of the insertion and deletion curves (28)",
             "--explain.baseline NAME": "what replaces removed patches: blur, mean, black, drop (blur)",
-            "--write.overlays false": "write no picture per image and method (true)",
+            "--write.overlays original": "draw maps on whole pictures; false draws none (true: the input)",
             **_TRAINER_OPTIONS,
         },
         example="gmarpp predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --output results/photos",

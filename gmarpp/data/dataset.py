@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gmarpp.data.decode import read_image, read_mask
-from gmarpp.data.transforms import Transform
+from gmarpp.data.transforms import EvaluationTransform, Transform
 
 Sample: TypeAlias = dict[str, Any]
 
@@ -126,6 +127,41 @@ class ImageDataset(Dataset[Sample]):
         with drawing_from(hash((self.seed, epoch, index))):
             tensors = self.transform(record.image, record.box, record.mask)
         return {**tensors, "label": label, "index": index, "path": record.path}
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The pictures of a data set before preprocessing.
+
+    Raises:
+        ValueError: the data set does not tell them.
+    """
+
+    dataset: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(self.dataset, "transform", None), EvaluationTransform):
+            raise ValueError(
+                "write.overlays original: expected the images of one of this project's data modules, got a "
+                f"{type(self.dataset).__name__}, whose pictures before preprocessing are not known: set it to true"
+            )
+
+    def __call__(
+        self, index: int, extent: tuple[int, int]
+    ) -> tuple[NDArray[np.uint8], tuple[float, float, float, float]]:
+        """Read the picture of a sample.
+
+        Args:
+            index: of the sample.
+            extent: height and width of the part of its image that counts, from the top left corner.
+
+        Returns:
+            uint8 pixels (H, W, 3), and the edges x0, y0, x1, y1 of that part in the picture's pixels.
+        """
+        record = self.dataset.source.read(int(self.dataset.rows[index]))
+        picture = record.image.movedim(0, -1).contiguous().numpy()
+        height, width = picture.shape[:2]
+        return picture, self.dataset.transform.preprocessing.region(height, width, extent)
 
 
 @contextmanager
