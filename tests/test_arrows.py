@@ -31,7 +31,19 @@ ARROWS = {
     "command": {"configuration", "processes", "callbacks", "training", "data"},
     "sanity": {"command", "training", "data", "attribution", "network", "metrics", *GROUND, "visualize", "figures"},
     "export": {"command", "network", "files"},
-    "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", "sanity", "export", *GROUND},
+    "push": {"command", "network", "files"},
+    "cli": {
+        "command",
+        "configuration",
+        "callbacks",
+        "explainer",
+        "training",
+        "network",
+        "sanity",
+        "export",
+        "push",
+        *GROUND,
+    },
 }
 LIGHTNING_FREE = ("network", "attribution", "perturbation", "metrics", *GROUND, "visualize", "figures")
 
