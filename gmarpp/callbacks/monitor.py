@@ -36,7 +36,7 @@ class AttributionMonitor(L.Callback):
     is said before training, by the explanation of one image.
 
     At each validation it logs the scalars ``attribution/<method>/<metric>``, which checkpointing and early stopping can
-    monitor, and the seconds it took as ``attribution/seconds``. Pictures are ``attribution/maps/<method>``, a grid of
+    monitor, and the seconds it took as ``attribution/seconds``. Pictures are ``attribution_maps/<method>``, a grid of
     images with their maps, and ``attribution/curves``, the mean insertion and deletion curves; `MonitorLog` says how
     each logger takes them. TensorBoard's charts ``attribution_by_metric/<metric>`` compare the methods.
 
@@ -270,13 +270,15 @@ class AttributionMonitor(L.Callback):
             for method in self.explainer.names:
                 signed_methods = self.explainer.signed_methods
                 figure = _maps_figure(self._shown, method, names, self.grid_images, signed_methods, self.style)
-                log.add_figure(f"maps/{method}", figure)
+                log.add_figure(f"attribution_maps/{method}", figure)
         if self._curves:
             insertion, deletion = (
                 {method: each.mean() for method, each in self._curves[kind].items()}
                 for kind in ("insertion", "deletion")
             )
-            log.add_figure("curves", curves_figure(insertion, deletion, self.explainer.score, self.explainer.normalize))
+            log.add_figure(
+                "attribution/curves", curves_figure(insertion, deletion, self.explainer.score, self.explainer.normalize)
+            )
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from gmarpp.figures import figure_bytes
 from gmarpp.files import write_atomically
 from gmarpp.training.lightning_private import logged_step
 
-FOLDER = "attribution"
 _DPI = 110  # readable at the size in which loggers show pictures
 
 
@@ -23,8 +22,8 @@ class MonitorLog:
     """Hands charts and pictures to the loggers of a trainer, at the step of what its module logs.
 
     TensorBoard, W&B, MLflow and Comet get pictures in their own ways, and so does any logger that has W&B's
-    `log_image`. Pictures for all others, or without a logger, are files `attribution/<name>/<step>.png` in the logger's
-    folder, or else in the trainer's; a folder at an address (`s3://…`) gets none.
+    `log_image`. Pictures for all others, or without a logger, are files `<tag>/<step>.png` in the logger's folder, or
+    else in the trainer's; a folder at an address (`s3://…`) gets none.
 
     Args:
         trainer: whose loggers are used.
@@ -48,19 +47,19 @@ class MonitorLog:
                 for method, metrics in values.items():
                     writer = self._writer(number, logger, method)
                     for metric, value in metrics.items():
-                        writer.add_scalar(f"{FOLDER}_by_metric/{metric}", value, logged_step(self._trainer))
+                        writer.add_scalar(f"attribution_by_metric/{metric}", value, logged_step(self._trainer))
                     writer.flush()
 
-    def add_figure(self, name: str, figure: Figure) -> None:
+    def add_figure(self, tag: str, figure: Figure) -> None:
         """Log a figure.
 
         Args:
-            name: in the group `attribution`, such as `curves` or `maps/rollout`.
+            tag: such as `attribution_maps/rollout`; loggers group by what is before the slash.
             figure: of matplotlib; its resolution is changed.
         """
         figure.set_dpi(_DPI)
         data = figure_bytes(figure)
-        tag, step = f"{FOLDER}/{name}", logged_step(self._trainer)
+        step = logged_step(self._trainer)
         with Image.open(io.BytesIO(data)) as opened:
             picture = opened.convert("RGB")
         for logger in self._loggers:

@@ -91,12 +91,12 @@ def test_fits_as_without_it_and_draws(tmp_path):
         weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
     assert torch.equal(*weights)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    pictures = {"attribution/maps/gmarpp_l1", "attribution/maps/rollout", "attribution/curves"}
+    pictures = {"attribution_maps/gmarpp_l1", "attribution_maps/rollout", "attribution/curves"}
     assert pictures <= set(events.Tags()["images"])
     logged = {name: events.Scalars(f"attribution/{name}/insertion_auc") for name in EXPLAINER.methods}
     for method, scalars in logged.items():
         steps = [event.step for event in scalars]
-        assert steps == [event.step for event in events.Images(f"attribution/maps/{method}")] == [1, 3]
+        assert steps == [event.step for event in events.Images(f"attribution_maps/{method}")] == [1, 3]
         # A run of its own, which gives the method's line its own color in the chart of the metric.
         line = EventAccumulator(str(tmp_path / "run" / method)).Reload()
         assert set(line.Tags()["scalars"]) == {f"attribution_by_metric/{metric}" for metric in EXPLAINER.metrics}
@@ -113,7 +113,7 @@ def test_relevance_against_the_class_is_drawn_in_blue_unless_its_positive_part_i
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     monitor = AttributionMonitor(explainer, images=3, signed_maps=signed_maps)
     trainer(tmp_path, monitor, logger=logger).validate(classifier(), Squares(), verbose=False)
-    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("attribution/maps/downwards")
+    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("attribution_maps/downwards")
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
     # The row of the maps; the row of the images has colors of its own.
     row = picture[3 * picture.shape[0] // 5 :]
