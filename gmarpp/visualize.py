@@ -4,7 +4,7 @@ import io
 import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ SignedMaps = Literal["diverging", "positive"]
 
 OVERLAY_SIDE = 112
 """Minimum number of pixels along the short side of a saved overlay."""
+
+Region: TypeAlias = tuple[float, float, float, float]
+"""Edges x0, y0, x1, y1 of a part of a picture, in its pixels."""
+
+
+_COARSE = (32, 32)
+_SAME_PICTURE = 0.99
 
 
 @dataclass(frozen=True)
@@ -87,15 +94,20 @@ class Backdrop:
         image: uint8 pixels (H, W, 3).
         style: how maps are drawn.
         short_side: pixels that the short side must have; smaller images are enlarged by a whole factor.
+        region: the part of the image that maps cover, all of it by default. The rest, which the network did not see,
+            keeps its colors.
     """
 
-    def __init__(self, image: Array, style: MapStyle, short_side: int = 1) -> None:
+    def __init__(self, image: Array, style: MapStyle, short_side: int = 1, region: Region | None = None) -> None:
         picture, color = Image.fromarray(image), max(0.0, 1 - 2 * style.opacity)
+        factor = max(1, -(-short_side // min(picture.size)))
         gray = picture.convert("L")
-        mixed = Image.blend(gray.convert("RGB"), picture, color) if color else gray
-        factor = -(-short_side // min(mixed.size))
-        if factor > 1:
-            mixed = mixed.resize((mixed.width * factor, mixed.height * factor), Image.Resampling.BICUBIC)
+        mixed = _enlarged(Image.blend(gray.convert("RGB"), picture, color) if color else gray, factor)
+        self._around: Image.Image | None = None
+        if region is not None:
+            x0, y0, x1, y1 = (round(edge * factor) for edge in region)
+            self._around, self._corner = _enlarged(picture, factor), (x0, y0)
+            mixed = mixed.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)))
         self._picture = mixed
         self._style = style
 
@@ -105,6 +117,14 @@ class Backdrop:
         Returns:
             uint8 pixels (H, W, 3), of the image's size or a multiple of it.
         """
+        drawn = self._drawn(attribution, signed)
+        if self._around is None:
+            return drawn
+        whole = self._around.copy()
+        whole.paste(Image.fromarray(drawn), self._corner)
+        return np.asarray(whole)
+
+    def _drawn(self, attribution: Tensor | Array, signed: bool) -> Array:
         if not signed:
             return self._covered(normalize_map(attribution))
         if self._style.signed_maps == "positive":
@@ -134,6 +154,12 @@ class Backdrop:
         return np.asarray(Image.composite(_painted(levels, diverging_table()), self._picture.convert("RGB"), mask))
 
 
+def _enlarged(picture: Image.Image, factor: int) -> Image.Image:
+    if factor == 1:
+        return picture
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+
+
 def _painted(levels: Array, colors: Array) -> Image.Image:
     """Return levels (H, W) in the colors of a table (256, 3), both uint8."""
     picture = Image.fromarray(levels)
@@ -147,6 +173,7 @@ def overlay(
     colormap: str = "inferno",
     opacity: float = 0.5,
     signed_maps: SignedMaps | None = None,
+    region: Region | None = None,
 ) -> Array:
     """Lay one map over its image, whose color fades as the map's opacity grows to 0.5.
 
@@ -158,6 +185,7 @@ def overlay(
         signed_maps: None for a map without a sign, which is scaled by its minimum and maximum. `diverging` draws a
             signed map, scaled by its largest absolute value, in blue against the class and red for it; `positive` draws
             its positive part alone.
+        region: the part of the image that the map covers, all of it by default.
 
     Returns:
         uint8 array (H, W, 3).
@@ -166,7 +194,57 @@ def overlay(
         ValueError: for an unknown color map or way to draw signed maps, or an opacity out of range.
     """
     style = MapStyle(colormap, opacity, signed_maps or "diverging")
-    return Backdrop(pixels(image), style).overlay(attribution, signed=signed_maps is not None)
+    return Backdrop(pixels(image), style, region=region).overlay(attribution, signed=signed_maps is not None)
+
+
+def laid_over(
+    image: Tensor,
+    attribution: Tensor,
+    signed_maps: SignedMaps | None,
+    original: Image.Image | None = None,
+    region: Region | None = None,
+) -> Image.Image:
+    """Lay one map over its image, or over the picture that the image was made of.
+
+    Args:
+        image: shape (3, H, W), in [0, 1].
+        attribution: raw map, shape (h, w).
+        signed_maps: as for `overlay`.
+        original: the picture before it was resized and cropped.
+        region: the part of it that the image shows, all of it by default.
+
+    Raises:
+        ValueError: that part does not look like the image.
+    """
+    style = MapStyle(signed_maps=signed_maps or "diverging")
+    if original is None:
+        backdrop = Backdrop(pixels(image), style)
+    else:
+        picture = original.convert("RGB")
+        _require_same_picture(image, picture, region or (0, 0, *picture.size))
+        backdrop = Backdrop(np.asarray(picture), style, region=region)
+    return Image.fromarray(backdrop.overlay(attribution, signed=signed_maps is not None))
+
+
+def _require_same_picture(image: Tensor, picture: Image.Image, region: Region) -> None:
+    """Compare a coarse gray version of the image with that part of the picture, whatever contrast either has."""
+    seen = Image.fromarray(pixels(image)).convert("L").resize(_COARSE, Image.Resampling.BOX)
+    part = picture.convert("L").resize(_COARSE, Image.Resampling.BOX, box=_within(region, picture.size))
+    values = np.stack([np.asarray(each, dtype=float).ravel() for each in (seen, part)])
+    if values.std(axis=1).min() < 1:
+        return
+    alike = np.corrcoef(values)[0, 1]
+    if alike < _SAME_PICTURE:
+        raise ValueError(
+            f"region: expected the part of the original, {picture.width}x{picture.height} pixels, that the image "
+            f"shows, got {tuple(round(edge, 1) for edge in region)}, which looks otherwise (correlation {alike:.2f}): "
+            "give the edges x0, y0, x1, y1 of the crop; Preprocessing.of(model).region(height, width) has timm's"
+        )
+
+
+def _within(region: Region, size: tuple[int, int]) -> Region:
+    x0, y0, x1, y1 = region
+    return max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
 
 
 def encode_png(image: Array) -> bytes:

@@ -19,7 +19,7 @@ ARROWS = {
     "visualize": {"colormaps", "maps"},
     "figures": {"colormaps", "labels", "maps", "visualize"},
     "network": {"files"},
-    "attribution": {"network", "entry_points", "labels", "figures", "visualize"},
+    "attribution": {"network", "entry_points", "files", "labels", "figures", "visualize"},
     "perturbation": {"attribution", "network", "maps"},
     "metrics": {"entry_points", "labels", "maps"},
     "targets": {"attribution", "network", "metrics"},
@@ -56,7 +56,19 @@ ARROWS = {
     "command": {"configuration", "processes", "callbacks", "training", "data"},
     "sanity": {"command", "training", "data", "attribution", "network", "metrics", *GROUND, "visualize", "figures"},
     "export": {"command", "network", "files"},
-    "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", "sanity", "export", *GROUND},
+    "push": {"command", "network", "files"},
+    "cli": {
+        "command",
+        "configuration",
+        "callbacks",
+        "explainer",
+        "training",
+        "network",
+        "sanity",
+        "export",
+        "push",
+        *GROUND,
+    },
 }
 LIGHTNING_FREE = ("network", "attribution", "perturbation", "metrics", "targets", *GROUND, "visualize", "figures")
 

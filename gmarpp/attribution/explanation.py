@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from gmarpp.attribution.target import NO_CLASS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gmarpp.visualize import SignedMaps
+    from gmarpp.visualize import Region, SignedMaps
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,63 @@ class Explanation:
     signed_methods: tuple[str, ...] = ()
 
     def overlay(
-        self, image: int = 0, method: str | None = None, column: int = 0, signed_maps: "SignedMaps" = "diverging"
+        self,
+        image: int = 0,
+        method: str | None = None,
+        column: int = 0,
+        signed_maps: "SignedMaps" = "diverging",
+        original: Image.Image | None = None,
+        region: "Region | None" = None,
     ) -> Image.Image:
-        """Lay a map over its image; of a video, over one frame per step of the map, in rows of four.
+        """Lay a map over its image, or over the whole picture that the image was made of, in that one's resolution.
+
+        Of a video, it is laid over one frame per step of the map, in rows of four.
 
         Args:
             image: position in the batch.
             method: key of `maps`; the first by default.
             column: which class, where several classes per image were explained.
             signed_maps: how a signed map is drawn; see `gmarpp.visualize.MapStyle`.
+            original: the picture before it was resized and cropped.
+            region: the part of `original` that `images` shows, its edges x0, y0, x1, y1 in pixels; all of it by
+                default. `gmarpp.network.preprocessing.Preprocessing.region` tells timm's crop.
+
+        Raises:
+            ValueError: that part of the original does not look like the image.
         """
-        from gmarpp.visualize import overlay
+        from gmarpp.visualize import laid_over
 
         method = method or next(iter(self.maps))
         drawn = signed_maps if method in self.signed_methods else None
-        pixels = overlay(self._picture(image, method), self._map(method, image, column), signed_maps=drawn)
-        return Image.fromarray(pixels)
+        attribution = self._map(method, image, column)
+        return laid_over(self._picture(image, method), attribution, drawn, original, region)
+
+    def save(
+        self,
+        path: str | Path,
+        signed_maps: "SignedMaps" = "diverging",
+        originals: Sequence[Image.Image] | None = None,
+        regions: "Sequence[Region] | None" = None,
+    ) -> None:
+        """Save what the path's suffix says; each file appears under its name only when it is complete.
+
+        `.safetensors` holds raw maps, `maps/<method>`, with `target`, `logits` and `scores`; `.png`, `.pdf` and `.svg`
+        hold the figure of `show` with all images. A path without a suffix is a folder: `maps.safetensors`, and
+        `overlays/<method>/<image>.png`, or `<image>-<column>.png` where several classes per image were explained.
+
+        Args:
+            path: file or folder; folders that are missing are made.
+            signed_maps: how signed maps are drawn; see `gmarpp.visualize.MapStyle`.
+            originals: for the overlays of a folder, the picture that each image was made of; see `overlay`.
+            regions: the part of each that the image shows.
+
+        Raises:
+            ValueError: another suffix, or originals that do not fit the images.
+            OSError: naming the file that cannot be written.
+        """
+        from gmarpp.attribution.saving import save_explanation
+
+        save_explanation(self, Path(path), signed_maps, originals, regions)
 
     def show(self, images: int = 8, signed_maps: "SignedMaps" = "diverging") -> "Figure":
         """Draw images across and methods down, with class and probability, or score, above each image.

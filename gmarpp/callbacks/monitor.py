@@ -1,8 +1,7 @@
 """Attribution maps and metrics at every validation."""
 
-import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,19 +9,17 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from gmarpp.callbacks.monitor_log import MonitorLog
 from gmarpp.callbacks.monitored_images import MonitoredImages, require_validation
 from gmarpp.explained import ExplainedBatch
 from gmarpp.explainer import Explainer
-from gmarpp.figures import comparison_figure, figure_bytes
-from gmarpp.labels import metric_label
+from gmarpp.figures import comparison_figure
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.registry import metric_inputs
 from gmarpp.network.architecture import Architecture
@@ -42,9 +39,11 @@ class AttributionMonitor(L.Callback):
     is said before training, by the explanation of one image.
 
     At each validation it logs the scalars ``attribution/<method>/<metric>``, which checkpointing and early stopping can
-    monitor, the seconds it took as ``attribution/seconds``, and on loggers that take pictures a grid of images with
-    their maps and the mean insertion and deletion curves; TensorBoard's tab Custom Scalars compares the methods. The
-    probe is the same at every validation and spread evenly over classes and ranks. Classes come from the data set's
+    monitor, and the seconds it took as ``attribution/seconds``. Pictures are ``attribution_maps/<method>``, a grid of
+    images with their maps, and ``attribution/curves``, the mean insertion and deletion curves; `MonitorLog` says how
+    each logger takes them. TensorBoard's charts ``attribution_by_metric/<metric>`` compare the methods.
+
+    The probe is the same at every validation and spread evenly over classes and ranks. Classes come from the data set's
     `labels` or `targets`, those of a `Subset` included; without them the probe is spread over the data set, and of
     streamed data it is the beginning of each rank's first batch. The network runs in a batch hook, so averaged weights,
     where there are some, are explained.
@@ -102,6 +101,7 @@ class AttributionMonitor(L.Callback):
         self._metrics: dict[str, MetricCollection] = {}
         self._curves: dict[str, dict[str, CurveSum]] = {}
         self._shown: list[ExplainedBatch] = []
+        self._log: MonitorLog | None = None
         self._seconds = 0.0
         self._validations = 0
 
@@ -121,6 +121,7 @@ class AttributionMonitor(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._probe = None
+        self._log = None if trainer.fast_dev_run else MonitorLog(trainer)  # type: ignore[attr-defined]
         if self.images:
             require_whole_network(trainer.strategy)
         if 0 < self.images < trainer.world_size:
@@ -132,22 +133,14 @@ class AttributionMonitor(L.Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._probe = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.images:
             require_validation(trainer)
-        # TensorBoard then has a chart for each metric, with a line for each method.
-        charts = {
-            metric_label(metric): [
-                "Multiline",
-                [f"attribution/{method}/{metric}$" for method in self.explainer.names],
-            ]
-            for metric in self.explainer.metrics
-        }
-        for logger in trainer.loggers:
-            if self.images and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars({"attribution": charts})
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -192,14 +185,16 @@ class AttributionMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_due(trainer):
             self._require_images(trainer)
-            for method, collection in self._metrics.items():
-                for name, value in collection.compute().items():
+            values = {method: collection.compute() for method, collection in self._metrics.items()}
+            for method, metrics in values.items():
+                for name, value in metrics.items():
                     # The same on all ranks already: sync_dist only tells Lightning so.
                     pl_module.log(f"attribution/{method}/{name}", value.to(pl_module.device), sync_dist=True)
             pl_module.log("attribution/seconds", self._seconds, sync_dist=True, reduce_fx="max")
             self._sum_curves(trainer, pl_module.device)
-            if trainer.is_global_zero and _picture_loggers(trainer):
-                self._draw(trainer)
+            if trainer.is_global_zero and self._log is not None:
+                self._log.compare({method: _numbers(metrics) for method, metrics in values.items()})
+                self._draw(self._log)
         self._validations += not trainer.sanity_checking
 
     def _is_due(self, trainer: L.Trainer) -> bool:
@@ -279,12 +274,13 @@ class AttributionMonitor(L.Callback):
                 )
                 each.n = int(n[0])
 
-    def _draw(self, trainer: L.Trainer) -> None:
+    def _draw(self, log: MonitorLog) -> None:
         if self._shown and self._probe:
             names = self._probe.class_names
-            signed_methods = self.explainer.signed_methods
-            figure = _maps_figure(self._shown, names, self.grid_images, signed_methods, self.style)
-            _log_figure(trainer, "attribution/maps", figure)
+            for method in self.explainer.names:
+                signed_methods = self.explainer.signed_methods
+                figure = _maps_figure(self._shown, method, names, self.grid_images, signed_methods, self.style)
+                log.add_figure(f"attribution_maps/{method}", figure)
         if self._curves:
             insertion, deletion = (
                 {method: each.mean() for method, each in self._curves[kind].items()}
@@ -292,8 +288,8 @@ class AttributionMonitor(L.Callback):
             )
             assert self._probe is not None
             explainer = self.explainer.for_network(self._probe.network)
-            figure = curves_figure(insertion, deletion, explainer.score or "probability", explainer.normalize)
-            _log_figure(trainer, "attribution/curves", figure)
+            score, normalize = explainer.score or "probability", explainer.normalize
+            log.add_figure("attribution/curves", curves_figure(insertion, deletion, score, normalize))
 
 
 @contextmanager
@@ -308,16 +304,19 @@ def _undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[N
 
 
 def _maps_figure(
-    batches: list[ExplainedBatch], names: tuple[str, ...], images: int, signed_methods: tuple[str, ...], style: MapStyle
+    batches: list[ExplainedBatch],
+    method: str,
+    names: tuple[str, ...],
+    images: int,
+    signed_methods: tuple[str, ...],
+    style: MapStyle,
 ) -> Figure:
-    """Draw images with their boxes and maps, the class explained and its probability above each."""
+    """Draw images with their boxes and the maps of a method, the class explained and its probability above each."""
     targets = torch.cat([batch.target for batch in batches])[:images].tolist()
     boxes = [box for batch in batches if batch.boxes is not None for box in batch.boxes.tolist()][:images]
     return comparison_figure(
         images=[image for batch in batches for image in batch.images][:images],
-        maps={
-            method: [map_ for batch in batches for map_ in batch.maps[method]][:images] for method in batches[0].maps
-        },
+        maps={method: [map_ for batch in batches for map_ in batch.maps[method]][:images]},
         names=[
             names[target] if 0 <= target < len(names) else str(target) if target >= 0 else "score" for target in targets
         ],
@@ -328,15 +327,5 @@ def _maps_figure(
     )
 
 
-def _picture_loggers(trainer: L.Trainer) -> list[Any]:
-    return [each for each in trainer.loggers if isinstance(each, TensorBoardLogger) or hasattr(each, "log_image")]
-
-
-def _log_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
-    figure.set_dpi(110)  # readable at the size in which TensorBoard shows it
-    picture = np.asarray(Image.open(io.BytesIO(figure_bytes(figure))).convert("RGB"))
-    for logger in _picture_loggers(trainer):
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
-        else:
-            logger.log_image(tag, [picture], step=trainer.global_step)
+def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

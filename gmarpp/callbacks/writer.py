@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from gmarpp.callbacks.progress import show_rate
 from gmarpp.callbacks.rank_zero import on_rank_zero
 from gmarpp.data.batches import pending_batches
+from gmarpp.data.dataset import Originals
 from gmarpp.data.module import chosen_batches
 from gmarpp.explained import ExplainedBatch
 from gmarpp.figures import FIGURE_FORMATS
@@ -28,7 +29,7 @@ from gmarpp.run.background import BackgroundTasks
 from gmarpp.run.description import describe_run, now, require_same_run
 from gmarpp.run.folder import IMAGES, MAPS, MAPS_INDEX, OVERLAYS, PARTS, write_run
 from gmarpp.run.output_folder import OutputFolder
-from gmarpp.run.pictures import write_pictures
+from gmarpp.run.pictures import Pictures
 from gmarpp.run.reader import StoredRun
 from gmarpp.run.results import write_results
 from gmarpp.run.shards import Shard, merge_parts, publish, remove_parts, reopen_maps, shard_files
@@ -52,7 +53,8 @@ class ExplanationWriter(BasePredictionWriter):
 
     Args:
         output: folder of the results; created if missing. ``~`` and environment variables are expanded.
-        overlays: write a picture per image and method.
+        overlays: write a picture per image and method: true, on the image as the network saw it; ``original``, on the
+            whole picture in its own resolution, at the place where preprocessing took the image from; false, none.
         resume: continue the interrupted run in ``output``, or add images to a complete one. A limit of the trainer's
             batches counts from the beginning of the data, not from where the run is resumed.
         colormap: one of ``gmarpp.colormaps.COLORMAPS``.
@@ -71,7 +73,7 @@ class ExplanationWriter(BasePredictionWriter):
     def __init__(
         self,
         output: str | Path,
-        overlays: bool = True,
+        overlays: bool | Literal["original"] = True,
         resume: bool = False,
         overwrite: bool = False,
         colormap: str = "inferno",
@@ -103,7 +105,8 @@ class ExplanationWriter(BasePredictionWriter):
         self._skipped = 0
         self._batches: list[list[int]] = []
         self._data = ExitStack()
-        self._pictures: BackgroundTasks | None = None
+        self._pictures: Pictures | None = None
+        self._tasks: BackgroundTasks | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, and have the data module leave out finished images."""
@@ -162,6 +165,8 @@ class ExplanationWriter(BasePredictionWriter):
         """Describe the run, make sure that it is the one to resume, and return the indices of its finished images."""
         options = {"overlays": self.overlays, **asdict(self.style)}
         self._run = describe_run(trainer, module, dataset, options)
+        originals = Originals(dataset) if self.overlays == "original" else None
+        self._pictures = Pictures(self.folder, self._run["signed_methods"], self.style, originals)
         on_rank_zero(trainer, self.output.lock)
         previous, finished = self.output.resumed()
         if previous is not None:
@@ -187,7 +192,7 @@ class ExplanationWriter(BasePredictionWriter):
             self._prepare(trainer, pl_module, loaders.dataset)
         # On a CPU, the network's threads wait for the slowest of them: pictures are to take of all cores alike.
         processes = min(_DRAWING_PROCESSES, usable_cores(trainer.num_devices))
-        self._pictures = BackgroundTasks(processes, _QUEUED_BATCHES * processes)
+        self._tasks = BackgroundTasks(processes, _QUEUED_BATCHES * processes, self._pictures)
         self._buffer: list[Shard] = []
         self._done = 0
         self._started = self._flushed = time.monotonic()
@@ -232,13 +237,13 @@ class ExplanationWriter(BasePredictionWriter):
         if not self._opened:
             on_rank_zero(trainer, lambda: self._require_space(trainer, shard, prediction))
             self._open(trainer, pl_module, prediction.rows_per_image)
-        assert self._pictures is not None
-        self._draw(self._pictures, [row["file"] for row in shard.rows], prediction)
+        assert self._tasks is not None
+        self._draw(self._tasks, [row["file"] for row in shard.rows], prediction)
         self._buffer.append(shard)
         self._done += len(shard.rows)
         waiting = sum(len(shard.rows) for shard in self._buffer)
         if waiting >= self.shard_size or time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._flush(trainer, self._pictures)
+            self._flush(trainer, self._tasks)
         show_rate(trainer, self._done * trainer.world_size / (time.monotonic() - self._started))
 
     def _require_space(self, trainer: L.Trainer, shard: Shard, explained: ExplainedBatch) -> None:
@@ -246,41 +251,34 @@ class ExplanationWriter(BasePredictionWriter):
         maps = {method: maps[0].numpy() for method, maps in explained.maps.items()} if self.overlays else {}
         image = pixels(explained.images[:1])[0]
         images = int(sum(trainer.num_predict_batches)) * trainer.world_size * len(shard.rows)
-        signed_methods = self._run["signed_methods"]
-        self.output.require_space(images * bytes_per_image(shard, image, maps, signed_methods, self.style))
+        assert self._pictures is not None
+        self.output.require_space(images * bytes_per_image(shard, self._pictures, image, maps))
 
-    def _draw(self, pictures: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
+    def _draw(self, tasks: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
         """Have the processes that draw share a batch."""
         images = pixels(explained.images)
         maps = {method: maps.numpy() for method, maps in explained.maps.items()} if self.overlays else {}
-        size = -(-len(files) // pictures.processes)
+        indices = (explained.index // explained.rows_per_image).tolist()
+        size = -(-len(files) // tasks.processes)
         for start in range(0, len(files), size):
             some = slice(start, start + size)
             some_maps = {method: attributions[some] for method, attributions in maps.items()}
-            pictures.submit(
-                write_pictures,
-                self.folder,
-                files[some],
-                images[some],
-                some_maps,
-                self._run["signed_methods"],
-                self.style,
-            )
+            tasks.submit(Pictures.write, files[some], indices[some], images[some], some_maps)
 
-    def _flush(self, trainer: L.Trainer, pictures: BackgroundTasks) -> None:
+    def _flush(self, trainer: L.Trainer, tasks: BackgroundTasks) -> None:
         """Have all finished images published when their pictures are written."""
         if self._buffer:
             first = self._buffer[0].rows[0]["index"]
             part = self.folder / PARTS / f"{first:09d}-{trainer.global_rank}.safetensors"
-            pictures.submit_last(publish, self._buffer, part)
+            tasks.submit_last(publish, self._buffer, part)
         self._buffer = []
         self._flushed = time.monotonic()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Publish the rest and wait for all ranks."""
-        assert self._pictures is not None
-        self._flush(trainer, self._pictures)
-        self._pictures.wait()
+        assert self._tasks is not None
+        self._flush(trainer, self._tasks)
+        self._tasks.wait()
         self._close()
         if not self._opened:
             # What the others did with the first batch that they explained, the space and the folder.
@@ -311,9 +309,9 @@ class ExplanationWriter(BasePredictionWriter):
         """Keep what is finished, unless writing itself is what failed."""
         self._data.close()
         try:
-            if self._pictures is not None and not self._pictures.failed:
-                self._flush(trainer, self._pictures)
-                self._pictures.wait()
+            if self._tasks is not None and not self._tasks.failed:
+                self._flush(trainer, self._tasks)
+                self._tasks.wait()
         finally:
             self._close()
             self.output.release()
@@ -321,9 +319,9 @@ class ExplanationWriter(BasePredictionWriter):
                 logger.error("The run in %s is interrupted: continue it with resume", self.folder)
 
     def _close(self) -> None:
-        if self._pictures is not None:
-            self._pictures.close()
-            self._pictures = None
+        if self._tasks is not None:
+            self._tasks.close()
+            self._tasks = None
 
     def _finish(self) -> None:
         if self._run["status"] == "complete":

@@ -113,6 +113,13 @@ def _run_export(options: list[str], _: list[str] | None) -> None:
     run_function(export, options, "gmarpp export")
 
 
+def _run_push(options: list[str], _: list[str] | None) -> None:
+    from gmarpp.push import main as push_main
+
+    _log_to_stderr()
+    push_main(options)
+
+
 def _run_configs(options: list[str], _: list[str] | None) -> None:
     from gmarpp.cli.configs import configs_main
 
@@ -131,6 +138,7 @@ _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "predict": _run_explanation,
     "sanity": _run_sanity,
     "export": _run_export,
+    "push": _run_push,
     "configs": _run_configs,
 }
 

@@ -92,7 +92,7 @@ COMMANDS = {
             "--explain.target CLASS": "predicted, label, or a class's name or index, or several (predicted)",
             "--explain.steps N": "steps of the insertion and deletion curves (28)",
             "--explain.baseline NAME": "what replaces removed patches: blur, mean, black, drop (blur)",
-            "--write.overlays false": "write no picture per image and method (true)",
+            "--write.overlays original": "draw maps on whole pictures; false draws none (true: the input)",
             **_TRAINER_OPTIONS,
         },
         example="gmarpp predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --output results/photos",
@@ -122,6 +122,19 @@ COMMANDS = {
             "--architecture NAME": "timm's name of the network, where the file does not name it",
         },
         example="gmarpp export --ckpt_path best.ckpt --output model.onnx",
+    ),
+    "push": Command(
+        summary="push a trained network and its model card to the Hugging Face Hub",
+        usage="--ckpt_path FILE --repo OWNER/NAME [options]",
+        options={
+            **_CHECKPOINT,
+            "--repo OWNER/NAME": "the repository, which is made where it is missing",
+            "--card FILE": "the model card (the one beside the checkpoint, or a short one)",
+            "--private true": "make a missing repository private (false)",
+            "--message TEXT": "of the commit (Add the network)",
+            "--architecture NAME": "timm's name of the network, where the file does not name it",
+        },
+        example="gmarpp push --ckpt_path best.ckpt --repo you/vit-small-tiny-imagenet",
     ),
     "configs": Command(
         summary="list the shipped configurations, or copy them into a folder",

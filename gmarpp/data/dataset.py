@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from gmarpp.data.decode import read_image, read_mask
 from gmarpp.data.numbering import Labels
-from gmarpp.data.transforms import Transform
+from gmarpp.data.transforms import EvaluationTransform, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,41 @@ def _as_collated(label: Any) -> int | Tensor:
     if np.ndim(label) == 0:
         return int(label)
     return torch.as_tensor(label, dtype=torch.float32 if np.issubdtype(label.dtype, np.floating) else torch.long)
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The pictures of a data set before preprocessing.
+
+    Raises:
+        ValueError: the data set does not tell them.
+    """
+
+    dataset: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(self.dataset, "transform", None), EvaluationTransform):
+            raise ValueError(
+                "write.overlays original: expected the images of one of this project's data modules, got a "
+                f"{type(self.dataset).__name__}, whose pictures before preprocessing are not known: set it to true"
+            )
+
+    def __call__(
+        self, index: int, extent: tuple[int, int]
+    ) -> tuple[NDArray[np.uint8], tuple[float, float, float, float]]:
+        """Read the picture of a sample.
+
+        Args:
+            index: of the sample.
+            extent: height and width of the part of its image that counts, from the top left corner.
+
+        Returns:
+            uint8 pixels (H, W, 3), and the edges x0, y0, x1, y1 of that part in the picture's pixels.
+        """
+        record = self.dataset.source.read(int(self.dataset.rows[index]))
+        picture = record.image.movedim(0, -1).contiguous().numpy()
+        height, width = picture.shape[:2]
+        return picture, self.dataset.transform.preprocessing.region(height, width, extent)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Transforms: from a decoded image to the tensor that a network was trained on."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -85,7 +84,7 @@ class EvaluationTransform:
             inputs["box"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         if mask is not None:
             inputs["mask"] = tv_tensors.Mask(mask)
-        size = self.resized(height, width)
+        size = self.preprocessing.resized(height, width)
         outputs = {
             name: F.center_crop(
                 F.resize(value, list(size), interpolation=self.interpolation, antialias=True),
@@ -97,18 +96,6 @@ class EvaluationTransform:
         if box is not None:
             outputs["box"] = outputs["box"].reshape(box.shape)
         return outputs
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of an image of this height and width before the central crop, rounded as timm does."""
-        goal_height, goal_width = (math.floor(edge / self.preprocessing.crop_pct) for edge in self.preprocessing.size)
-        if self.preprocessing.crop_mode == "squash":
-            return goal_height, goal_width
-        if goal_height == goal_width:
-            if height <= width:
-                return goal_height, int(goal_height * width / height)
-            return int(goal_height * height / width), goal_height
-        ratio = min(height / goal_height, width / goal_width)
-        return round(height / ratio), round(width / ratio)
 
 
 class TrainingTransform:

@@ -1,5 +1,6 @@
 """What a network expects of its input: size, normalization, interpolation and crop, and the way back to a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,41 @@ class Preprocessing:
             config["crop_pct"],
             config["crop_mode"],
         )
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of an image of this height and width before the central crop, rounded as timm does."""
+        goal_height, goal_width = (math.floor(edge / self.crop_pct) for edge in self.size)
+        if self.crop_mode == "squash":
+            return goal_height, goal_width
+        if goal_height == goal_width:
+            if height <= width:
+                return goal_height, int(goal_height * width / height)
+            return int(goal_height * height / width), goal_height
+        ratio = min(height / goal_height, width / goal_width)
+        return round(height / ratio), round(width / ratio)
+
+    def region(
+        self, height: int, width: int, extent: tuple[int, int] | None = None
+    ) -> tuple[float, float, float, float]:
+        """Return the part of a picture that the network's input shows: edges x0, y0, x1, y1 in the picture's pixels.
+
+        Args:
+            height: of the picture.
+            width: of the picture.
+            extent: height and width of the part of the input, from its top left corner, that the network's patches
+                cover; all of it by default.
+
+        Examples:
+            >>> Preprocessing((100, 100), (0, 0, 0), (1, 1, 1), crop_pct=0.5).region(400, 800)
+            (300.0, 100.0, 500.0, 300.0)
+        """
+        resized = self.resized(height, width)
+        edges = []
+        for size, side, seen, before in zip(self.size, resized, extent or self.size, (height, width), strict=True):
+            start = round((side - size) / 2)  # as torchvision's central crop
+            edges.append((start * before / side, (start + seen) * before / side))
+        (y0, y1), (x0, x1) = edges
+        return x0, y0, x1, y1
 
 
 def denormalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -21,11 +21,12 @@ class BackgroundTasks:
     Args:
         processes: tasks that run side by side.
         limit: tasks that may be waiting or running; `submit` blocks while there are as many.
+        context: what each process is handed once, and hands to every task as its first argument; None for nothing.
     """
 
-    def __init__(self, processes: int, limit: int) -> None:
+    def __init__(self, processes: int, limit: int, context: Any = None) -> None:
         self.processes = processes
-        self._pool = ProcessPoolExecutor(processes, initializer=_begin)
+        self._pool = ProcessPoolExecutor(processes, initializer=_begin, initargs=(context,))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gmarpp")
         self._slots = threading.BoundedSemaphore(limit)
         self._futures: list[Future[None]] = []
@@ -37,7 +38,7 @@ class BackgroundTasks:
             Exception: what an earlier task raised.
             ChildProcessError: if one of the processes was killed.
         """
-        self._queue(self._pool, task, *arguments)
+        self._queue(self._pool, _run, task, *arguments)
 
     def submit_last(self, task: Callable[..., None], *arguments: Any) -> None:
         """Queue a task for a thread of this process, when all earlier tasks are done and only if none of them failed.
@@ -97,8 +98,18 @@ def _killed_process_named() -> Iterator[None]:
         ) from error
 
 
-def _begin() -> None:
+# Of a process of the pool, which has no other place that its tasks can reach.
+_context: Any = None
+
+
+def _begin(context: Any) -> None:
     """Prepare a process for tasks."""
+    global _context
+    _context = context
     follow_parent()
     # A forked process has none of the threads that its parent's torch counts on.
     torch.set_num_threads(1)
+
+
+def _run(task: Callable[..., None], *arguments: Any) -> None:
+    task(*arguments) if _context is None else task(_context, *arguments)

@@ -27,7 +27,7 @@ _RUN_FIELDS: Mapping[str, tuple[type, ...]] = {
     "explainer": (dict,),
     "data.name": (str, type(None)),
     "data.images": (int,),
-    "writer.overlays": (bool,),
+    "writer.overlays": (bool, str),
 }
 _OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {
     "explained": (int,),

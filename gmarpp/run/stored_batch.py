@@ -1,15 +1,12 @@
 """An explained batch in the form in which it is stored, and how much room that takes."""
 
-from collections.abc import Collection
-
 from torch import Tensor
 
 from gmarpp.explained import ExplainedBatch
 from gmarpp.maps import Array
 from gmarpp.run.folder import file_stem
-from gmarpp.run.pictures import encoded_pictures
+from gmarpp.run.pictures import Pictures
 from gmarpp.run.shards import Shard
-from gmarpp.visualize import MapStyle
 
 
 def stored_batch(explained: ExplainedBatch) -> Shard:
@@ -52,18 +49,15 @@ def _known(probability: Tensor) -> float | None:
     return None if probability.isnan() else float(probability)
 
 
-def bytes_per_image(
-    shard: Shard, image: Array, maps: dict[str, Array], signed_methods: Collection[str], style: MapStyle
-) -> int:
+def bytes_per_image(shard: Shard, pictures: Pictures, image: Array, maps: dict[str, Array]) -> int:
     """Return about how many bytes of disk an image like the first of a batch takes.
 
     Args:
         shard: the batch.
-        image: its first image, uint8 pixels, shape (H, W, 3).
+        pictures: draws those of the run.
+        image: the batch's first image, uint8 pixels, shape (H, W, 3).
         maps: by method, its map, shape (h, w); empty where no overlays are drawn.
-        signed_methods: names of the methods whose maps are signed.
-        style: how maps are drawn.
     """
-    pictures = sum(len(data) for _, data in encoded_pictures("", image, maps, signed_methods, style))
+    drawn = sum(len(data) for _, data in pictures.encoded("", shard.rows[0]["index"], image, maps))
     # While parts are merged, both they and the maps are there.
-    return pictures + 2 * sum(tensor.nbytes for tensor in shard.tensors.values()) // len(shard.rows)
+    return drawn + 2 * sum(tensor.nbytes for tensor in shard.tensors.values()) // len(shard.rows)

@@ -72,6 +72,11 @@ def batch_for_step(trainer: L.Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def logged_step(trainer: L.Trainer) -> int:
+    """Return the step at which the trainer logs what its module logs now; `global_step` counts otherwise."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def restore_place_in_epoch(trainer: L.Trainer) -> None:
     """Restore the loaders' places; Lightning does so when it sets up the data, before the checkpoint is read."""
     trainer.fit_loop._load_combined_loader_states()

@@ -91,10 +91,17 @@ def test_fits_as_without_it_and_draws(tmp_path):
         weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
     assert torch.equal(*weights)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert {"attribution/maps", "attribution/curves"} <= set(events.Tags()["images"])
-    assert len(events.Images("attribution/maps")) == 2
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
-    assert [event.step for event in events.Scalars("attribution/gmarpp_l1/insertion_auc")] == [1, 3]
+    pictures = {"attribution_maps/gmarpp_l1", "attribution_maps/rollout", "attribution/curves"}
+    assert pictures <= set(events.Tags()["images"])
+    logged = {name: events.Scalars(f"attribution/{name}/insertion_auc") for name in EXPLAINER.methods}
+    for method, scalars in logged.items():
+        steps = [event.step for event in scalars]
+        assert steps == [event.step for event in events.Images(f"attribution_maps/{method}")] == [1, 3]
+        # A run of its own, which gives the method's line its own color in the chart of the metric.
+        line = EventAccumulator(str(tmp_path / "run" / method)).Reload()
+        assert set(line.Tags()["scalars"]) == {f"attribution_by_metric/{metric}" for metric in EXPLAINER.metrics}
+        found = line.Scalars("attribution_by_metric/insertion_auc")
+        assert [(event.step, event.value) for event in found] == [(event.step, event.value) for event in scalars]
 
 
 @pytest.mark.parametrize(("signed_maps", "against"), [("diverging", True), ("positive", False)])
@@ -106,9 +113,9 @@ def test_relevance_against_the_class_is_drawn_in_blue_unless_its_positive_part_i
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     monitor = AttributionMonitor(explainer, images=3, signed_maps=signed_maps)
     trainer(tmp_path, monitor, logger=logger).validate(classifier(), Squares(), verbose=False)
-    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("attribution/maps")
+    (event,) = EventAccumulator(str(tmp_path / "run")).Reload().Images("attribution_maps/downwards")
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).astype(int)
-    # The row of the only method; the row of the images has colors of its own.
+    # The row of the maps; the row of the images has colors of its own.
     row = picture[3 * picture.shape[0] // 5 :]
     assert bool((row[..., 2] > row[..., 0] + 40).mean() > 0.01) is against
     assert (row[..., 0] > row[..., 2] + 40).mean() > 0.01

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from fake_run import METHODS, FakeExplaining, Squares, SquaresData, predict
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import gmarpp
 from gmarpp.callbacks import ExplanationWriter
+from gmarpp.data import ImageFolder, Preprocessing
 from gmarpp.run.reader import load_explanations
 
 
@@ -182,3 +184,35 @@ def test_data_loaders_alone_can_be_explained_but_not_resumed(tmp_path):
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         ExplanationWriter("out", **options)
+
+
+def test_overlays_lie_on_the_original_where_preprocessing_took_the_image_from(tmp_path):
+    (tmp_path / "photos").mkdir()
+    rng, shapes = np.random.default_rng(0), {"wide": (128, 240), "tall": (256, 128)}
+    pictures = {name: rng.integers(0, 256, (*shape, 3), np.uint8) for name, shape in shapes.items()}
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(tmp_path / "photos" / f"{name}.png")
+    preprocessing = Preprocessing((16, 16), (0, 0, 0), (1, 1, 1), crop_pct=0.5)
+    data = ImageFolder(str(tmp_path / "photos"), preprocessing=preprocessing, num_workers=0)
+    predict(tmp_path / "run", data, overlays="original")
+    explanations = load_explanations(tmp_path / "run")
+    for row in explanations.rows:
+        with Image.open(explanations.overlay_path(row["index"], "rollout")) as overlay:
+            drawn = np.asarray(overlay).astype(int)
+        before = pictures[row["path"].removesuffix(".png")]
+        assert drawn.shape == before.shape, "its own aspect and resolution"
+        changed = (drawn != before).any(axis=2)
+        # At crop_pct 0.5 the network sees the central square of half the short side.
+        height, width = before.shape[:2]
+        side = min(height, width) // 4
+        expected = np.zeros((height, width), dtype=bool)
+        expected[height // 2 - side : height // 2 + side, width // 2 - side : width // 2 + side] = True
+        assert not changed[~expected].any()
+        assert changed[expected].mean() > 0.9
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["writer"]["overlays"] == "original"
+
+
+def test_originals_of_a_foreign_data_set_are_not_guessed(tmp_path):
+    with pytest.raises(ValueError, match=r"write\.overlays original: expected .* got a Squares"):
+        predict(tmp_path / "run", SquaresData(), overlays="original")
+    assert not (tmp_path / "run").exists()

@@ -71,7 +71,7 @@ def test_configs_are_copied_once_and_never_overwritten(folder, capsys):
         assert (folder / "mine" / name).read_bytes() == (CONFIGS / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["fit", "validate", "predict", "sanity", "export"])
+@pytest.mark.parametrize("name", ["fit", "validate", "predict", "sanity", "export", "push"])
 def test_page_promises_options_that_there_are(name, capsys):
     options = {option.split()[0] for option in COMMANDS[name].options} - {"--data.NAME"}
     every = printed(capsys, name, "--help_all")

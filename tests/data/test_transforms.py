@@ -236,3 +236,19 @@ def test_both_ends_of_the_magnitudes_are_applied(magnitude):
     for seed in range(20):
         torch.manual_seed(seed)
         assert transform(pil_to_tensor(picture(1)))["image"].isfinite().all()
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("size", [(48, 48), (32, 64)])
+def test_the_region_of_an_input_is_where_its_pixels_come_from(size, crop_mode):
+    preprocessing = Preprocessing(size, (0, 0, 0), (1 / 255,) * 3, "bilinear", crop_pct=0.75, crop_mode=crop_mode)
+    # A picture whose pixels tell where they are: the centers of their columns and rows.
+    y, x = torch.meshgrid(torch.arange(150) + 0.5, torch.arange(250) + 0.5, indexing="ij")
+    seen = EvaluationTransform(preprocessing)(torch.stack([x, y, x]).round().byte())["image"]
+    x0, y0, x1, y1 = preprocessing.region(150, 250)
+    columns, rows = seen[0].mean(dim=0), seen[1].mean(dim=1)
+    step_x, step_y = (x1 - x0) / size[1], (y1 - y0) / size[0]
+    assert columns[[0, -1]].tolist() == pytest.approx([x0 + step_x / 2, x1 - step_x / 2], abs=0.8)
+    assert rows[[0, -1]].tolist() == pytest.approx([y0 + step_y / 2, y1 - step_y / 2], abs=0.8)
+    part = preprocessing.region(150, 250, (size[0] // 2, size[1] // 4))
+    assert part == pytest.approx((x0, y0, x0 + (x1 - x0) / 4, y0 + (y1 - y0) / 2))

@@ -65,18 +65,41 @@ addEventListener("load", () => {
   set(find(".opacity"), 80);
   seen.opacity = [find(".opacity + output").textContent, ...all("#gallery canvas").map(node => style(node).opacity)];
   find(".summary thead button").click();
-  seen.ordered = all("th[aria-sort]").map(header => [header.ariaSort, style(header).boxShadow !== "none"]);
-  const legend = find(".legend li");
+  seen.ordered = all("#summary th[aria-sort]").map(header => [header.ariaSort, style(header).boxShadow !== "none"]);
+  const legend = find(".legend button");
   legend.focus();
   seen.emphasis = all(".chart.dim .line.on").length;
   legend.blur();
   seen.emphasis -= all(".chart.dim").length;
+  const shown = () => all("#gallery .item").map(item => item.title);
+  all(".legend")[1].querySelector("button").click();
+  seen.curve = [find("#sort").value, find("#sort-method").value, shown()];
+  all(".hit")[0].dispatchEvent(new Event("click"));
+  seen.line = [find("#sort").value, find("#sort-method").value, shown()];
+  set(find("#class-method"), 1);
+  seen.classes = all("#classes tbody tr").map(row => [...row.children].map(cell => cell.textContent));
+  find("#classes tbody button").click();
+  seen.class = [find("#class").value, find("#status").textContent];
+  choose({ class: "", sort: "index" });
+  find("#direction").ariaPressed === "true" && find("#direction").click();
   const title = () => find("#detail header p").textContent.split(" · ")[1];
   const next = () => find("[aria-label='Next image']");
   find("#gallery .item").focus();
   find("#gallery .item").click();
   seen.opened = [find("#detail").open, title(), find("#detail .opacity").value, all("#detail canvas").length];
+  const tile = find("#detail .big figure:nth-child(3) .tile"), box = tile.getBoundingClientRect();
+  // The middle of the patch in the third of four rows and the second of six columns.
+  const at = { clientX: box.left + 1.5 * box.width / 6, clientY: box.top + 2.5 * box.height / 4, bubbles: true };
+  tile.dispatchEvent(new PointerEvent("pointermove", at));
+  const { left: across, top: down } = find(".patch").style;
+  seen.patch = [all("#detail figcaption output").map(node => node.textContent), across, down];
+  find("#detail").dispatchEvent(new PointerEvent("pointerleave"));
+  seen.left = [all(".patch").length, find("#detail figcaption output").textContent];
+  set(find("#detail .split"), 30);
+  const left = find("#detail img.left");
+  seen.split = [style(find("#detail canvas")).clipPath, style(left).clipPath, style(left).filter];
   press("ArrowRight");
+  seen.kept = style(find("#detail canvas")).clipPath;
   next().click();
   seen.moved = [title(), focused()];
   while (!next().disabled) press("ArrowRight");
@@ -250,7 +273,7 @@ def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded)
         status = f"1\u2013{len(indices)} of {len(indices)} images"
         return {"status": status, "paths": [paths[index] for index in indices], "paged": False}
 
-    assert seen["sections"] == ["Summary", "Curves", "Agreement", "Highlights", "Gallery", "Run"]
+    assert seen["sections"] == ["Summary", "Curves", "Agreement", "Classes", "Highlights", "Gallery", "Run"]
     assert seen["title"] == ["x on ImageFolder · explanations", "x on ImageFolder"]
     steps = ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert seen["axes"] == [[*steps, "0 %", "25 %", "50 %", "75 %", "100 %"]] * 2
@@ -269,11 +292,40 @@ def test_a_visitor_finds_what_the_page_promises(tmp_path, monkeypatch, embedded)
     assert set(seen["opacity"]) == {"80 %", "0.8"}
     assert seen["ordered"] == [["ascending", True]]
     assert seen["emphasis"] == 1
+    deletion = explanations.mean_curves()[1]
+    first = min(METHODS, key=lambda method: deletion[method].auc)
+    assert seen["curve"] == ["index", str(METHODS.index(first)), paths[:48]], "there is no deletion_auc to sort by"
+    by_area = explanations.values["gmarpp_l1"]["insertion_auc"].tolist()
+    assert seen["line"][:2] == ["metric:insertion_auc", "0"]
+    assert seen["line"][2] == [paths[index] for index in sorted(range(50), key=lambda index: -by_area[index])][:48]
+    assert seen["classes"] == classes_by_hand(rows, explanations.values["rollout"])
+    assert seen["class"] == ["3", "1\u201313 of 13 images"]
+    shades = np.rint(255 * normalize_map(explanations.map(0, "rollout")))[2, 1] / 255
+    other = np.rint(255 * normalize_map(explanations.map(0, "gmarpp_l1")))[2, 1] / 255
+    assert seen["patch"][0][:3] == ["row 3, column 2", f"{other:.2f}", f"{shades:.2f}"]
+    assert [float(edge.rstrip("%")) for edge in seen["patch"][1:]] == pytest.approx([100 / 6, 50], abs=0.01)
+    assert seen["left"] == [0, ""]
+    assert seen["split"] == ["inset(0px 0px 0px 30%)", "inset(0px 70% 0px 0px)", "none"]
+    assert seen["kept"] == "inset(0px 0px 0px 30%)"
     assert seen["opened"] == [True, "image 0", "80", len(METHODS)]
     assert seen["moved"] == ["image 2", "→"]
     assert seen["end"] == ["image 49", "Close"]
     assert seen["back"] == ["image 48", "←"]
     assert seen["closed"] == [False, "item"]
+
+
+def classes_by_hand(rows, values):
+    """Rows of the table of classes: the largest first, then by name."""
+    table = []
+    for target in {row["target"] for row in rows}:
+        members = [row for row in rows if row["target"] == target]
+        known = [row["label"] == row["predicted"] for row in members if row["label"] >= 0]
+        indices = [row["index"] for row in members]
+        means = [float(np.nanmean(values[metric][indices])) for metric in METRICS]
+        name = CLASS_NAMES[target].split(",")[0]
+        cells = [f"{mean:.3f}" for mean in means]
+        table.append((-len(members), name, f"{100 * sum(known) / len(known):.1f} %", cells))
+    return [[name, str(-count), correct, "50.0 %", *cells] for count, name, correct, cells in sorted(table)]
 
 
 # Draws the first signed map both ways and leaves what it saw in an element of the document.
