@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
 
 from gmarpp.cli.pages import COMMANDS, overview, page
+from gmarpp.postponed import postponed
 
 if TYPE_CHECKING:
     from gmarpp.cli.explain import ExplainCLI
@@ -51,6 +52,7 @@ def train_main(args: list[str] | None = None) -> "TrainCLI":
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
+    _import_torchmetrics()
     from gmarpp.cli import train
 
     return train.train_main(args)
@@ -62,6 +64,7 @@ def explain_main(args: list[str] | None = None) -> "ExplainCLI":
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
+    _import_torchmetrics()
     from gmarpp.cli import explain
 
     return explain.explain_main(args)
@@ -76,6 +79,7 @@ def _run_explanation(_: list[str], args: list[str] | None) -> None:
 
 
 def _run_sanity(options: list[str], _: list[str] | None) -> None:
+    _import_torchmetrics()
     from gmarpp.command import run_function
     from gmarpp.sanity import write_sanity_check
 
@@ -84,6 +88,7 @@ def _run_sanity(options: list[str], _: list[str] | None) -> None:
 
 
 def _run_export(options: list[str], _: list[str] | None) -> None:
+    _import_torchmetrics()
     from gmarpp.command import run_function
     from gmarpp.export import export
 
@@ -111,6 +116,12 @@ _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "export": _run_export,
     "configs": _run_configs,
 }
+
+
+def _import_torchmetrics() -> None:
+    """Import what Lightning imports anyway, without the packages that only its metrics of text and sound use."""
+    with postponed("scipy.signal", "transformers"):
+        import torchmetrics  # noqa: F401
 
 
 def _log_to_stderr() -> None:

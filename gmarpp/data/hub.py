@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.data.hub_rows import DAMAGED, HubRows, HubStream, class_number
+from gmarpp.data.hub_rows import HubRows, HubStream, class_number, damage
 from gmarpp.data.module import ImageDataModule, Labels, Split
 from gmarpp.data.names import readable_names
 from gmarpp.data.row_images import RowImages
@@ -121,9 +119,11 @@ class HubDataset(ImageDataModule):
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Return the names of the label column, as ids and for people."""
+        from datasets import ClassLabel
+
         data = self._load("val")
         feature = data.features[self.label_column]
-        if isinstance(feature, datasets.ClassLabel):
+        if isinstance(feature, ClassLabel):
             classes = list(feature.names)
         elif self.expected_classes is not None:
             classes = self.expected_classes
@@ -206,6 +206,8 @@ class HubDataset(ImageDataModule):
 
     def _load(self, split: Split) -> Any:
         """Load the dataset of a split, with images left encoded."""
+        import datasets
+
         options = {name: value for name, value in self.load_options.items() if value is not None}
         try:
             for file in map(Path, self.data_files.values()):
@@ -220,7 +222,7 @@ class HubDataset(ImageDataModule):
             return data.cast_column(self.image_column, datasets.Image(decode=False))
         except OSError as error:
             raise OSError(f"dataset {self._origin} cannot be loaded: {error}") from error
-        except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
+        except damage() as error:
             raise ValueError(
                 f"split {self.splits[split]!r} of {self._origin} cannot be loaded: {error.__cause__ or error}"
             ) from error
@@ -231,6 +233,9 @@ class HubDataset(ImageDataModule):
 
     def _images(self, data: Any) -> RowImages:
         """Return a reader of images that accepts only the data's own locations."""
+        import datasets
+        import huggingface_hub
+
         listed = data.info.builder_name == "imagefolder"
         local = Path(self.path).is_dir()
         roots = [self.path] if local else []

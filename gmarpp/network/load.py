@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.files import first_line
-from gmarpp.network.build import build_model
+from gmarpp.network.build import build_model, undrawn_weights
 from gmarpp.network.formats import read_weights
 from gmarpp.network.preprocessing import get_image_size, set_preprocessing
 from gmarpp.network.state_dict import at_most_parameters, load_exactly, require_same_layout, to_layout_of
@@ -46,7 +46,8 @@ def load_model(path: str | Path, architecture: str | None = None) -> nn.Module:
     weights = describe_weights(path, architecture)
     assert weights.architecture is not None
     assert weights.num_classes is not None
-    model = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
+    with undrawn_weights():
+        model = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
     set_preprocessing(model, weights.preprocessing)
     fill_model(model, weights)
     return model.eval()

@@ -92,9 +92,10 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     """
     require_same_layout(model, state, origin)
     model.load_state_dict(state)
+    parameters = {name for name, _ in model.named_parameters()}
     for name, value in model.state_dict().items():
         # A buffer may be a mask of infinite values.
-        if value.isnan().any() or (name in dict(model.named_parameters()) and value.isinf().any()):
+        if not (value.isfinite() if name in parameters else ~value.isnan()).all():
             raise ValueError(
                 f"{origin}: {name} holds values that are not finite numbers, so the network's output would not be any "
                 "either: the file is damaged, or training diverged; use an earlier checkpoint"

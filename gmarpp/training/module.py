@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import Self, override
 
 from gmarpp.files import first_line
+from gmarpp.network.build import undrawn_weights
 from gmarpp.network.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
 from gmarpp.network.load import complete, describe_weights, fill_model
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing
@@ -107,7 +108,8 @@ class ViTClassifier(L.LightningModule):
         # What the training started from stays on record, and is not needed any more.
         start = {"pretrained": chosen.pop("pretrained", False), "weights": chosen.pop("weights", None)}
         try:
-            module = cls(**arguments(chosen), pretrained=False)
+            with undrawn_weights():
+                module = cls(**arguments(chosen), pretrained=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{weights.origin} has options that this version of gmarpp does not know or accept: {first_line(error)}"

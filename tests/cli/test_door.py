@@ -119,3 +119,21 @@ def test_the_console_reads_its_own_command_line(monkeypatch, capsys):
         main()
     assert stop.value.code == 0
     assert "usage: gmarpp export" in capsys.readouterr().out
+
+
+def test_commands_start_without_packages_that_they_do_not_need():
+    code = """
+import contextlib, io, sys
+from gmarpp.cli import main
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main(["predict", "--help_all"])
+from gmarpp.cli import train
+slow = {"transformers", "scipy.signal", "scipy.stats", "datasets", "pandas", "pyarrow", "tensorboard", "sklearn"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+
+from torchmetrics.functional.text import bert
+import transformers, scipy.signal
+assert bert.AutoTokenizer.from_pretrained == transformers.AutoTokenizer.from_pretrained
+assert scipy.signal.convolve([1, 2], [3, 4]).tolist() == [3, 10, 8]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
