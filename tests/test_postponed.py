@@ -6,7 +6,7 @@ import pytest
 
 from gmarpp.postponed import postponed
 
-MODULE = '''
+MODULE = """
 from typing import Optional
 LOADED = True
 class Tool:
@@ -15,14 +15,14 @@ class Tool:
     @classmethod
     def made(cls): return cls(7)
 def twice(number): return 2 * number
-'''
-USER = '''
+"""
+USER = """
 import rarely.used
 from rarely.used import Tool, twice
 def hinted(tool: "Tool | None" = None, other: Tool | None = None) -> Tool: ...
 def make(): return Tool(3), Tool.made(), Tool.kind, twice(4), rarely.used.twice(5)
 def is_tool(value): return isinstance(value, Tool)
-'''
+"""
 
 
 @pytest.fixture

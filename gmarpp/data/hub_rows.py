@@ -13,13 +13,13 @@ from gmarpp.data.transforms import Transform
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """Return what `datasets` and its readers raise on damaged files, besides OSError."""
+    """Return what `datasets` and its readers raise on damaged files."""
     # Imported where they are needed, here and below: runs with other data need not wait for a second.
     import pyarrow as pa  # type: ignore[import-untyped]
     from datasets.exceptions import DatasetsError
 
     builtin = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
-    return (*builtin, pa.ArrowException, DatasetsError)
+    return (OSError, *builtin, pa.ArrowException, DatasetsError)
 
 
 def class_number(names: Mapping[str, int] | None, value: Any, row: str) -> int:
@@ -141,7 +141,7 @@ class HubStream(IterableDataset[Sample]):
                 index, row = next(rows)
             except StopIteration:
                 return
-            except (OSError, *damage()) as error:
+            except damage() as error:
                 raise ValueError(
                     f"split {self.split!r} of {self.origin} cannot be read any further: {error}"
                 ) from error

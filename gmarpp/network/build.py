@@ -35,7 +35,7 @@ class _Undrawn(TorchFunctionMode):
 
 @contextmanager
 def undrawn_weights() -> Iterator[None]:
-    """Have `build_model` draw no random weights, which takes seconds: for networks that are given all of theirs next."""
+    """Have `build_model` draw no random weights, which takes seconds: for networks that are given all theirs next."""
     before = _draws_weights.set(False)
     try:
         yield
