@@ -32,7 +32,18 @@ ARROWS = {
     "command": {"configuration", "processes", "callbacks", "training", "data"},
     "sanity": {"command", "training", "data", "attribution", "network", "metrics", *GROUND, "visualize", "figures"},
     "export": {"command", "network", "files"},
-    "cli": {"command", "configuration", "callbacks", "explainer", "training", "network", "sanity", "export", *GROUND},
+    "cli": {
+        "command",
+        "configuration",
+        "callbacks",
+        "run",
+        "explainer",
+        "training",
+        "network",
+        "sanity",
+        "export",
+        *GROUND,
+    },
 }
 LIGHTNING_FREE = ("network", "attribution", "perturbation", "metrics", *GROUND, "visualize", "figures")
 

@@ -96,6 +96,15 @@ def _run_export(options: list[str], _: list[str] | None) -> None:
     run_function(export, options, "gmarpp export")
 
 
+def _run_overlays(options: list[str], _: list[str] | None) -> None:
+    _import_torchmetrics()
+    from gmarpp.command import run_function
+    from gmarpp.run.overlays import write_overlays
+
+    _log_to_stderr()
+    run_function(write_overlays, options, "gmarpp overlays")
+
+
 def _run_configs(options: list[str], _: list[str] | None) -> None:
     from gmarpp.cli.configs import configs_main
 
@@ -112,6 +121,7 @@ _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "validate": _run_training,
     "test": _run_training,
     "predict": _run_explanation,
+    "overlays": _run_overlays,
     "sanity": _run_sanity,
     "export": _run_export,
     "configs": _run_configs,

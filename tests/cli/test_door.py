@@ -71,7 +71,7 @@ def test_configs_are_copied_once_and_never_overwritten(folder, capsys):
         assert (folder / "mine" / name).read_bytes() == (CONFIGS / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["fit", "validate", "predict", "sanity", "export"])
+@pytest.mark.parametrize("name", ["fit", "validate", "predict", "overlays", "sanity", "export"])
 def test_page_promises_options_that_there_are(name, capsys):
     options = {option.split()[0] for option in COMMANDS[name].options} - {"--data.NAME"}
     every = printed(capsys, name, "--help_all")
@@ -98,6 +98,8 @@ def test_unknown_command_ends_with_one_line(name, close, capsys):
         (["predict", "--data=Digits"], "--ckpt_path is missing", 1),
         (["sanity", "--ckpt_path=none.ckpt", "--data=Digits"], "none.ckpt", 1),
         (["export", "--ckpt_path=none.ckpt", "--output=a.txt"], "a.txt", 1),
+        (["overlays", "--run=none"], "none holds no explanations", 1),
+        (["overlays", "--run=none", "--colormap=pink"], "unknown colormap 'pink': choose from inferno", 1),
         (["configs", "one", "two"], "got one two", 2),
         (["configs", "--overwrite"], "got --overwrite", 2),
         (["configs", "file/below"], "file", 1),
