@@ -34,7 +34,7 @@ from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
 from gmarpp.data import Augmentation, TinyImageNet
 from gmarpp.training.hyperparameters import arguments
 from gmarpp.training.module import ViTClassifier
-from gmarpp.training.optim import parameter_groups, warmup_cosine_schedule
+from gmarpp.training.optim import adamw, parameter_groups, warmup_cosine_schedule
 from gmarpp.training.trainer import Trainer
 
 
@@ -62,7 +62,7 @@ def bare_loop(recipe: dict[str, Any], data: TinyImageNet, steps: int, device: to
     module, clip = classifier(recipe), recipe["trainer"]["gradient_clip_val"]
     options, model = module.optimization, module.model.train().to(device)
     groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=options.betas)
+    optimizer = adamw(groups, options.betas)
     schedule = warmup_cosine_schedule(optimizer, steps, int(steps * options.warmup))
     bfloat16 = recipe["trainer"]["precision"] == "bf16-mixed"
     ends = []

@@ -7,13 +7,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gmarpp"
 
 # What a room may import, from the ground up. Nothing runs back, and there are no other arrows between siblings.
-GROUND = {"colormaps", "entry_points", "files", "labels", "maps", "options", "processes"}
+GROUND = {"colormaps", "entry_points", "files", "labels", "maps", "options", "postponed", "processes"}
 ARROWS = {
     "entry_points": set(),
     "files": set(),
     "labels": set(),
     "maps": set(),
     "options": set(),
+    "postponed": set(),
     "processes": set(),
     "colormaps": {"maps"},
     "visualize": {"colormaps", "maps"},
@@ -61,6 +62,7 @@ ARROWS = {
         "command",
         "configuration",
         "callbacks",
+        "run",
         "explainer",
         "training",
         "network",

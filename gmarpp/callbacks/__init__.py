@@ -1,6 +1,7 @@
-"""Lightning callbacks that explain a network, describe it, average its weights, find its learning rate and stop it."""
+"""Lightning callbacks that explain a network, describe it, average its weights, find its rate or batch, and stop it."""
 
 from gmarpp.callbacks.averaging import AveragedWeights
+from gmarpp.callbacks.batch_size import LargestBatchFinder
 from gmarpp.callbacks.learning_rate import PeakLearningRateFinder
 from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.monitor import AttributionMonitor
@@ -12,6 +13,7 @@ __all__ = [
     "AttributionMonitor",
     "AveragedWeights",
     "ExplanationWriter",
+    "LargestBatchFinder",
     "ModelCardCheckpoint",
     "PeakLearningRateFinder",
     "ProgressLines",

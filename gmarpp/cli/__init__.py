@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gmarpp.cli.pages import COMMANDS, overview, page
+from gmarpp.postponed import postponed
 
 if TYPE_CHECKING:
     from gmarpp.cli.explain import EvaluationCLI, ExplainCLI
@@ -53,6 +54,7 @@ def train_main(args: list[str] | None = None) -> "TrainCLI":
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
+    _import_torchmetrics()
     from gmarpp.cli import train
 
     return train.train_main(args)
@@ -68,6 +70,7 @@ def explain_main(args: list[str] | None = None) -> "ExplainCLI | EvaluationCLI |
     if arguments[:1] == ["sanity"]:
         _run_sanity(arguments[1:], args)
         return None
+    _import_torchmetrics()
     from gmarpp.cli import explain
 
     evaluates = arguments[:1] in (["validate"], ["test"])
@@ -98,6 +101,7 @@ def _run_explanation(_: list[str], args: list[str] | None) -> None:
 
 
 def _run_sanity(options: list[str], _: list[str] | None) -> None:
+    _import_torchmetrics()
     from gmarpp.command import run_function
     from gmarpp.sanity import write_sanity_check
 
@@ -106,6 +110,7 @@ def _run_sanity(options: list[str], _: list[str] | None) -> None:
 
 
 def _run_export(options: list[str], _: list[str] | None) -> None:
+    _import_torchmetrics()
     from gmarpp.command import run_function
     from gmarpp.export import export
 
@@ -118,6 +123,15 @@ def _run_push(options: list[str], _: list[str] | None) -> None:
 
     _log_to_stderr()
     push_main(options)
+
+
+def _run_overlays(options: list[str], _: list[str] | None) -> None:
+    _import_torchmetrics()
+    from gmarpp.command import run_function
+    from gmarpp.run.overlays import write_overlays
+
+    _log_to_stderr()
+    run_function(write_overlays, options, "gmarpp overlays")
 
 
 def _run_configs(options: list[str], _: list[str] | None) -> None:
@@ -136,11 +150,18 @@ _RUN: dict[str, Callable[[list[str], list[str] | None], None]] = {
     "validate": _run_evaluation,
     "test": _run_evaluation,
     "predict": _run_explanation,
+    "overlays": _run_overlays,
     "sanity": _run_sanity,
     "export": _run_export,
     "push": _run_push,
     "configs": _run_configs,
 }
+
+
+def _import_torchmetrics() -> None:
+    """Import what Lightning imports anyway, without the packages that only its metrics of text and sound use."""
+    with postponed("scipy.signal", "transformers"):
+        import torchmetrics  # noqa: F401
 
 
 def _log_to_stderr() -> None:

@@ -97,6 +97,17 @@ COMMANDS = {
         },
         example="gmarpp predict --ckpt_path best.ckpt --data ImageFolder --data.root photos --output results/photos",
     ),
+    "overlays": Command(
+        summary="draw the overlays of a run of predict, in colors of your choice",
+        usage="--run DIR [options]",
+        options={
+            "--run DIR": "what was --output of a complete run",
+            "--colormap NAME": "inferno, magma, plasma, viridis, cividis, turbo, or jet (inferno)",
+            "--opacity SHARE": "share of the map's colors, 0 to 1 (0.5)",
+            "--signed_maps NAME": "diverging, or positive, only what is for the class (diverging)",
+        },
+        example="gmarpp overlays --run results/photos --colormap viridis",
+    ),
     "sanity": Command(
         summary="check that maps depend on what the network has learned",
         usage="--ckpt_path FILE --data CLASS [options]",

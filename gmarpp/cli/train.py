@@ -88,6 +88,7 @@ class TrainCLI(CommandLine):
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
                 "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_weights_only": True,
                 "last_checkpoint.filename": "last",
                 "last_checkpoint.save_on_exception": True,
                 "last_checkpoint.enable_version_counter": False,

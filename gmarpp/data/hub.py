@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.data.hub_rows import DAMAGED, HubRows, HubStream, class_number
+from gmarpp.data.hub_rows import HubRows, HubStream, class_number, damage
 from gmarpp.data.module import ImageDataModule, Split
 from gmarpp.data.names import readable_names
 from gmarpp.data.numbering import Labels
@@ -125,9 +123,11 @@ class HubDataset(ImageDataModule):
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Return the names of the label column, as ids and for people."""
+        from datasets import ClassLabel
+
         data = self._load("val")
         feature = data.features[self.label_column]
-        if isinstance(feature, datasets.ClassLabel):
+        if isinstance(feature, ClassLabel):
             classes = list(feature.names)
         elif self.expected_classes is not None:
             classes = self.expected_classes
@@ -211,6 +211,8 @@ class HubDataset(ImageDataModule):
 
     def _load(self, split: Split) -> Any:
         """Load the dataset of a split, with images left encoded."""
+        import datasets
+
         options = {name: value for name, value in self.load_options.items() if value is not None}
         try:
             for file in map(Path, self.data_files.values()):
@@ -225,13 +227,15 @@ class HubDataset(ImageDataModule):
             return data.cast_column(self.image_column, datasets.Image(decode=False))
         except OSError as error:
             raise OSError(f"dataset {self._origin} cannot be loaded: {error}") from error
-        except (*DAMAGED, datasets.exceptions.DatasetsError) as error:
+        except damage() as error:
             raise ValueError(
                 f"split {self.splits[split]!r} of {self._origin} cannot be loaded: {error.__cause__ or error}"
             ) from error
 
     def _open_split(self, asked: str, options: dict[str, Any]) -> Any:
         """Return a split by its name, or by another usual one of it (`valid`, `validation`)."""
+        import datasets
+
         if (Path(self.path) / "dataset_dict.json").is_file() or (Path(self.path) / "state.json").is_file():
             return self._saved_split(asked)
         names = split_names(asked)
@@ -245,6 +249,8 @@ class HubDataset(ImageDataModule):
 
     def _saved_split(self, asked: str) -> Any:
         """Return a split of what `save_to_disk` of `datasets` has written."""
+        import datasets
+
         saved = datasets.load_from_disk(self.path)
         splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
         name = next((name for name in split_names(asked) if name in splits), None)
@@ -258,6 +264,9 @@ class HubDataset(ImageDataModule):
 
     def _images(self, data: Any) -> RowImages:
         """Return a reader of images that accepts only the data's own locations."""
+        import datasets
+        import huggingface_hub
+
         listed = data.info.builder_name == "imagefolder"
         local = Path(self.path).is_dir()
         roots = [self.path] if local else []

@@ -5,9 +5,6 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
-import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gmarpp.data.dataset import Record, Sample, drawing_from
@@ -17,11 +14,15 @@ from gmarpp.data.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
-# `datasets` and its readers raise these on damaged files, besides OSError and their own errors.
-DAMAGED = (
-    *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError),
-    pa.ArrowException,
-)
+
+def damage() -> tuple[type[Exception], ...]:
+    """Return what `datasets` and its readers raise on damaged files."""
+    # Imported where they are needed, here and below: runs with other data need not wait for a second.
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetsError
+
+    builtin = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
+    return (OSError, *builtin, pa.ArrowException, DatasetsError)
 
 
 def class_number(names: Mapping[str, int] | None, value: Any, row: str) -> int:
@@ -129,6 +130,8 @@ class HubStream(IterableDataset[Sample]):
             seed = hash((self.seed, epoch, turn)) & 0xFFFFFFFF
             stream = self.stream.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
             if self.world_size > 1:
+                from datasets.distributed import split_dataset_by_node
+
                 stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
             found = False
             for sample in self._samples(((k * shares + share, row) for k, row in enumerate(stream)), seed):
@@ -144,7 +147,7 @@ class HubStream(IterableDataset[Sample]):
                 index, row = next(rows)
             except StopIteration:
                 return
-            except (OSError, *DAMAGED, datasets.exceptions.DatasetsError) as error:
+            except damage() as error:
                 raise ValueError(
                     f"split {self.split!r} of {self.origin} cannot be read any further: {error}"
                 ) from error

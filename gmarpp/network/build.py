@@ -1,19 +1,46 @@
 """Building timm networks with random weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import timm
 from timm.layers import LayerNorm
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gmarpp.files import first_line
 from gmarpp.network.preprocessing import _pair, set_preprocessing
 
 # Timm's own options of create_model that read files, or the network, in place of building a model.
 FACTORY_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+_draws_weights = ContextVar("draws_weights", default=True)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves memory as it is where random weights would be drawn into it."""
+
+    _DRAWS = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func in self._DRAWS or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)
+
+
+@contextmanager
+def undrawn_weights() -> Iterator[None]:
+    """Have `build_model` draw no random weights, which takes seconds: for networks that are given all theirs next."""
+    before = _draws_weights.set(False)
+    try:
+        yield
+    finally:
+        _draws_weights.reset(before)
 
 
 def require_known(architecture: str) -> None:
@@ -63,9 +90,10 @@ def build_model(
         options["norm_layer"] = partial(LayerNorm, eps=epsilon)
     size = None if image_size is None else _pair(image_size)
     try:
-        model = timm.create_model(
-            architecture, num_classes=num_classes, img_size=size, drop_path_rate=drop_path or None, **options
-        )
+        with nullcontext() if _draws_weights.get() else _Undrawn():
+            model = timm.create_model(
+                architecture, num_classes=num_classes, img_size=size, drop_path_rate=drop_path or None, **options
+            )
         set_preprocessing(model, {})
     except Exception as error:  # of whatever kind: it depends on the option and on the network
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.files import first_line
-from gmarpp.network.build import build_model
+from gmarpp.network.build import build_model, undrawn_weights
 from gmarpp.network.formats import read_weights
 from gmarpp.network.prefix import part_of_network
 from gmarpp.network.preprocessing import get_image_size, set_preprocessing
@@ -59,7 +59,8 @@ def build_network(weights: Weights) -> nn.Module:
         return build_classifier(weights)
     assert weights.architecture is not None
     assert weights.num_classes is not None
-    model = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
+    with undrawn_weights():
+        model = build_model(weights.architecture, weights.num_classes, weights.image_size, weights.model_args)
     set_preprocessing(model, weights.preprocessing)
     fill_model(model, weights)
     return model.eval()

@@ -106,10 +106,10 @@ def require_finite(model: nn.Module, origin: str) -> None:
     Raises:
         ValueError: naming the weight that is not, and its file.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name for name, _ in model.named_parameters()}
     for name, value in model.state_dict().items():
         # A buffer may be a mask of infinite values.
-        if value.isnan().any() or (name in parameters and value.isinf().any()):
+        if not (value.isfinite() if name in parameters else ~value.isnan()).all():
             raise ValueError(
                 f"{origin}: {name} holds values that are not finite numbers, so the network's output would not be any "
                 "either: the file is damaged, or training diverged; use an earlier checkpoint"

@@ -196,12 +196,7 @@ class StoredRun:
             FileNotFoundError: if its picture is missing.
             ValueError: if its picture is damaged; the message names it.
         """
-        path = require_file(self.image_path(index), self.folder)
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow raises many kinds for damaged files.
-            raise damaged_file(path, str(error)) from error
+        return read_picture(self.image_path(index), self.folder)
 
     def image_path(self, index: int) -> Path:
         """Return the path of the image as the network saw it, with its normalization undone (JPEG)."""
@@ -219,6 +214,25 @@ class StoredRun:
     @cached_property
     def _row_of(self) -> dict[int, dict[str, Any]]:
         return {row["index"]: row for row in self.rows}
+
+
+def read_picture(path: Path, folder: Path) -> np.ndarray[Any, Any]:
+    """Return the pixels of a picture, uint8 (H, W, 3).
+
+    Args:
+        path: of the picture.
+        folder: of the run.
+
+    Raises:
+        FileNotFoundError: the picture is missing.
+        ValueError: it is damaged, or no ordinary file of the run; the message names it.
+    """
+    require_file(path, folder)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for damaged files.
+        raise damaged_file(path, str(error)) from error
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import Self, override
 
 from gmarpp.files import first_line
+from gmarpp.network.build import undrawn_weights
 from gmarpp.network.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
 from gmarpp.network.load import complete, describe_weights, fill_model
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing
@@ -21,17 +21,18 @@ from gmarpp.network.weights import Weights
 from gmarpp.training.checkpoint_io import require_no_code
 from gmarpp.training.class_weights import class_weights as weights_of
 from gmarpp.training.classes import ClassList
-from gmarpp.training.divergence import require_finite
 from gmarpp.training.evaluation import counted_images
 from gmarpp.training.execution import Execution, require_whole_network
 from gmarpp.training.hyperparameters import GROUPS, arguments, classifier_options, plain, resolve_options
 from gmarpp.training.lightning_private import attached_trainer, restore_place_in_epoch
 from gmarpp.training.mixing import Mixing
-from gmarpp.training.optim import Optimization, parameter_groups, warmup_cosine_schedule
+from gmarpp.training.optim import Optimization, adamw, parameter_groups, warmup_cosine_schedule
 from gmarpp.training.run_size import scaled_lr, total_steps
 from gmarpp.training.seeding import seed_step
 from gmarpp.training.start import StartWeights, build_start, start_architecture, train_head_only
+from gmarpp.training.step_loss import StepLoss
 from gmarpp.training.task import known_task
+from gmarpp.training.weights_alone import average_weights_alone, require_whole_run
 
 DEFAULT_OPTIMIZER, DEFAULT_MIXING, DEFAULT_EXECUTION = Optimization(), Mixing(), Execution()
 
@@ -95,6 +96,7 @@ class ViTClassifier(L.LightningModule):
         self.checkpoint_path: str | None = None
         self.checkpoint_sha256: str | None = None
         self.stops_at_divergence = True
+        self._step_loss: StepLoss | None = None
         self._seed = 0
         self.configure_network()
         self.mix = mixing.mixer(self.hparams["num_classes"])
@@ -115,7 +117,8 @@ class ViTClassifier(L.LightningModule):
         # What the training started from stays on record, and is not needed any more.
         start = {"pretrained": chosen.pop("pretrained", False), "weights": chosen.pop("weights", None)}
         try:
-            module = cls(**arguments(chosen), pretrained=False)
+            with undrawn_weights():
+                module = cls(**arguments(chosen), pretrained=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{weights.origin} has options that this version of gmarpp does not know or accept: {first_line(error)}"
@@ -143,7 +146,8 @@ class ViTClassifier(L.LightningModule):
             train_head_only(self.model)
         if self.execution.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self._start = StartWeights(architecture, path) if options["pretrained"] or path else None
+        begins = options["pretrained"] or path is not None
+        self._start = StartWeights(architecture, source) if begins else None
 
     def configure_metrics(self) -> None:
         """Set up the metrics of validation and test."""
@@ -157,7 +161,7 @@ class ViTClassifier(L.LightningModule):
         options, steps = self.optimization, total_steps(self.trainer)
         lr = scaled_lr(self.trainer, options.lr, options.lr_batch_size)
         groups = parameter_groups(self.model, lr, options.weight_decay, options.layer_decay)
-        optimizer = AdamW(groups, lr=lr, betas=options.betas)
+        optimizer = adamw(groups, options.betas)
         schedule = warmup_cosine_schedule(optimizer, steps, int(steps * options.warmup), options.min_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -229,7 +233,6 @@ class ViTClassifier(L.LightningModule):
         """Return the task's loss of one batch, mixed if so configured.
 
         Raises:
-            FloatingPointError: the loss is not finite, unless `stops_at_divergence` is off.
             ValueError: mixup or cutmix got an odd number of images, or the labels are another task's.
         """
         images, smoothing = batch["image"], self.mixing.label_smoothing
@@ -237,11 +240,14 @@ class ViTClassifier(L.LightningModule):
         if self.mix is not None:
             (images, target), smoothing = self.mix(images, target), 0.0
         loss = self.task.loss(self(images).float(), target, smoothing, self.class_weights)
-        if self.stops_at_divergence:
-            require_finite(loss.detach(), batch, self.trainer)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        self._step_loss = StepLoss(loss.detach(), batch, self.trainer)
         return loss
+
+    def on_after_backward(self) -> None:
+        """Log the step, or raise FloatingPointError where its loss is not finite and `stops_at_divergence` is on."""
+        if self._step_loss is not None:
+            self._step_loss.log(self, self.stops_at_divergence)
+            self._step_loss = None
 
     def on_validation_start(self) -> None:
         """Load the start weights if evaluation is the first thing that happens."""
@@ -269,12 +275,14 @@ class ViTClassifier(L.LightningModule):
         """Store the classes, so that outputs can name them without the data, and the seed of the steps."""
         checkpoint["classes"], checkpoint["class_names"] = list(self.classes), list(self.class_names)
         checkpoint["seed"] = self._seed
+        average_weights_alone(checkpoint, attached_trainer(self), self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take classes and seed from the checkpoint, or compare the data's classes with them."""
         known, trained = ClassList.of(self.model), ClassList.of_checkpoint(checkpoint)
+        trainer = attached_trainer(self)
+        require_whole_run(checkpoint, trainer)
         if known and trained:
-            trainer = attached_trainer(self)
             path = "" if trainer is None else trainer.ckpt_path
             known.require_same(trained, f"the checkpoint {path or ''} was trained on", self._data_name())
         if trained:

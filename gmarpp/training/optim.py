@@ -1,13 +1,13 @@
 """AdamW with layer-wise learning rates, and the warm-up and cosine that they follow."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from timm.optim import param_groups_layer_decay
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gmarpp.options import Range, require_ranges
@@ -68,16 +68,43 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, layer_dec
         layer_decay: factor per layer, in (0, 1]; 1 gives every layer the same rate.
 
     Returns:
-        Groups with `params`, `lr` and `weight_decay`; nothing else has to be applied to them later.
+        Groups with `params`, `lr` and `weight_decay`, no two of them with the same values of both; nothing else has to
+        be applied to them later.
     """
     exclusions: Collection[str] = getattr(model, "no_weight_decay", tuple)()
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for part in param_groups_layer_decay(
         model, weight_decay=weight_decay, no_weight_decay_list=exclusions, layer_decay=layer_decay
-    )
-    for group in groups:
+    ):
         # Torch's schedulers know nothing of timm's lr_scale: unless it is folded in here every layer gets the same rate
-        group["lr"] = lr * group.pop("lr_scale")
-    return groups
+        options = lr * part["lr_scale"], part["weight_decay"]
+        group = groups.setdefault(options, {"params": [], "lr": options[0], "weight_decay": options[1]})
+        group["params"] += part["params"]
+    return list(groups.values())
+
+
+def adamw(groups: Sequence[dict[str, Any]], betas: tuple[float, float]) -> AdamW:
+    """Return AdamW, which takes a step in one kernel per group where all parameters are on a GPU.
+
+    Args:
+        groups: from `parameter_groups`.
+        betas: moment decays.
+    """
+    fused = _on_gpu(groups)
+    optimizer = AdamW(groups, betas=betas, fused=fused or None)
+    # By this mark torch leaves it to fused optimizers to unscale gradients, and Lightning refuses to clip them.
+    optimizer._step_supports_amp_scaling = False
+
+    def keep_kernel(_: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        # It is the machine's, not the run's, which may have begun on another one.
+        return {**state, "param_groups": [{**group, "fused": fused or None} for group in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_kernel)
+    return optimizer
+
+
+def _on_gpu(groups: Sequence[Mapping[str, Any]]) -> bool:
+    return all(parameter.is_cuda and parameter.is_floating_point() for group in groups for parameter in group["params"])
 
 
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.0) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from gmarpp.network.build import build_model
-from gmarpp.network.formats import read_weights
 from gmarpp.network.load import load_pretrained, load_weights
 from gmarpp.network.preprocessing import set_preprocessing
 from gmarpp.network.weights import Weights
@@ -75,11 +74,11 @@ class StartWeights:
 
     Args:
         architecture: timm's name of the network, whose weights are on the Hugging Face Hub.
-        path: a local file in place of them.
+        source: what was read of a local file in place of them, or `Weights({})`.
     """
 
     architecture: str
-    path: str | None = None
+    source: Weights
 
     def load_into(self, model: nn.Module, classes: Sequence[str], needs_head: bool) -> None:
         """Load the weights, and the head where it is for the same classes.
@@ -91,16 +90,16 @@ class StartWeights:
 
         Raises:
             ConnectionError: the Hub cannot be reached.
-            FileNotFoundError: there is no such file.
             ValueError: the weights do not fit.
         """
-        if self.path is None:
+        if self.source.path is None:
             has_head = load_pretrained(model, self.architecture)
         else:
-            has_head = load_weights(model, read_weights(self.path), classes)
+            has_head = load_weights(model, self.source, classes)
         if needs_head and not has_head:
             network: Any = model
+            origin = self.source.path or self.architecture
             raise ValueError(
-                f"{self.path or self.architecture} has no head for the data's {network.num_classes} classes: nothing "
+                f"{origin} has no head for the data's {network.num_classes} classes: nothing "
                 "can be evaluated with it; give a trained network with --ckpt_path"
             )

@@ -72,3 +72,14 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert equal(whole.state_dict(), resumed.state_dict())
     for one, other in zip(saved(tmp_path / "whole"), saved(tmp_path / "resumed"), strict=True):
         assert equal(one, other)
+
+
+def test_weights_alone_are_the_average(tmp_path):
+    watch = Watch()
+    fit(tmp_path, watch, every_n_train_steps=5)
+    alone = fit(tmp_path / "alone", watch, every_n_train_steps=5, save_weights_only=True)
+    average, _ = saved(tmp_path)
+    content = torch.load(tmp_path / "alone/last.ckpt", weights_only=True)
+    assert not {"optimizer_states", "callbacks", "current_model_state", "averaging_state"} & content.keys()
+    assert equal(average, content["state_dict"])
+    assert equal(alone.state_dict(), content["state_dict"])

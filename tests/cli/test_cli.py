@@ -83,6 +83,19 @@ def test_fit_logs_and_keeps_best_and_last(folder):
     assert train_main(["fit", "--config", "logs/version_0/config.yaml"]).trainer.global_step == 6
 
 
+def test_best_holds_weights_alone(folder, capsys):
+    run = train_main([*FIT, "--trainer.logger=false"])
+    best, last = (folder / f"logs/checkpoints/{name}.ckpt" for name in ("best", "last"))
+    assert best.stat().st_size < last.stat().st_size / 2
+    assert "optimizer_states" not in torch.load(best, weights_only=True)
+    known = {name: float(value) for name, value in run.trainer.callback_metrics.items() if name.startswith("val/")}
+    again = train_main(["validate", "--data=Squares", *QUIET, f"--ckpt_path={best}"]).trainer.callback_metrics
+    assert again["val/accuracy"] == known["val/accuracy"]
+    message = failure(train_main, [*FIT, "--trainer.logger=false", f"--ckpt_path={best}"], capsys)
+    assert f"{best} holds weights alone" in message
+    assert f"--model.weights {best}" in message
+
+
 def test_resume_continues_and_takes_the_models_options_from_the_checkpoint(checkpoint, recwarn):
     run = train_main([*FIT, "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint), "--model.optimizer.lr=0.5"])
     assert run.trainer.global_step == 9

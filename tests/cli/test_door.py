@@ -71,7 +71,7 @@ def test_configs_are_copied_once_and_never_overwritten(folder, capsys):
         assert (folder / "mine" / name).read_bytes() == (CONFIGS / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["fit", "validate", "predict", "sanity", "export", "push"])
+@pytest.mark.parametrize("name", ["fit", "validate", "predict", "overlays", "sanity", "export", "push"])
 def test_page_promises_options_that_there_are(name, capsys):
     options = {option.split()[0] for option in COMMANDS[name].options} - {"--data.NAME"}
     every = printed(capsys, name, "--help_all")
@@ -98,6 +98,8 @@ def test_unknown_command_ends_with_one_line(name, close, capsys):
         (["predict", "--data=Digits"], "--ckpt_path is missing", 1),
         (["sanity", "--ckpt_path=none.ckpt", "--data=Digits"], "none.ckpt", 1),
         (["export", "--ckpt_path=none.ckpt", "--output=a.txt"], "a.txt", 1),
+        (["overlays", "--run=none"], "none holds no explanations", 1),
+        (["overlays", "--run=none", "--colormap=pink"], "unknown colormap 'pink': choose from inferno", 1),
         (["configs", "one", "two"], "got one two", 2),
         (["configs", "--overwrite"], "got --overwrite", 2),
         (["configs", "file/below"], "file", 1),
@@ -119,3 +121,21 @@ def test_the_console_reads_its_own_command_line(monkeypatch, capsys):
         main()
     assert stop.value.code == 0
     assert "usage: gmarpp export" in capsys.readouterr().out
+
+
+def test_commands_start_without_packages_that_they_do_not_need():
+    code = """
+import contextlib, io, sys
+from gmarpp.cli import main
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main(["predict", "--help_all"])
+from gmarpp.cli import train
+slow = {"transformers", "scipy.signal", "scipy.stats", "datasets", "pandas", "pyarrow", "tensorboard", "sklearn"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+
+from torchmetrics.functional.text import bert
+import transformers, scipy.signal
+assert bert.AutoTokenizer.from_pretrained == transformers.AutoTokenizer.from_pretrained
+assert scipy.signal.convolve([1, 2], [3, 4]).tolist() == [3, 10, 8]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -79,6 +79,16 @@ def test_resuming_reads_the_options_and_then_the_state(files, built, tmp_path, m
     assert (len(opens), len(built)) == (2, 1)
 
 
+def test_training_reads_its_start_weights_once(files, built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    start = [f"--model.weights={files / 'full.safetensors'}", "--model.architecture=test_vit", "--model.num_classes=3"]
+    depth = ["--model.model_args={depth: 2}", "--model.image_size=32", "--trainer.enable_checkpointing=false"]
+    with opens_of(files / "full.safetensors") as opens:
+        train_main(["fit", "--data=Squares", *QUIET, "--trainer.max_steps=1", *start, *depth])
+    assert (len(opens), len(built)) == (1, 1)
+
+
 def test_loading_from_a_checkpoint_by_lightnings_name(files, built):
     with opens_of(files / "x.ckpt") as opens:
         loaded = ViTClassifier.load_from_checkpoint(files / "x.ckpt")

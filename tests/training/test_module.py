@@ -240,6 +240,21 @@ def test_loss_that_is_not_finite_names_step_files_and_remedy(tmp_path):
         trainer(tmp_path).fit(classifier(), Broken())
 
 
+def test_loss_that_is_not_finite_leaves_the_weights_of_the_step_before(tmp_path):
+    class Broken(OrderedSquares):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            loader.dataset.images[13] = float("nan")
+            return loader
+
+    diverged, stopped = classifier(), classifier()
+    stopped.load_state_dict(diverged.state_dict())
+    with pytest.raises(FloatingPointError, match="not finite at step 1"):
+        trainer(tmp_path).fit(diverged, Broken())
+    trainer(tmp_path, max_epochs=-1, max_steps=1).fit(stopped, Broken())
+    assert all(torch.equal(value, stopped.state_dict()[name]) for name, value in diverged.state_dict().items())
+
+
 def test_endless_run_has_no_schedule(tmp_path):
     with pytest.raises(ValueError, match=r"set --trainer\.max_epochs or --trainer\.max_steps"):
         trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(classifier(), Squares())

@@ -1,11 +1,17 @@
 import math
 
+import lightning as L
 import pytest
 import timm
 import torch
+from quiet_trainer import quiet_trainer
+from squares import OrderedSquares
+from timm.optim import param_groups_layer_decay
 from torch.optim import AdamW
 
-from gmarpp.training.optim import parameter_groups, warmup_cosine, warmup_cosine_schedule
+from gmarpp.training import optim
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.optim import Optimization, adamw, parameter_groups, warmup_cosine, warmup_cosine_schedule
 
 DEPTH = 3
 
@@ -100,3 +106,61 @@ def test_schedule_state_restores_the_rate():
         each.optimizer.step()
         each.step()
     assert resumed.get_last_lr() == schedule.get_last_lr() == [pytest.approx(0.5 * (1 + math.cos(math.pi * 4 / 8)))]
+
+
+def test_layers_of_one_rate_share_a_group_and_learn_as_before(model):
+    groups = parameter_groups(model, 0.01, 0.05, layer_decay=1.0)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.01, 0), (0.01, 0.05)]
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    apart = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=1.0)
+    assert len(apart) > len(groups)
+    learned = []
+    for optimizer in (adamw(groups, (0.9, 0.999)), AdamW([{**group, "lr": 0.01} for group in apart])):
+        model.load_state_dict(start)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+        learned.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+def fit(folder, resume=None, **options):
+    torch.manual_seed(0)
+    constant = Optimization(1e-2, warmup=0, min_lr_ratio=1)
+    network = ViTClassifier("test_vit", 3, 32, pretrained=False, model_args={"depth": 2}, optimizer=constant)
+    losses = Losses()
+    run = quiet_trainer(folder, callbacks=[losses], enable_checkpointing=False, limit_val_batches=0, **options)
+    run.fit(network, OrderedSquares(), ckpt_path=resume)
+    return losses.values, run
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed", "gradient_clip_val": 0.1}])
+def test_one_kernel_per_group_learns_the_same_and_clips(tmp_path, monkeypatch, options):
+    """As on a GPU; a CPU has the kernel, too."""
+    losses, _ = fit(tmp_path, max_epochs=2, **options)
+    monkeypatch.setattr(optim, "_on_gpu", lambda groups: True)
+    fused, run = fit(tmp_path, max_epochs=2, **options)
+    assert {group["fused"] for group in run.optimizers[0].param_groups} == {True}
+    assert fused == pytest.approx(losses, rel=1e-2 if options else 1e-5)
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_resumed_run_takes_the_kernel_of_its_own_machine(tmp_path, monkeypatch, first):
+    whole, _ = fit(tmp_path, max_epochs=2)
+    monkeypatch.setattr(optim, "_on_gpu", lambda groups: first)
+    _, run = fit(tmp_path, max_epochs=1)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    monkeypatch.setattr(optim, "_on_gpu", lambda groups: not first)
+    resumed, run = fit(tmp_path, resume=tmp_path / "run.ckpt", max_epochs=2)
+    assert {group["fused"] for group in run.optimizers[0].param_groups} == {None if first else True}
+    assert resumed == pytest.approx(whole[3:], rel=1e-5)
