@@ -53,8 +53,8 @@ def main(folder: Path, train: int = 1600, val: int = 200, options: list[str] = M
     task = ["--model.task=multilabel", "--model.num_classes=10", "--data.augmentation.horizontal_flip=0"]
     scale = ["--data.augmentation.scale=[0.8,1.0]", "--trainer.max_epochs=3", "--trainer.gradient_clip_val=1.0"]
     train_main(["fit", *data, *quiet, *task, *scale, *options])
-    metrics = "--explain.metrics=[pointing_game,energy_inside,insertion_auc,deletion_auc]"
-    explained = ["--explain.target=label", f"--explain.methods=[{','.join(METHODS)}]", metrics, "--explain.steps=14"]
+    metrics = "--explain.metrics=[pointing_game,energy_inside]"
+    explained = ["--explain.target=label", f"--explain.methods=[{','.join(METHODS)}]", metrics]
     best, output = f"--ckpt_path={folder}/checkpoints/best.ckpt", f"--output={folder}/explained"
     explain_main(["predict", best, *data, *explained, output])
     print_pointing_game(folder / "explained")

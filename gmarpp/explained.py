@@ -62,13 +62,8 @@ class ExplainedBatch:
     @staticmethod
     def concatenate(parts: "Sequence[ExplainedBatch]") -> "ExplainedBatch":
         """Return one batch of several, explained alike."""
-        return (
-            parts[0]
-            if len(parts) == 1
-            else ExplainedBatch(
-                **{each.name: _joined([getattr(part, each.name) for part in parts]) for each in fields(ExplainedBatch)}
-            )
-        )
+        names = [each.name for each in fields(ExplainedBatch)]
+        return ExplainedBatch(**{name: _joined([getattr(part, name) for part in parts]) for name in names})
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ _TRAINER_OPTIONS = {
 }
 _CONFIG = {"--config FILE": "options from a file, several times if wanted; later ones win"}
 _DATA = {
-    "--data CLASS": "ImageFolder, Table, HubDataset, TinyImageNet, Digits, or your own",
+    "--data CLASS": "ImageFolder, Table, HubDataset, TinyImageNet, Digits, or yours",
     "--data.NAME VALUE": "an option of the data module: --data.root, --data.batch_size, …",
 }
 _CHECKPOINT = {"--ckpt_path FILE": "the network: a .ckpt, .safetensors or .pth file, or a folder of the Hub"}
@@ -89,7 +89,7 @@ COMMANDS = {
             "--overwrite": "replace the run in the same folder",
             "--explain.methods '[NAME, …]'": "methods ([gmarpp_l1, gmar_l1, rollout, legrad])",
             "--explain.metrics '[NAME, …]'": "metrics; [] for maps alone, about fifty times faster",
-            "--explain.target CLASS": "predicted, label, or a class's name or index, or several (predicted)",
+            "--explain.target CLASS": "predicted, label, or classes by name or index (predicted)",
             "--explain.steps N": "steps of the insertion and deletion curves (28)",
             "--explain.baseline NAME": "what replaces removed patches: blur, mean, black, drop (blur)",
             "--write.overlays original": "draw maps on whole pictures; false draws none (true: the input)",

@@ -4,7 +4,7 @@ import inspect
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args
@@ -51,6 +51,21 @@ _RANGES = {
 }
 
 
+def _require_options(options: Mapping[str, Any]) -> None:
+    """Check the options of an `ImageDataModule`.
+
+    Raises:
+        ValueError: one is out of range, or unknown; naming it.
+    """
+    only_classes, on_error = options["only_classes"], options["on_error"]
+    counted = only_classes if isinstance(only_classes, int) else None
+    require_ranges({**options, "only_classes": counted}, _RANGES, "data: ")
+    if on_error not in get_args(OnError):
+        raise ValueError(f"data: on_error: unknown way {on_error!r}: choose from {', '.join(get_args(OnError))}")
+    if only_classes == []:
+        raise ValueError("only_classes: expected at least one class, got none")
+
+
 class ImageDataModule(L.LightningDataModule):
     """Images with labels as batches: "image", "label", "index", "path", and "box" or "mask" where there are any.
 
@@ -95,21 +110,6 @@ class ImageDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        require_ranges(
-            {
-                "batch_size": batch_size,
-                "num_workers": num_workers,
-                "images_per_class": images_per_class,
-                "seed": seed,
-                "only_classes": only_classes if isinstance(only_classes, int) else None,
-            },
-            _RANGES,
-            "data: ",
-        )
-        if on_error not in get_args(OnError):
-            raise ValueError(f"data: on_error: unknown way {on_error!r}: choose from {', '.join(get_args(OnError))}")
-        if only_classes == []:
-            raise ValueError("only_classes: expected at least one class, got none")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
@@ -122,6 +122,7 @@ class ImageDataModule(L.LightningDataModule):
         self.balanced = balanced
         self.on_error = on_error
         self.seed = seed
+        _require_options(vars(self))
         self.classes: tuple[str, ...] = ()
         self.class_names: tuple[str, ...] = ()
         self.numbering = Numbering((), (), np.array([-1]))

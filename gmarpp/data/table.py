@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from gmarpp.data.splits import find_split, held_out
 from gmarpp.data.table_rows import SUFFIXES, Columns, TableRows, read_columns, table_rows
 from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
+
+_KINDS = ("train", "val", "test")
 
 
 class Table(ImageDataModule):
@@ -37,6 +39,7 @@ class Table(ImageDataModule):
             where images have several labels, that of the label in the row.
         mask_column: column of paths of segmentation masks; everything but black, or palette index 0, is object.
         split_column: column of splits, if the table has it: train or training; val, valid, validation or dev; test.
+        predict_split: what `predict` explains: val, train or test.
         val_share: share of the training images held out for validation, where there is no such split: of every class
             alike, the same ones in every run; in (0, 1).
         classes: all classes in order; the sorted ones that occur by default.
@@ -55,6 +58,7 @@ class Table(ImageDataModule):
         box_columns: list[str] | None = None,
         mask_column: str | None = None,
         split_column: str = "split",
+        predict_split: Literal["val", "train", "test"] = "val",
         val_share: float = 0.1,
         classes: list[str] | None = None,
         **options: Any,
@@ -62,6 +66,8 @@ class Table(ImageDataModule):
         super().__init__(**options)
         ranges = {"val_share": Range(0, 1, low_open=True, high_open=True)}
         require_ranges({"val_share": val_share}, ranges, "data: ")
+        if predict_split not in _KINDS:
+            raise ValueError(f"data: predict_split: unknown split {predict_split!r}: choose from {', '.join(_KINDS)}")
         if box_columns is not None and len(box_columns) != 4:
             raise ValueError(f"data: box_columns: expected columns of x0, y0, x1, y1, got {', '.join(box_columns)}")
         if value_columns and (label_columns or separator):
@@ -73,6 +79,7 @@ class Table(ImageDataModule):
         self.path_column, self.label_column, self.separator = path_column, label_column, separator
         self.label_columns, self.value_columns, self.box_columns = label_columns, value_columns, box_columns
         self.mask_column, self.split_column, self.val_share = mask_column, split_column, val_share
+        self.predict_split = predict_split
         self.expected_classes = classes
 
     @property
@@ -94,12 +101,12 @@ class Table(ImageDataModule):
         rows = self._rows
         if not rows.classes and split != "predict":
             raise ValueError(f"{self.table}: {split} needs labels: there is no column {self.label_column!r}")
-        chosen = np.flatnonzero(self._chosen_rows(split))
+        chosen = np.flatnonzero(self._chosen_rows(self.predict_split if split == "predict" else split))
         masks = None if rows.masks is None else [str(self.root / rows.masks[row]) for row in chosen]
         boxes = None if rows.boxes is None else rows.boxes[chosen]
         return Files(self.root, [rows.paths[row] for row in chosen], boxes, masks), rows.labels[chosen]
 
-    def _chosen_rows(self, split: Split) -> NDArray[np.bool_]:
+    def _chosen_rows(self, split: str) -> NDArray[np.bool_]:
         """Return which images belong to a split; all of a table without splits and labels."""
         rows = self._rows
         if rows.splits is None and not rows.classes:
@@ -148,10 +155,5 @@ class Table(ImageDataModule):
             if columns.keys() != first.keys():
                 raise ValueError(f"{files[found[kind]]}: expected the columns {', '.join(first)}, as in the others")
         joined = {name: [cell for part in parts.values() for cell in part[name]] for name in first}
-        splits = (
-            [kind for kind, part in parts.items() for _ in part[self.path_column]] if self.path_column in first else []
-        )
+        splits = [kind for kind, part in parts.items() for _ in next(iter(part.values()))]
         return {**joined, self.split_column: splits}
-
-
-_KINDS = ("train", "val", "test")

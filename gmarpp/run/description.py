@@ -23,7 +23,7 @@ _SAME: dict[str, tuple[str, ...]] = {
 _FREE = {
     "explainer": {"batch_size"},
     "data.options": {
-        *("batch_size", "num_workers", "pin_memory", "persistent_workers"),
+        *("batch_size", "num_workers", "pin_memory", "persistent_workers", "on_error", "balanced"),
         *("download", "extract_to", "cache_dir"),
     },
 }

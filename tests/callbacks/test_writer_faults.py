@@ -8,6 +8,7 @@ from fake_run import Disturbed, contents, fail_at, predict
 from full_disk import no_file_larger_than
 
 from gmarpp.callbacks import writer
+from gmarpp.run import shards
 from gmarpp.run.shards import finished_indices
 
 
@@ -92,5 +93,6 @@ def test_the_disk_has_what_a_file_vouches_for_before_that_file(tmp_path, monkeyp
         found.append((pictures, parts, "maps/index.json" in names, "report.html" in names))
 
     monkeypatch.setattr(writer, "sync_disk", look)
+    monkeypatch.setattr(shards, "sync_disk", look)
     predict(tmp_path / "run")
     assert found == [(11 * 3, 0, False, False), (11 * 3, 1, True, True)]

@@ -53,6 +53,10 @@ def test_classes_and_splits(folder):
     assert content(data, "train") == {"0.png": 1, "1.png": 0}
     assert content(data, "val") == {"2.png": 0, "3.png": 1}
     assert content(opened(table, "test"), "test") == {"4.png": 1, "5.png": -1}
+    for split, paths in (("val", ["2.png", "3.png"]), ("test", ["4.png", "5.png"]), ("train", ["0.png", "1.png"])):
+        assert list(content(opened(table, "predict", predict_split=split), "predict")) == paths
+    with pytest.raises(ValueError, match="predict_split: unknown split 'fold1': choose from train, val, test"):
+        opened(table, "predict", predict_split="fold1")
     sample = data.datasets["val"][0]
     assert sample["image"].shape == (3, 16, 16)
     assert isinstance(sample["label"], int)
