@@ -87,7 +87,8 @@ class Explanation:
 
         `.safetensors` holds raw maps, `maps/<method>`, with `target`, `logits` and `scores`; `.png`, `.pdf` and `.svg`
         hold the figure of `show` with all images. A path without a suffix is a folder: `maps.safetensors`, and
-        `overlays/<method>/<image>.png`, or `<image>-<column>.png` where several classes per image were explained.
+        `overlays/<method>/<image>.png`, or `<image>-<column>.png` where several classes per image were explained, in
+        place of those of an earlier explanation.
 
         Args:
             path: file or folder; folders that are missing are made.

@@ -17,6 +17,8 @@ from gmarpp.visualize import Region, SignedMaps, encode_png
 if TYPE_CHECKING:
     from gmarpp.attribution.explanation import Explanation
 
+_OVERLAYS = "overlays"
+
 
 def save_explanation(
     explanation: "Explanation",
@@ -30,7 +32,10 @@ def save_explanation(
     if originals is not None and suffix and not path.is_dir():
         raise ValueError(f"{path}: originals are for the overlays of a folder, expected a path without a suffix")
     if path.is_dir() or not suffix:
-        for name, data in _overlays(explanation, signed_maps, originals, regions):
+        overlays = _overlays(explanation, signed_maps, originals, regions)
+        for earlier in path.glob(f"{_OVERLAYS}/*/[0-9][0-9][0-9][0-9]*.png"):
+            earlier.unlink()
+        for name, data in overlays:
             _write(path / name, data)
         _write(path / "maps.safetensors", _raw(explanation))
     elif suffix == "safetensors":
@@ -76,5 +81,5 @@ def _overlays(
             for column in range(*(classes or (1,))):
                 picture = explanation.overlay(image, method, column, signed_maps, *placed)
                 name = f"{image:04d}-{column}" if classes else f"{image:04d}"
-                drawn.append((f"overlays/{method}/{name}.png", encode_png(np.asarray(picture))))
+                drawn.append((f"{_OVERLAYS}/{method}/{name}.png", encode_png(np.asarray(picture))))
     return drawn

@@ -31,8 +31,7 @@ class MonitorLog:
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
-        self._loggers: list[Logger | None] = [*trainer.loggers] or [None]
-        self._writers: dict[tuple[int, str], Any] = {}
+        self._writers: dict[str, Any] = {}
 
     def compare(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Add to TensorBoard's charts `attribution_by_metric/<metric>`, which have a line for each method.
@@ -42,10 +41,10 @@ class MonitorLog:
         Args:
             values: by method and metric.
         """
-        for number, logger in enumerate(self._loggers):
+        for logger in self._trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for method, metrics in values.items():
-                    writer = self._writer(number, logger, method)
+                    writer = self._writer(logger, method)
                     for metric, value in metrics.items():
                         writer.add_scalar(f"attribution_by_metric/{metric}", value, logged_step(self._trainer))
                     writer.flush()
@@ -62,7 +61,8 @@ class MonitorLog:
         step = logged_step(self._trainer)
         with Image.open(io.BytesIO(data)) as opened:
             picture = opened.convert("RGB")
-        for logger in self._loggers:
+        loggers: list[Logger | None] = [*self._trainer.loggers]
+        for logger in loggers or [None]:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(tag, np.asarray(picture), step, dataformats="HWC")
             elif isinstance(logger, MLFlowLogger):
@@ -80,11 +80,11 @@ class MonitorLog:
             writer.close()
         self._writers = {}
 
-    def _writer(self, number: int, logger: TensorBoardLogger, method: str) -> Any:
-        if (number, method) not in self._writers:
-            kind = type(logger.experiment)
-            self._writers[number, method] = kind(log_dir=f"{logger.log_dir}/{method}")
-        return self._writers[number, method]
+    def _writer(self, logger: TensorBoardLogger, method: str) -> Any:
+        folder = f"{logger.log_dir}/{method}"
+        if folder not in self._writers:
+            self._writers[folder] = type(logger.experiment)(log_dir=folder)
+        return self._writers[folder]
 
     def _write(self, logger: Logger | None, name: str, data: bytes) -> None:
         folder = (logger and (logger.log_dir or logger.save_dir)) or self._trainer.default_root_dir

@@ -53,6 +53,10 @@ def test_a_folder_holds_maps_and_an_overlay_per_image_method_and_class(tmp_path)
     assert files == {"maps.safetensors", *(f"overlays/{name}" for name in names)}
     with Image.open(tmp_path / "run" / "overlays" / "rollout" / "0001-1.png") as drawn:
         assert (np.asarray(drawn) == np.asarray(found.overlay(1, "rollout", 1))).all()
+    (tmp_path / "run" / "overlays" / "rollout" / "mine.png").touch()
+    explanation(torch.rand(1, 3, 16, 24)).save(tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run" / "overlays" / "rollout").iterdir()}
+    assert left == {"0000.png", "mine.png"}, "nothing is left of the earlier explanation"
     with pytest.raises(ValueError, match=r"unknown suffix '\.gif': choose from \.safetensors, \.png, \.pdf, \.svg"):
         found.save(tmp_path / "a.gif")
 

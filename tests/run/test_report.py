@@ -337,8 +337,10 @@ addEventListener("load", () => {
     return [getComputedStyle(canvas).opacity, [...data]];
   };
   const words = () => document.querySelector("#gallery .scales").textContent;
+  const color = node => getComputedStyle(node).color;
   const choice = document.querySelector(".signed-maps select");
   const seen = { diverging: [words(), ...map()] };
+  seen.swatches = [...document.querySelectorAll("#summary .swatch")].map(node => color(node) === color(document.body));
   choice.value = "positive";
   choice.dispatchEvent(new Event("change", { bubbles: true }));
   seen.positive = [words(), ...map()];
@@ -348,12 +350,14 @@ addEventListener("load", () => {
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
-def test_the_page_draws_signed_maps_as_overlays_do(tmp_path):
+def test_the_page_draws_signed_maps_as_overlays_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "method_color", {"gmarpp_l1": "#d7263d", "rollout": "#1b1b1e", "random": "#8a8f98"}.get)
     explanations = stored_run(tmp_path / "run", PATHS, signed_methods=["rollout"])
     page = explanations.folder / "report.html"
     write_results(explanations, figure_images=0)
     page.write_text(page.read_text(encoding="utf-8").replace("</body>", PAINTER + "</body>"), encoding="utf-8")
     seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', browse(page))[1]))
+    assert seen["swatches"] == [False, True, False], "what is nearly black has the color of the text"
     values = explanations.map(0, "rollout")
     for choice, opacity, low in (("diverging", 0.75, "against the class"), ("positive", 0.5, "0")):
         words, css_opacity, drawn = seen[choice]
