@@ -39,9 +39,7 @@ from gmarpp.visualize import MapStyle, SignedMaps, pixels
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 30.0
-_QUEUED_BATCHES = 4
-# More would wait for the network: each draws several hundred pictures a second.
-_DRAWING_PROCESSES = 8
+_QUEUED_BATCHES, _DRAWING_PROCESSES = 4, 8
 
 
 class ExplanationWriter(BasePredictionWriter):

@@ -102,7 +102,7 @@ COMMANDS = {
         usage="--run DIR [options]",
         options={
             "--run DIR": "what was --output of a complete run",
-            "--colormap NAME": "inferno, magma, plasma, viridis, cividis, turbo, or jet (inferno)",
+            "--colormap NAME": "inferno, magma, plasma, viridis, cividis, turbo, jet (inferno)",
             "--opacity SHARE": "share of the map's colors, 0 to 1 (0.5)",
             "--signed_maps NAME": "diverging, or positive, only what is for the class (diverging)",
         },
