@@ -276,7 +276,7 @@ ENCODER = "--model=foreign_networks.Encoder"
 MISTAKES = {
     ENCODER: "--ckpt_path is missing: 17 weights of Encoder are random (position, ",
     "--model=foreign_networks.Encodr": "module 'foreign_networks' has no attribute 'Encodr'",
-    f"{ENCODER} --model.widht=3": "Option 'widht' is not accepted",
+    f"{ENCODER} --model.breadth=3": "Option 'breadth' is not accepted",
     "--model=foreign_networks.describe": "to be a function that returns Module",
     "--model=vit_bse": "unknown architecture 'vit_bse'; close names: ",
     "--model=hf-hub:me": "expected hf-hub:OWNER/NAME",
