@@ -6,6 +6,7 @@ import timm
 import torch
 from signed_method import Downwards
 from small_networks import vit
+from torch import nn
 
 import gmarpp
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
@@ -109,6 +110,30 @@ def test_inputs_feed_every_metric(model):
         values = explained.values["gmarpp_l1"][name]
         assert accumulated.compute().item() == pytest.approx(values.nanmean().item(), rel=1e-5), name
         assert callable(getattr(functional, name))
+
+
+class Pair(nn.Module):
+    """Two networks of known families, of which one makes the logits."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, images):
+        return self.first(images)
+
+
+def of_first(network):
+    return gmarpp.architecture_of(network.first)
+
+
+@pytest.mark.parametrize("given", ["first", f"{__name__}.of_first", of_first, gmarpp.architecture_of])
+def test_an_architecture_is_named_described_or_given(model, given):
+    pair = Pair(model, vit())
+    architecture = given(model) if given is gmarpp.architecture_of else given
+    explained = Explainer(["gmarpp_l1"], metrics=[], architecture=architecture)(pair, batch())
+    expected = gmarpp.explain(model, batch()["image"], "gmarpp_l1").maps["gmarpp_l1"]
+    torch.testing.assert_close(explained.maps["gmarpp_l1"], expected)
 
 
 def test_scores_nothing_when_no_metric_asks_for_it(model, monkeypatch):

@@ -62,7 +62,11 @@ def test_command_writes_table_and_figure_and_names_what_does_not_change(tmp_path
     data = Digits(root=str(tmp_path / "data"), train_images=2, val_images=1, num_workers=0)
     with caplog.at_level(logging.WARNING):
         sanity.write_sanity_check(
-            str(tmp_path / "vit.safetensors"), data, str(tmp_path / "out"), ["gmarpp_l1", "random"], images=6
+            data,
+            str(tmp_path / "vit.safetensors"),
+            output=str(tmp_path / "out"),
+            methods=["gmarpp_l1", "random"],
+            images=6,
         )
     rows = list(csv.reader((tmp_path / "out" / "sanity.csv").open()))
     assert rows[0] == ["method", "trained", "head", "block 3", "block 2", "block 1", "embedding"]
@@ -77,7 +81,8 @@ DIGITS = ("--data=Digits", "--data.root=data", "--data.train_images=2", "--data.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "ckpt_path"),
+        ([], "data"),
+        ([*DIGITS], "--ckpt_path is missing: expected the file of a trained network"),
         (["--ckpt_path=gone.ckpt", *DIGITS], "there is no checkpoint gone.ckpt"),
         (["--ckpt_path=vit.safetensors", "--data=ImageFolder"], "root"),
         (["--ckpt_path=vit.safetensors", "--data=squares.Squares"], "--data Squares cannot be used"),

@@ -19,9 +19,9 @@ _DATA = {
     "--data CLASS": "ImageFolder, Table, HubDataset, TinyImageNet, Digits, or yours",
     "--data.NAME VALUE": "an option of the data module: --data.root, --data.batch_size, …",
 }
-_CHECKPOINT = {"--ckpt_path FILE": "the network: a .ckpt, .safetensors or .pth file, or a folder of the Hub"}
-_NETWORK = {"--model NAME|CLASS": "timm's name or your class, where the file does not say; or hf-hub:OWNER/NAME"}
-_ARCHITECTURE = {"--architecture FUNCTION": "describes a network that is not known, as my_code.describe"}
+_CHECKPOINT = {"--ckpt_path FILE": "the network: .ckpt, .safetensors, .pth, or a folder of the Hub"}
+_NETWORK = {"--model NAME|CLASS": "timm's or hf-hub: name, or your class, if the file names none"}
+_ARCHITECTURE = {"--architecture FUNCTION": "describes a network of no known family: my_code.describe"}
 
 
 @dataclass(frozen=True)

@@ -147,11 +147,8 @@ class ImageDataModule(L.LightningDataModule):
         if self._follows_network:
             self.preprocessing = getattr(self._network, "preprocessing", self.preprocessing)
         if self.preprocessing is None:
-            raise ValueError(
-                f"{type(self).__name__} needs preprocessing=..., since the network does not say how its images were "
-                "prepared: give --data.preprocessing '{size: [224, 224], mean: [0.485, 0.456, 0.406], "
-                "std: [0.229, 0.224, 0.225]}' with the values of its training"
-            )
+            example = "{size: [224, 224], mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
+            raise ValueError(f"{type(self).__name__} needs preprocessing=..., as --data.preprocessing '{example}'")
         self._number_classes(*self.read_classes())
         for split in STAGES[stage]:
             dataset = self.open_split(split)

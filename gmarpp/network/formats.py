@@ -161,7 +161,8 @@ def _read_torch(path: Path) -> Weights:
     named, options = content.get("arch"), content.get("args")
     described = timm_description(vars(options)) if isinstance(options, Namespace) else {}
     architecture = described.pop("architecture", named)
-    return Weights(content[nested], architecture if isinstance(architecture, str) else None, sha256=digest, **described)
+    state = {str(key): value for key, value in content[nested].items()}
+    return Weights(state, architecture if isinstance(architecture, str) else None, sha256=digest, **described)
 
 
 def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:

@@ -37,15 +37,17 @@ def part_of_network(state: Mapping[str, Tensor], names: Iterable[str], origin: s
     wanted = set(names)
     if state.keys() == wanted:
         return dict(state)
-    bare = {_unwrapped(key): value for key, value in state.items()}
-    if len(bare) < len(state) or any(_unwrapped(name) != name for name in wanted):
-        bare = dict(state)
-    found = Counter(key[:start] for key in bare for start in _starts(key) if key[start:] in wanted and len(key) > start)
+    found = _counted(state, wanted)
+    if max(found.values(), default=0) < len(wanted):
+        # Wrapped modules inside the network have longer names, unless the network itself holds such wrappers.
+        bare = {_unwrapped(key): value for key, value in state.items()}
+        if len(bare) == len(state) and all(_unwrapped(name) == name for name in wanted):
+            state, found = bare, _counted(bare, wanted)
     most = max(found.values(), default=0)
     if 2 * most < len(wanted):
         return without_prefix(state)
     parts = {
-        prefix: {key[len(prefix) :]: value for key, value in bare.items() if key.startswith(prefix)}
+        prefix: {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         for prefix, count in found.items()
         if count == most
     }
@@ -66,9 +68,10 @@ def _unwrapped(key: str) -> str:
     return key
 
 
-def _starts(key: str) -> list[int]:
-    """Return where the parts of a dotted name begin."""
-    return [0, *(place + 1 for place, letter in enumerate(key) if letter == ".")]
+def _counted(state: Mapping[str, Tensor], wanted: set[str]) -> Counter[str]:
+    """Return under which prefixes how many of the wanted names are found."""
+    starts = {key: [0, *(place + 1 for place, letter in enumerate(key) if letter == ".")] for key in state}
+    return Counter(key[:start] for key, places in starts.items() for start in places if key[start:] in wanted)
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

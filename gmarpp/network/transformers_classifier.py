@@ -80,6 +80,8 @@ def _classifier(weights: Weights) -> Any:
             "images: expected timm's folders, or those of transformers' …ForImageClassification; networks without "
             "classes are explained in Python, with a function of the output as target"
         )
+    if model_type == "siglip2":
+        raise ValueError(f"{weights.origin} holds a {name}, which takes patches that its processor makes, not images")
     return getattr(transformers, name)
 
 

@@ -25,9 +25,9 @@ METHODS = ("gmarpp_l1", "rollout")
 EXPLAINER = Explainer(methods=METHODS, metrics=["average_drop", "insertion_auc", "deletion_auc"], steps=3)
 
 
-def by_hand(network, images):
+def by_hand(network, images, architecture=None):
     """What the metrics are, from the public functions alone."""
-    e = gmarpp.explain(network, images, METHODS)
+    e = gmarpp.explain(network, images, METHODS, architecture=architecture)
     scores = score_perturbations(network, images, e.maps, e.target, steps=3)
     expected = {}
     for method in METHODS:
@@ -84,6 +84,36 @@ def test_a_network_is_named_where_there_are_several(tmp_path):
         run.validate(module, loader(), verbose=False)
         for tag, value in by_hand(network(module), foreign.samples()[0][[0, 3, 6, 9]]).items():
             assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
+
+
+class Unknown(nn.Module):
+    """Of no known family."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 24, 8, stride=8)
+        layer = nn.TransformerEncoderLayer(24, 3, 48, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, images):
+        return self.fc(self.layers(self.embed(images).flatten(2).mT).mean(dim=1))
+
+
+def described(network):
+    return gmarpp.Architecture(lambda *size: (size[0] // 8, size[1] // 8), 0, network.layers.layers)
+
+
+def test_a_network_of_no_known_family_is_described(tmp_path):
+    torch.manual_seed(0)
+    module = foreign.OwnNet(Unknown())
+    with pytest.raises(UnsupportedNetworkError, match="the patch grid of Unknown is not known"):
+        trainer(tmp_path, monitor()).fit(module, loader(), loader())
+    run = trainer(tmp_path, monitor(architecture=described))
+    run.validate(module, loader(), verbose=False)
+    expected = by_hand(module.net, foreign.samples()[0][[0, 3, 6, 9]], described(module.net))
+    for tag, value in expected.items():
+        assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
 
 
 class Logging(foreign.BackboneAndHead):

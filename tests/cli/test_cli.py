@@ -305,7 +305,7 @@ def test_masks_add_their_metrics_and_a_run_remembers_its_data(checkpoint, folder
         (["--ckpt_path=broken.ckpt"], "broken.ckpt is damaged or incomplete"),
         (["--ckpt_path=gone.ckpt", "--explain.methods=[gradcamm]"], "gradcamm"),
         (["--ckpt_path=gone.ckpt", "--explain.stepz=3"], "stepz"),
-        (["--ckpt_path=gone.ckpt", "--model.optimizer.lr=3"], "model.optimizer.lr"),
+        (["--ckpt_path=gone.ckpt", "--model.optimizer.lr=3"], "unrecognized arguments: --optimizer.lr=3"),
     ],
 )
 def test_mistakes_in_explain_end_with_one_line(folder, capsys, arguments, message):

@@ -276,7 +276,7 @@ ENCODER = "--model=foreign_networks.Encoder"
 MISTAKES = {
     ENCODER: "--ckpt_path is missing: 17 weights of Encoder are random (position, ",
     "--model=foreign_networks.Encodr": "module 'foreign_networks' has no attribute 'Encodr'",
-    f"{ENCODER} --model.widht=3": "Option 'widht' is not accepted",
+    f"{ENCODER} --model.breadth=3": "Option 'breadth' is not accepted",
     "--model=foreign_networks.describe": "to be a function that returns Module",
     "--model=vit_bse": "unknown architecture 'vit_bse'; close names: ",
     "--model=hf-hub:me": "expected hf-hub:OWNER/NAME",
@@ -289,7 +289,7 @@ MISTAKES = {
     ),
     f"{ENCODER} --model.width=12 --ckpt_path=x.pth": "embed.bias: expected (12,), got (24,)",
     f"{ENCODER} --ckpt_path=two.pth": "holds 2 networks that fit, under 'model.', 'ema.': save",
-    f"{ENCODER} --ckpt_path=x.pth": "give --data.preprocessing '{size: [224, 224], mean: ",
+    f"{ENCODER} --ckpt_path=x.pth": "needs preprocessing=..., as --data.preprocessing '{size: ",
     f"{ENCODER} --ckpt_path=x.pth {PREPARED[0]}": "the patch grid of Encoder is not known",
     f"{ENCODER} --ckpt_path=x.pth {PREPARED[0]} --architecture=decoder": (
         "unknown architecture 'decoder': expected the name of a module inside Encoder, or the path of a function"
@@ -328,6 +328,10 @@ def test_folders_that_describe_another_network_are_refused_before_it_takes_memor
         ({}, "hf does not fit its configuration, Dinov2ForImageClassification: 1 missing (classifier.bias); 1 unknown"),
         ({"image_size": 40}, "1 of another shape (dinov2.embeddings.position_embeddings)"),
         ({"model_type": "clip", "architectures": ["CLIPModel"]}, "hf holds a CLIPModel, which is no classifier of"),
+        (
+            {"model_type": "siglip2", "architectures": None},
+            "hf holds a Siglip2ForImageClassification, which takes patc",
+        ),
         ({"num_hidden_layers": 10**6}, "it would have more than "),
         ({"hidden_size": 10**6}, "parameters, and the folder holds "),
         ({"quantization_config": {"load_in_8bit": True}}, "hf holds quantized weights"),
