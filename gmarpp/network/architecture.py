@@ -81,7 +81,7 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
-        "windowed or pyramid attention (PVT, Hiera, SAM), and those with attention between channels (XCiT), cannot be "
+        "windowed or pyramid attention (PVT), and those with attention between channels (XCiT), cannot be "
         "explained by these methods: use a ViT, Swin or MaxViT"
     )
 

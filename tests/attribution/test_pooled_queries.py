@@ -153,6 +153,34 @@ def test_the_map_lies_on_the_image_as_the_patches_do(name):
     assert found.shape == (1, *grid)
 
 
+def test_a_method_that_hands_on_a_row_of_the_pooled_queries_is_told_so():
+    class Careless(Method):
+        name, label, needs_gradient = "careless", "Careless", False
+
+        def step(self, row, layer):
+            return row
+
+    with pytest.raises(ValueError, match=r"careless: expected a row of 32 tokens below layer 3, whose 8 queries are"):
+        gmarpp.explain(timm_hiera(), images((32, 64)), Careless(), TARGET)
+
+
+class ByMatrix(Method):
+    """Rollout of a method of one's own, with the layers' Q x N matrices."""
+
+    name, label, needs_gradient = "by_matrix", "By matrix", False
+
+    def step(self, row, layer):
+        matrix = layer.attention.mean(1) + layer.keep(torch.eye(layer.queries).repeat(len(row), 1, 1))
+        return (row[:, None] @ (matrix / matrix.sum(2, keepdim=True)))[:, 0]
+
+
+@pytest.mark.parametrize("name", ["Hiera", "SAM 2"])
+def test_methods_of_ones_own_get_whole_matrices(name):
+    make, _, size, _ = NETWORKS[name]
+    maps = gmarpp.explain(make(), images(size), [ByMatrix(), "rollout"], TARGET).maps
+    assert relative_error(maps["by_matrix"], maps["rollout"]) < 1e-5
+
+
 def transformers_hiera():
     sizes = {"embed_dim": 8, "image_size": [32, 32], "depths": [1, 2, 1], "num_heads": [1, 2, 4], "num_query_pool": 2}
     sizes |= {"masked_unit_size": [4, 4], "masked_unit_attention": [True, False, False], "num_labels": 5}
@@ -198,6 +226,33 @@ class Features(torch.nn.Module):
 
     def forward(self, batch):
         return self.model.forward_features(batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods"),
+    [
+        ("sam_hq.SamHQ", ("gmarpp_l1", *BALANCED)),
+        ("got_ocr2.GotOcr2", ("gmarpp_l1", *BALANCED)),
+        # Further convolutions follow, which read all tokens.
+        ("deepseek_ocr2.DeepseekOcr2Sam", ("rollout",)),
+    ],
+)
+def test_copies_of_the_encoder_of_sam_give_the_same_maps(kind, methods):
+    folder, name = kind.split(".")
+    encoder = getattr(getattr(transformers.models, folder), f"modeling_{folder}")
+    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"mlp_dim": 32, "window_size": 3, "global_attn_indexes": [1], "output_channels": 8}
+    model = getattr(encoder, f"{name}VisionEncoder")(getattr(encoder, f"{name}VisionConfig")(**sizes)).eval()
+    source = transformers.SamVisionModel(transformers.SamVisionConfig(**sizes)).eval().vision_encoder
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.load_state_dict(source.state_dict(), strict=False)
+
+    def score(output):
+        return getattr(output, "last_hidden_state", output[0])[:, :4].tanh().sum((1, 2, 3))
+
+    ours, theirs = (gmarpp.explain(each, images(), methods, score).maps for each in (model, source))
+    assert all(relative_error(ours[method], theirs[method]) < 1e-4 for method in ours)
 
 
 @pytest.mark.parametrize("make", [transformers_hiera, transformers_sam2, transformers_sam])
