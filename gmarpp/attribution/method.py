@@ -37,6 +37,7 @@ class Method(AttributionMethod):
 
     It carries one row per image, shape (B, N), from the readout to the input tokens. A custom method may ask a layer
     for its matrices, `layer.attention` and `layer.gradient`, or for products with them, which is faster on a GPU.
+    What the residual connection makes of a row is `layer.keep(row)`.
 
     Attributes:
         needs_gradient: whether the score's gradient must be propagated through all layers.

@@ -75,8 +75,13 @@ class Relevance:
                 self._sums[part] += self._rows[part][:, self._summed]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_attention:
-                row = (above if layer.is_top or layer.pools_queries else rows)[part]
-                rows[part] = self._of_all_tokens(method.step(row, layer))
+                row = method.step((above if layer.is_top or layer.pools_queries else rows)[part], layer)
+                if layer.pools_queries and row.shape[-1] != self._tokens:
+                    raise ValueError(
+                        f"{method.name}: expected a row of {self._tokens} tokens below layer {layer.index}, whose "
+                        f"{layer.queries} queries are pooled, got {row.shape[-1]}: what stays is layer.keep(row)"
+                    )
+                rows[part] = self._of_all_tokens(row)
 
     def _of_all_tokens(self, rows: Tensor) -> Tensor:
         """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""

@@ -149,7 +149,7 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
-        "windowed or pyramid attention (LeViT, SAM), and those with attention between channels (XCiT), cannot be "
+from gmarpp.network import hiera, levit, mvit, pooled, reduced, sam, stages
         "explained by these methods: use a ViT, Swin or MaxViT"
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gmarpp.network.pooling import Grid
+from gmarpp.network.pooling import Grid, convolved
 from gmarpp.network.stages import Stages
 from gmarpp.network.transport import Step
 
@@ -38,11 +38,4 @@ def along(
 
 def by_convolution(convolution: Any) -> Callable[[int, int], Grid]:
     """Return what gives the grid of patches that a convolution makes of an image."""
-    geometry = list(zip(convolution.kernel_size, convolution.stride, convolution.padding, strict=True))
-
-    def grid(*size: int) -> Grid:
-        sides = zip(size, geometry, strict=True)
-        height, width = ((side + 2 * padding - kernel) // stride + 1 for side, (kernel, stride, padding) in sides)
-        return height, width
-
-    return grid
+    return lambda *size: convolved(size, convolution)

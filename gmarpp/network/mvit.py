@@ -15,7 +15,7 @@ from timm.models.mvitv2 import MultiScaleAttention, MultiScaleVit, reshape_post_
 from torch import Tensor
 
 from gmarpp.network.block_by_block import along, by_convolution
-from gmarpp.network.pooling import Grid, Pooling
+from gmarpp.network.pooling import Grid, Pooling, convolved
 from gmarpp.network.sam import attend_with_positions
 from gmarpp.network.stages import Stages
 from gmarpp.network.transport import QueryPool, Step, footprints
@@ -30,9 +30,8 @@ def _step(block: Any, grid: Grid) -> Step:
     made_of = prefix + footprints(grid, pool.kernel_size, pool.stride, pool.padding)
     alone = torch.full((prefix, made_of.shape[1]), step.tokens)
     alone[:, 0] = torch.arange(prefix)
-    sides = zip(grid, pool.kernel_size, pool.stride, pool.padding, strict=True)
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
-    queries = Step((height, width), _whole((height, width), prefix), prefix=prefix)
+    coarse = convolved(grid, pool)
+    queries = Step(coarse, _whole(coarse, prefix), prefix=prefix)
 
     def residual(tokens: Tensor) -> Tensor:
         projection = block.shortcut_proj_attn

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from naive_balanced import balanced_run, margin_of
 from naive_pooled import (
     assembled,
@@ -153,77 +152,32 @@ def test_the_map_lies_on_the_image_as_the_patches_do(name):
     assert found.shape == (1, *grid)
 
 
-def transformers_hiera():
-    sizes = {"embed_dim": 8, "image_size": [32, 32], "depths": [1, 2, 1], "num_heads": [1, 2, 4], "num_query_pool": 2}
-    sizes |= {"masked_unit_size": [4, 4], "masked_unit_attention": [True, False, False], "num_labels": 5}
-    model = transformers.HieraForImageClassification(transformers.HieraConfig(mlp_ratio=2.0, **sizes))
-    twin = timm_hiera((32, 32), patch_kernel=(7, 7), patch_padding=(3, 3))
-    names = {"hiera.embeddings.position_embeddings": "pos_embed", "hiera.embeddings.patch_embeddings": "patch_embed"}
-    names |= {"projection": "proj", "hiera.pooler.layernorm": "head.norm", "classifier": "head.fc"}
-    layers = [f"hiera.encoder.stages.{stage}.layers.{layer}." for stage, layer in ((0, 0), (1, 0), (1, 1), (2, 0))]
-    names |= {layer: f"blocks.{index}." for index, layer in enumerate(layers)}
-    return model, twin, names | {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+def test_a_method_that_hands_on_a_row_of_the_pooled_queries_is_told_so():
+    class Careless(Method):
+        name, label, needs_gradient = "careless", "Careless", False
+
+        def step(self, row, layer):
+            return row
+
+    with pytest.raises(ValueError, match=r"careless: expected a row of 32 tokens below layer 3, whose 8 queries are"):
+        gmarpp.explain(timm_hiera(), images((32, 64)), Careless(), TARGET)
 
 
-def transformers_sam2():
-    sizes = {"hidden_size": 8, "blocks_per_stage": [1, 2, 2], "embed_dim_per_stage": [8, 16, 32]}
-    sizes |= {"num_attention_heads": 1, "num_attention_heads_per_stage": [1, 2, 4], "num_query_pool_stages": 2}
-    sizes |= {"window_size_per_stage": [4, 4, 2], "global_attention_blocks": [2], "patch_kernel_size": [4, 4]}
-    sizes |= {"patch_padding": [0, 0], "window_positional_embedding_background_size": [7, 7]}
-    config = transformers.Sam2HieraDetConfig(**sizes, attn_implementation="sdpa")
-    names = {"projection": "proj", "layer_norm": "norm", "mlp.proj_in": "mlp.fc1", "mlp.proj_out": "mlp.fc2"}
-    return transformers.models.sam2.modeling_sam2.Sam2HieraDetModel(config), Features(timm_sam2()), names
+class ByMatrix(Method):
+    """Rollout of a method of one's own, with the layers' Q x N matrices."""
+
+    name, label, needs_gradient = "by_matrix", "By matrix", False
+
+    def step(self, row, layer):
+        matrix = layer.attention.mean(1) + layer.keep(torch.eye(layer.queries).repeat(len(row), 1, 1))
+        return (row[:, None] @ (matrix / matrix.sum(2, keepdim=True)))[:, 0]
 
 
-def transformers_sam():
-    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    sizes |= {"mlp_dim": 32, "window_size": 3, "global_attn_indexes": [1], "output_channels": 8}
-    model = transformers.SamVisionModel(transformers.SamVisionConfig(**sizes))
-    names = {"vision_encoder.": "", "layers.": "blocks.", "projection": "proj", "mlp.lin": "mlp.fc"}
-    names |= {
-        "neck.conv1": "neck.0",
-        "neck.layer_norm1": "neck.1",
-        "neck.conv2": "neck.2",
-        "neck.layer_norm2": "neck.3",
-    }
-    return model, Features(timm_sam()), names | {"layer_norm": "norm"}
-
-
-class Features(torch.nn.Module):
-    """What a network of timm makes before its head, in place of the network."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch):
-        return self.model.forward_features(batch)
-
-
-@pytest.mark.parametrize("make", [transformers_hiera, transformers_sam2, transformers_sam])
-def test_weights_of_transformers_give_the_same_maps_in_timm(make):
-    source, model, names = make()
-    state = {}
-    for parameter in source.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for key, value in source.state_dict().items():
-        for old, new in names.items():
-            key = key.replace(old, new)
-        state[key] = value
-    missing = getattr(model, "model", model).load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys
-    assert all(key.startswith("head.") for key in missing.missing_keys)
-
-    def score(output):
-        output = getattr(output, "logits", getattr(output, "last_hidden_state", output))
-        return output.flatten(1)[:, 1::3].tanh().sum(1)
-
-    methods = [*PRODUCTS, *BALANCED, *(["legrad"] if make is transformers_sam else [])]
-    ours, theirs = (gmarpp.explain(each.eval(), images(), methods, score) for each in (model, source))
-    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-4)
-    for method, maps in ours.maps.items():
-        assert maps.std() > 0
-        assert relative_error(maps, theirs.maps[method]) < 1e-3, method
+@pytest.mark.parametrize("name", ["Hiera", "SAM 2"])
+def test_methods_of_ones_own_get_whole_matrices(name):
+    make, _, size, _ = NETWORKS[name]
+    maps = gmarpp.explain(make(), images(size), [ByMatrix(), "rollout"], TARGET).maps
+    assert relative_error(maps["by_matrix"], maps["rollout"]) < 1e-5
 
 
 def test_legrad_of_windows_of_one_grid():
