@@ -57,6 +57,11 @@ class AttentionLayer:
         """Q."""
         return self.query.shape[-2]
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether the network adds what the layer attends to to its tokens."""
+        return True
+
     @cached_property
     def attention(self) -> Tensor:
         """`A`, (B, H, Q, N); rows sum to 1."""

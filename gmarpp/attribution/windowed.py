@@ -62,6 +62,11 @@ class WindowedLayer(AttentionLayer):
     def queries(self) -> int:
         return self._step.tokens
 
+    @property
+    @override
+    def has_residual(self) -> bool:
+        return self._step.has_residual
+
     @cached_property
     @override
     def attention(self) -> Tensor:

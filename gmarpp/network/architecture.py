@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmarpp.network import pooled, reduced, stages
+from gmarpp.network import levit, pooled, reduced, stages
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -81,7 +81,7 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
-        "windowed or pyramid attention (LeViT, SAM), and those with attention between channels (XCiT), cannot be "
+        "windowed or pyramid attention (SAM), and those with attention between channels (XCiT), cannot be "
         "explained by these methods: use a ViT, Swin or MaxViT"
     )
 
@@ -220,7 +220,7 @@ def _in_stages(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Arch
     return lambda model: Architecture(**vars(describe(model)))
 
 
-_IN_STAGES = (*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES)
+_IN_STAGES = (*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *levit.FAMILIES)
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),

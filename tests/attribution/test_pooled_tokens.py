@@ -4,6 +4,7 @@ What a pooled token is made of is had from torch's own pooling of single cells. 
 gmarpp.
 """
 
+import contextlib
 import itertools
 import math
 from functools import partial
@@ -21,6 +22,7 @@ from test_transport import BALANCED, PRODUCTS, TARGET, ByMatrix, logit, logits_o
 from timm.models._efficientnet_blocks import MobileAttention
 from timm.models.davit import DaVit, SpatialBlock
 from timm.models.iformer import IFormer, SHMABlock
+from timm.models.levit import Levit
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg, TransformerBlock2d
 from timm.models.mobilenetv3 import _gen_mobilenet_v4
 from timm.models.nest import Nest
@@ -87,6 +89,17 @@ def mobile_net():
     return model
 
 
+def levit(**options):
+    sizes = {"embed_dim": (16, 32), "key_dim": 4, "depth": (1, 2), "num_heads": (2, 3), "stem_type": "s8"}
+    torch.manual_seed(0)
+    model = Levit(img_size=(40, 56), num_classes=5, **sizes, **options).eval()
+    for name, parameter in model.named_parameters():
+        # Many start as zero, so that nothing would come of attention.
+        if "bn.weight" in name or "attention_biases" in name:
+            torch.nn.init.normal_(parameter, 1)
+    return model
+
+
 def davit(**options):
     sizes = {"depths": (1, 2), "embed_dims": (8, 16), "num_heads": (1, 2), "window_size": 3}
     return seeded(lambda: DaVit(num_classes=5, **sizes, **options))
@@ -105,6 +118,11 @@ four_by_four = partial(F.avg_pool2d, kernel_size=4)
 to_seven = partial(F.adaptive_avg_pool2d, output_size=7)
 
 
+every_second = partial(F.avg_pool2d, kernel_size=1, stride=2)
+# Of a block that attends from every second token, and adds nothing to it.
+FROM_FEWER = "from fewer"
+
+
 def runs_of_four(grids):
     return F.avg_pool1d(grids.flatten(2), 4)
 
@@ -120,9 +138,9 @@ def attending(kind):
 def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, adds=True, exact=True):
     """Describe a network.
 
-    `steps` are by stage, one for each block: `None` for attention over all tokens, a side of windows, or how keys are
-    pooled. `merging` is how tokens are, `exact` whether nothing else mixes them. `rule` says whether the balanced
-    gradient knows all operations, `adds` whether blocks add attention to the tokens that they are given.
+    `steps` are by stage, one for each block: `None` for attention over all tokens, a side of windows, how keys are
+    pooled, or `FROM_FEWER`. `merging` is how tokens are, `exact` whether nothing else mixes them. `rule` says whether
+    the balanced gradient knows all operations, `adds` whether blocks add attention to the tokens that they are given.
     """
     return SimpleNamespace(**locals())
 
@@ -131,6 +149,10 @@ by_stage = lambda model: [list(stage.blocks) for stage in model.stages]  # noqa:
 twins_blocks = lambda model: [list(stage) for stage in model.blocks]  # noqa: E731
 pit_blocks = lambda model: [list(stage.blocks) for stage in model.transformers]  # noqa: E731
 coatnet_blocks = lambda model: [each for each in attending(TransformerBlock2d)(model) if each]  # noqa: E731
+levit_blocks = lambda model: [  # noqa: E731
+    [*model.stages[0].blocks, model.stages[1].downsample],
+    list(model.stages[1].blocks),
+]
 davit_blocks = lambda model: [of_kind(stage, SpatialBlock) for stage in model.stages]  # noqa: E731
 
 NETWORKS = {
@@ -167,6 +189,14 @@ NETWORKS = {
         partial(coatnet, ("C", "C", ("C", "T")), conv_cfg=MaxxVitConvCfg(block_type="convnext")), (64, 96), [(4, 6)],
         [[None]], two_by_two, coatnet_blocks, adds=False, exact=False,
     ),
+    "LeViT": case(
+        levit, (40, 56), [(5, 7), (3, 4)], [[None, FROM_FEWER], [None] * 2], every_second, levit_blocks, adds=False,
+        exact=False,
+    ),
+    "LeViT of convolutions": case(
+        partial(levit, use_conv=True), (40, 56), [(5, 7), (3, 4)], [[None, FROM_FEWER], [None] * 2], every_second,
+        levit_blocks, adds=False, exact=False,
+    ),
     "iFormer": case(
         iformer, (60, 76), [(8, 10), (4, 5)], [[None]] * 2, two_by_two_padded,
         lambda model: attending(SHMABlock)(model)[1:], rule=False, exact=False,
@@ -202,7 +232,7 @@ def layers_of(net):
             if isinstance(step, int):
                 yield grid, None, SimpleNamespace(partition_block=True, partition_size=(step, step))
             else:
-                yield grid, None if step is None else pooling(grid, step), None
+                yield grid, None if step in (None, FROM_FEWER) else pooling(grid, step), None
 
 
 def whole(net, matrices, batch=2):
@@ -230,17 +260,34 @@ def readout(net):
 def naive_map(name, net, attentions, gradients, image):
     """Give the map of one image: the product of all layers and poolings as one matrix, times the readout."""
     product, stages = None, [stage for stage, steps in enumerate(net.steps) for _ in steps]
-    for index, (attention, gradient, (_, keys, _)) in enumerate(
-        zip(attentions, gradients, layers_of(net), strict=True)
-    ):
+    from_fewer = [step is FROM_FEWER for steps in net.steps for step in steps]
+    layers = zip(attentions, gradients, layers_of(net), strict=True)
+    for index, (attention, gradient, (_, keys, _)) in enumerate(layers):
         product = torch.eye(attention.shape[2]) if product is None else product
-        if index and stages[index] != stages[index - 1]:
+        if index and stages[index] != stages[index - 1] and not from_fewer[index - 1]:
             product = down_to(net, stages[index]) @ product
         if name != "attention":
-            product = layer_matrix(name, attention[image], gradient[image], keys=keys) @ product
+            alpha = 0.0 if from_fewer[index] else 1.0
+            product = layer_matrix(name, attention[image], gradient[image], alpha, keys) @ product
+        elif from_fewer[index]:
+            product = down_to(net, stages[index] + 1) @ product
         elif index == len(stages) - 1:
             product = attention[image].mean(0) @ (torch.eye(len(product)) if keys is None else keys) @ product
     return (readout(net) @ product)[net.prefix :].view(net.grids[0])
+
+
+@contextlib.contextmanager
+def attention_collected(net):
+    """Give the list that collects the network's own attention matrices, in forward order."""
+    with softmax_collected() as collected, pytest.MonkeyPatch.context() as patch:
+        if any(step is FROM_FEWER for steps in net.steps for step in steps):
+
+            def softmax(scores, dim):
+                collected.append(torch.softmax(scores, dim))
+                return collected[-1]
+
+            patch.setattr(torch.Tensor, "softmax", softmax)
+        yield collected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -249,7 +296,7 @@ def test_maps_are_the_product_of_all_blocks_and_poolings(name):
     model, batch = net.make(), images(net.size)
     found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
     torch.testing.assert_close(found.logits, logits_of(model(batch)), rtol=1e-4, atol=1e-4)
-    with softmax_collected() as collected:
+    with attention_collected(net) as collected:
         gradients = torch.autograd.grad(logit(model(batch.clone().requires_grad_())).sum(), collected)
     attentions, gradients = whole(net, [each.detach() for each in collected]), whole(net, gradients)
     for method, image in itertools.product(PRODUCTS, range(2)):
@@ -387,6 +434,9 @@ def test_the_balanced_methods_are_those_of_all_blocks_on_the_finest_grid(name):
         to_finest(net),
         list(layers_of(net)),
     )
+    # The reference shares out fused attention; that it computes the same is seen by the logits above.
+    for module, forward in gmarpp.architecture_of(model).fused.items() if net.merging is every_second else ():
+        module.forward = forward
     run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
     expected = 0
     for x, dx, (grid, _, _), matrix in zip(run.x, run.dx, layers, down, strict=True):
