@@ -80,19 +80,18 @@ def _step(block: nn.Module, grid: Grid) -> Step:
 
 
 def _levit(model: Any) -> Stages:
+    stages = [list(stage.blocks) for stage in model.stages]
+    halving = [stage.downsample for stage in model.stages[1:]]
     # What a stage begins with attends on the grid of the one below.
-    above = [*model.stages[1:], None]
-    stages = [
-        [*stage.blocks, *([] if following is None else [following.downsample])]
-        for stage, following in zip(model.stages, above, strict=True)
-    ]
+    for below, block in zip(stages[:-1], halving, strict=True):
+        below.append(block)
     attentions = [each for each in model.modules() if isinstance(each, Attention | AttentionDownsample)]
     found = in_stages(
         lambda *size: merged(size, model.stem.stride),
         stages,
         _step,
         {each: (_attention if isinstance(each, Attention) else _attention_downsample)(each) for each in attentions},
-        [partial(Pooling.subsampled, stride=stage.downsample.attn_downsample.stride) for stage in model.stages[1:]],
+        [partial(Pooling.subsampled, stride=block.attn_downsample.stride) for block in halving],
     )
     return replace(found, channels_first=model.use_conv)
 
