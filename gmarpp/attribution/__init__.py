@@ -36,9 +36,7 @@ Methods that make their maps themselves run after all that, each by itself (`own
 
 A network that attends in windows calls with q, k, v (B · W, H, n, d), of which `windowed.WindowedLayer` makes one layer
 of all tokens of a grid; of one with fewer keys than tokens `reduced.ReducedLayer` does. Where tokens are merged
-between two blocks, `Relevance.spread` hands the rows on to the finer grid.
-of all tokens of a grid. Where tokens are merged between two blocks, `Relevance.spread` hands the rows on to the finer
-grid. A block that merges them itself, because it pools its queries, has a layer of Q queries and N keys; which tokens
+between two blocks, `Relevance.spread` hands the rows on to the finer grid. A block that merges them itself, because it pools its queries, has a layer of Q queries and N keys; which tokens
 its residual is made of is seen when they enter (`QueryPool.of`), and `layer.keep` hands on by it what stays.
 
 Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter

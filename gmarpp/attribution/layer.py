@@ -64,6 +64,11 @@ class AttentionLayer:
         """Whether its queries are fewer tokens than its keys, made of them."""
         return False
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether the network adds what the layer attends to to its tokens."""
+        return True
+
     @cached_property
     def attention(self) -> Tensor:
         """`A`, (B, H, Q, N); rows sum to 1."""

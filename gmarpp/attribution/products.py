@@ -90,7 +90,7 @@ class RowProducts:
         residual = self._residual(layer)
         added = torch.where(self._normalized, residual, 1.0)
         total = torch.addcmul(added, self._share_of_sum, sums)
-        if self._may_be_empty:
+        if self._may_be_empty or not layer.has_residual:
             # A row without relevance and residual passes unchanged.
             empty = total == 0
             total = total.masked_fill(empty, 1)
@@ -111,6 +111,8 @@ class RowProducts:
 
     def _residual(self, layer: AttentionLayer) -> Tensor:
         """Return what stays in the residual, (M, 1) or (B, M, Q)."""
+        if not layer.has_residual:
+            return torch.zeros_like(self._alpha)
         if not self._needs_share:
             return self._alpha
         assert layer.residual is not None

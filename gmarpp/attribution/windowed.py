@@ -74,6 +74,11 @@ class WindowedLayer(AttentionLayer):
     def keep(self, rows: Tensor) -> Tensor:
         return rows if self._step.pool is None else self._step.hand_down(rows, self._shares)
 
+    @property
+    @override
+    def has_residual(self) -> bool:
+        return self._step.has_residual
+
     @cached_property
     @override
     def attention(self) -> Tensor:

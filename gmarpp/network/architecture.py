@@ -15,7 +15,7 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmarpp.network import hiera, mvit, pooled, reduced, sam, stages
+from gmarpp.network import hiera, levit, mvit, pooled, reduced, sam, stages
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
 
@@ -149,7 +149,7 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
-from gmarpp.network import hiera, levit, mvit, pooled, reduced, sam, stages
+        "windowed or pyramid attention, and those with attention between channels (XCiT), cannot be "
         "explained by these methods: use a ViT, Swin or MaxViT"
     )
 
@@ -346,7 +346,10 @@ def _in_stages(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Arch
     return lambda model: Architecture(**vars(describe(model)))
 
 
-_IN_STAGES = (*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES)
+_IN_STAGES = (
+    *(*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *levit.FAMILIES),
+    *(*hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES),
+)
 _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (
     (lambda model: isinstance(model, Cait), _timm_cait),
     (lambda model: isinstance(model, ConVit), _timm_convit),

@@ -49,6 +49,11 @@ class Pooling:
         return Pooling(*(_rectangles(*side) for side in sides))
 
     @staticmethod
+    def subsampled(fine: Grid, stride: int) -> "Pooling":
+        """Take one cell of each stride, the first."""
+        return Pooling(*(_rectangles(side, -(-side // stride), 1, stride) for side in fine))
+
+    @staticmethod
     def adaptive(fine: Grid, coarse: Grid) -> "Pooling":
         """Pool as `nn.AdaptiveAvgPool2d` does."""
         return Pooling(*(_adaptive(many, few) for many, few in zip(fine, coarse, strict=True)))

@@ -31,6 +31,7 @@ class Step:
         merged: what the grid's tokens are made of, those of the next finer grid; of cells without overlap unless it is
             given.
         enters_in_windows: whether the block is given its tokens in windows, one after the other.
+        has_residual: whether the block adds what it attends to to its tokens.
     """
 
     grid: Grid
@@ -41,6 +42,7 @@ class Step:
     cells: Tensor | None = None
     merged: Pooling | None = None
     enters_in_windows: bool = False
+    has_residual: bool = True
 
     @property
     def above(self) -> "Step":

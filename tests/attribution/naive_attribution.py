@@ -53,10 +53,10 @@ def row_normalized(matrix):
 
 
 def layer_matrix(name, attention, gradient, alpha=1.0, keys=None):
-    """Give M_l of one image, (N, N), from A and G of shape (H, N, N), or (H, N, K) for keys made of tokens, (K, N)."""
-    heads, tokens, _ = attention.shape
-    identity = torch.eye(tokens)
-    keys = identity if keys is None else keys
+    """Give M_l of one image, (Q, N), from A and G of shape (H, Q, N), or (H, Q, K) for keys made of tokens, (K, N)."""
+    heads, tokens, attended = attention.shape
+    keys = torch.eye(attended) if keys is None else keys
+    identity = torch.eye(tokens, keys.shape[1])
     if name == "rollout":
         return row_normalized(attention.mean(0) @ keys + alpha * identity)
     if name.startswith("gmar_"):
@@ -76,7 +76,7 @@ def layer_matrix(name, attention, gradient, alpha=1.0, keys=None):
         relevance = sum(weights[h] * positive[h] * attention[h] for h in range(heads))
         return row_normalized(relevance @ keys + alpha * identity)
     if name == "chefer":
-        return identity + (gradient * attention).clamp(min=0).mean(0) @ keys
+        return alpha * identity + (gradient * attention).clamp(min=0).mean(0) @ keys
     raise KeyError(name)
 
 

@@ -7,9 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from pooled_networks import pvt
 from test_families import images, relative_error
 from test_pooled_queries import timm_hiera
-from test_pooled_tokens import pvt
 from test_transport import TARGET, timm_swin
 
 import gmarpp

@@ -4,189 +4,22 @@ What a pooled token is made of is had from torch's own pooling of single cells. 
 gmarpp.
 """
 
+import contextlib
 import itertools
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from naive_attribution import layer_matrix
 from naive_balanced import balanced_run, margin_of
 from naive_windows import assembled, softmax_collected
-from test_families import images, relative_error, sharpened
+from pooled_networks import FROM_FEWER, NETWORKS, every_second, two_by_two
+from test_families import images, relative_error
 from test_transport import BALANCED, PRODUCTS, TARGET, ByMatrix, logit, logits_of
-from timm.models._efficientnet_blocks import MobileAttention
-from timm.models.davit import DaVit, SpatialBlock
-from timm.models.iformer import IFormer, SHMABlock
-from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg, TransformerBlock2d
-from timm.models.mobilenetv3 import _gen_mobilenet_v4
-from timm.models.nest import Nest
-from timm.models.nextvit import NextTransformerBlock, NextViT
-from timm.models.pit import PoolingVisionTransformer
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from timm.models.twins import Twins
 
 import gmarpp
-
-
-def seeded(make):
-    torch.manual_seed(0)
-    return sharpened(make())
-
-
-def pvt(**options):
-    sizes = {"depths": (1, 2), "embed_dims": (8, 16), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)}
-    return seeded(lambda: PyramidVisionTransformerV2(num_classes=5, **sizes, **options))
-
-
-def segformer():
-    sizes = {"depths": [1, 1, 1], "hidden_sizes": [8, 8, 16], "num_attention_heads": [1, 1, 2], "mlp_ratios": [2, 2, 2]}
-    patches = {"patch_sizes": [7, 3, 3], "strides": [4, 2, 2], "sr_ratios": [4, 2, 1], "num_encoder_blocks": 3}
-    config = transformers.SegformerConfig(num_labels=5, **sizes, **patches)
-    return seeded(lambda: transformers.SegformerForImageClassification(config))
-
-
-def twins(**options):
-    sizes = {"depths": (2, 2), "embed_dims": (8, 16), "num_heads": (1, 2), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)}
-    return seeded(lambda: Twins(img_size=32, num_classes=5, **sizes, **options))
-
-
-def next_vit():
-    return seeded(
-        lambda: NextViT(3, num_classes=5, depths=(1, 2, 5, 2), stem_chs=(8, 8, 8), sr_ratios=(8, 2, 1, 1), head_dim=32)
-    )
-
-
-def pit(**options):
-    sizes = {"base_dims": (8, 8), "depth": (1, 2), "heads": (1, 2), "mlp_ratio": 2, "patch_size": 8, "stride": 4}
-    return seeded(lambda: PoolingVisionTransformer(img_size=(36, 44), num_classes=5, **sizes, **options))
-
-
-def coatnet(kinds, **options):
-    config = MaxxVitCfg(
-        (8, 16, 32), (1, 2, 2), kinds, stem_width=8, transformer_cfg=MaxxVitTransformerCfg(dim_head=8), **options
-    )
-    return seeded(lambda: MaxxVit(config, img_size=(64, 96), num_classes=5))
-
-
-def iformer():
-    sizes = {"dims": (8, 16, 32), "depths": (1, 4, 3), "attn_groups": (0, 1, 1), "attn_head_dim_reduction": (0, 2, 4)}
-    return seeded(lambda: IFormer(num_classes=5, **sizes))
-
-
-def mobile_net():
-    model = seeded(lambda: _gen_mobilenet_v4("mobilenetv4_hybrid_medium", 0.25, num_classes=5))
-    for name, parameter in model.named_parameters():
-        if "layer_scale" in name:
-            torch.nn.init.ones_(parameter)
-    # Untrained, it makes logits whose exponentials no number can hold.
-    model.classifier.weight.data.div_(1e5)
-    return model
-
-
-def davit(**options):
-    sizes = {"depths": (1, 2), "embed_dims": (8, 16), "num_heads": (1, 2), "window_size": 3}
-    return seeded(lambda: DaVit(num_classes=5, **sizes, **options))
-
-
-def nest():
-    sizes = {"num_levels": 2, "embed_dims": (8, 16), "num_heads": (1, 2), "depths": (1, 2)}
-    return seeded(lambda: Nest(img_size=32, num_classes=5, **sizes))
-
-
-# How tokens are pooled, as torch averages: the matrix of this, (N_coarse, N_fine), is that of equal shares.
-overlapping = partial(F.avg_pool2d, kernel_size=3, stride=2, padding=1, count_include_pad=False)
-two_by_two = partial(F.avg_pool2d, kernel_size=2)
-two_by_two_padded = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True, count_include_pad=False)
-four_by_four = partial(F.avg_pool2d, kernel_size=4)
-to_seven = partial(F.adaptive_avg_pool2d, output_size=7)
-
-
-def runs_of_four(grids):
-    return F.avg_pool1d(grids.flatten(2), 4)
-
-
-def of_kind(part, kind):
-    return [each for each in part.modules() if isinstance(each, kind)]
-
-
-def attending(kind):
-    return lambda model: [[block for block in stage.blocks if isinstance(block, kind)] for stage in model.stages]
-
-
-def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, adds=True, exact=True):
-    """Describe a network.
-
-    `steps` are by stage, one for each block: `None` for attention over all tokens, a side of windows, or how keys are
-    pooled. `merging` is how tokens are, `exact` whether nothing else mixes them. `rule` says whether the balanced
-    gradient knows all operations, `adds` whether blocks add attention to the tokens that they are given.
-    """
-    return SimpleNamespace(**locals())
-
-
-by_stage = lambda model: [list(stage.blocks) for stage in model.stages]  # noqa: E731
-twins_blocks = lambda model: [list(stage) for stage in model.blocks]  # noqa: E731
-pit_blocks = lambda model: [list(stage.blocks) for stage in model.transformers]  # noqa: E731
-coatnet_blocks = lambda model: [each for each in attending(TransformerBlock2d)(model) if each]  # noqa: E731
-davit_blocks = lambda model: [of_kind(stage, SpatialBlock) for stage in model.stages]  # noqa: E731
-
-NETWORKS = {
-    "PVT v2": case(
-        pvt, (36, 44), [(9, 11), (5, 6)], [[two_by_two], [None, None]], overlapping, by_stage,
-    ),
-    "PVT v2, keys of the mean": case(
-        partial(pvt, linear=True), (36, 60), [(9, 15), (5, 8)], [[to_seven], [to_seven] * 2], overlapping, by_stage,
-    ),
-    "SegFormer": case(
-        segformer, (62, 72), [(16, 18), (8, 9), (4, 5)], [[four_by_four], [two_by_two], [None]], overlapping,
-        lambda model: by_stage(model.segformer),
-    ),
-    "Twins-PCPVT": case(
-        twins, (38, 44), [(9, 11), (4, 5)], [[two_by_two] * 2, [None] * 2], two_by_two, twins_blocks,
-    ),
-    "Twins-SVT": case(
-        partial(twins, wss=(4, 3)), (38, 44), [(9, 11), (4, 5)], [[4, two_by_two], [3, None]], two_by_two, twins_blocks,
-    ),
-    "NextViT": case(
-        next_vit, (68, 92), [(9, 12), (5, 6), (3, 3)], [[runs_of_four], [None], [None]], two_by_two_padded,
-        lambda model: attending(NextTransformerBlock)(model)[1:], exact=False,
-    ),
-    "PiT": case(pit, (36, 44), [(8, 10), (4, 5)], [[None], [None] * 2], overlapping, pit_blocks, prefix=1),
-    "PiT, distilled": case(
-        partial(pit, distilled=True), (36, 44), [(8, 10), (4, 5)], [[None], [None] * 2], overlapping, pit_blocks,
-        prefix=2,
-    ),
-    "CoAtNet": case(
-        partial(coatnet, ("C", "T", "T")), (64, 96), [(8, 12), (4, 6)], [[None] * 2] * 2, two_by_two, coatnet_blocks,
-        adds=False, exact=False,
-    ),
-    "CoAtNet with ConvNeXt blocks": case(
-        partial(coatnet, ("C", "C", ("C", "T")), conv_cfg=MaxxVitConvCfg(block_type="convnext")), (64, 96), [(4, 6)],
-        [[None]], two_by_two, coatnet_blocks, adds=False, exact=False,
-    ),
-    "iFormer": case(
-        iformer, (60, 76), [(8, 10), (4, 5)], [[None]] * 2, two_by_two_padded,
-        lambda model: attending(SHMABlock)(model)[1:], rule=False, exact=False,
-    ),
-    "MobileNet v4": case(
-        mobile_net, (60, 76), [(4, 5), (2, 3)], [[overlapping] * 4, [None] * 4], two_by_two_padded,
-        lambda model: [of_kind(stage, MobileAttention) for stage in model.blocks[2:4]], exact=False,
-    ),
-    "DaViT": case(
-        davit, (34, 44), [(9, 11), (5, 6)], [[3], [3] * 2], two_by_two_padded, davit_blocks, rule=False, exact=False,
-    ),
-    "DaViT, overlapping": case(
-        partial(davit, down_kernel_size=3), (36, 44), [(9, 11), (5, 6)], [[3], [3] * 2], overlapping, davit_blocks,
-        rule=False, exact=False,
-    ),
-    "Nest": case(
-        nest, (32, 32), [(8, 8), (4, 4)], [[4], [4] * 2], two_by_two,
-        lambda model: [list(level.transformer_encoder) for level in model.levels], exact=False,
-    ),
-}  # fmt: skip
 
 
 def pooling(fine, pool):
@@ -202,7 +35,7 @@ def layers_of(net):
             if isinstance(step, int):
                 yield grid, None, SimpleNamespace(partition_block=True, partition_size=(step, step))
             else:
-                yield grid, None if step is None else pooling(grid, step), None
+                yield grid, None if step in (None, FROM_FEWER) else pooling(grid, step), None
 
 
 def whole(net, matrices, batch=2):
@@ -230,17 +63,34 @@ def readout(net):
 def naive_map(name, net, attentions, gradients, image):
     """Give the map of one image: the product of all layers and poolings as one matrix, times the readout."""
     product, stages = None, [stage for stage, steps in enumerate(net.steps) for _ in steps]
-    for index, (attention, gradient, (_, keys, _)) in enumerate(
-        zip(attentions, gradients, layers_of(net), strict=True)
-    ):
+    from_fewer = [step is FROM_FEWER for steps in net.steps for step in steps]
+    layers = zip(attentions, gradients, layers_of(net), strict=True)
+    for index, (attention, gradient, (_, keys, _)) in enumerate(layers):
         product = torch.eye(attention.shape[2]) if product is None else product
-        if index and stages[index] != stages[index - 1]:
+        if index and stages[index] != stages[index - 1] and not from_fewer[index - 1]:
             product = down_to(net, stages[index]) @ product
         if name != "attention":
-            product = layer_matrix(name, attention[image], gradient[image], keys=keys) @ product
+            alpha = 0.0 if from_fewer[index] else 1.0
+            product = layer_matrix(name, attention[image], gradient[image], alpha, keys) @ product
+        elif from_fewer[index]:
+            product = down_to(net, stages[index] + 1) @ product
         elif index == len(stages) - 1:
             product = attention[image].mean(0) @ (torch.eye(len(product)) if keys is None else keys) @ product
     return (readout(net) @ product)[net.prefix :].view(net.grids[0])
+
+
+@contextlib.contextmanager
+def attention_collected(net):
+    """Give the list that collects the network's own attention matrices, in forward order."""
+    with softmax_collected() as collected, pytest.MonkeyPatch.context() as patch:
+        if any(step is FROM_FEWER for steps in net.steps for step in steps):
+
+            def softmax(scores, dim):
+                collected.append(torch.softmax(scores, dim))
+                return collected[-1]
+
+            patch.setattr(torch.Tensor, "softmax", softmax)
+        yield collected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -249,7 +99,7 @@ def test_maps_are_the_product_of_all_blocks_and_poolings(name):
     model, batch = net.make(), images(net.size)
     found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
     torch.testing.assert_close(found.logits, logits_of(model(batch)), rtol=1e-4, atol=1e-4)
-    with softmax_collected() as collected:
+    with attention_collected(net) as collected:
         gradients = torch.autograd.grad(logit(model(batch.clone().requires_grad_())).sum(), collected)
     attentions, gradients = whole(net, [each.detach() for each in collected]), whole(net, gradients)
     for method, image in itertools.product(PRODUCTS, range(2)):
@@ -387,6 +237,9 @@ def test_the_balanced_methods_are_those_of_all_blocks_on_the_finest_grid(name):
         to_finest(net),
         list(layers_of(net)),
     )
+    # The reference shares out fused attention; that it computes the same is seen by the logits above.
+    for module, forward in gmarpp.architecture_of(model).fused.items() if net.merging is every_second else ():
+        module.forward = forward
     run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
     expected = 0
     for x, dx, (grid, _, _), matrix in zip(run.x, run.dx, layers, down, strict=True):

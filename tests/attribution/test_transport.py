@@ -309,7 +309,7 @@ class ByMatrix(Method):
     name, label, needs_gradient = "by_matrix", "By matrix", False
 
     def step(self, row, layer):
-        matrix = layer.attention.mean(1) + torch.eye(layer.queries)
+        matrix = layer.attention.mean(1) + layer.has_residual * torch.eye(layer.queries)
         return (row[:, None] @ (matrix / matrix.sum(2, keepdim=True)))[:, 0]
 
 
