@@ -61,9 +61,9 @@ def require_one_chain(calls: Sequence[AttentionCall], layout: Architecture) -> N
     """
     if not calls:
         raise UnsupportedNetworkError(
-            "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-            f"followed. {_SWITCH}. Networks with attention of another kind (XCiT, ConViT) or without attention "
-            "cannot be explained by these methods: use a ViT"
+            "the network never calls torch.nn.functional.scaled_dot_product_attention, nor multiplies a softmax over "
+            f"tokens by their values, so its attention cannot be followed. {_SWITCH}. Networks with attention of "
+            "another kind or without attention cannot be explained by these methods: use a ViT"
         )
     if not any(call.step for call in calls):
         _require_same_tokens(calls, layout)
@@ -99,7 +99,8 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
         if made[block] == 0:
             raise UnsupportedNetworkError(
                 f"transformer block {block} of {blocks} never calls "
-                "torch.nn.functional.scaled_dot_product_attention, so its attention cannot be followed. "
+                "torch.nn.functional.scaled_dot_product_attention, nor multiplies a softmax over tokens by their "
+                "values, so its attention cannot be followed. "
                 f"{_SWITCH}, or leave out of the architecture's blocks what does not run"
             )
     order = [block for block, _ in groupby(call.block for call in calls if call.block is not None)]

@@ -147,6 +147,14 @@ class ForwardPass:
         return next((call.keys for call in reversed(self.calls) if not call.is_pool), self.tokens)
 
     @property
+    def patches(self) -> slice:
+        """Where the patch tokens are among the tokens of the top layer, or of the lowest where tokens are merged."""
+        layout, top = self.plan.layout, self.calls[-1].block
+        return layout.patches(
+            self.tokens if self.plan.steps else self.top_tokens, len(layout.blocks) if top is None else top
+        )
+
+    @property
     def token_counts(self) -> set[int]:
         """How many tokens an attention layer of the network may attend to."""
         of_windows = {step.windows.shape[1] for step in self.plan.steps}

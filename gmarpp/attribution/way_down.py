@@ -73,8 +73,7 @@ class WayDown:
         return rows
 
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
-        passed = self._passed
-        patches = passed.plan.layout.patches(passed.top_tokens, len(passed.plan.layout.blocks))
+        passed, patches = self._passed, self._passed.patches
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
