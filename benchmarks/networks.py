@@ -210,8 +210,8 @@ def table(rows: Sequence[Row]) -> str:
     )
     lines = ["| class | from | weights | outcome | tried with |", "|---|---|---|---|---|"]
     for row in ordered:
-        weights, name = "" if row.weights is None else row.weights, f"`{row.name}`"
-        lines.append(f"| {name} | {row.library} | {weights} | {cell(row.outcome)} | `{row.tried}` |")
+        listed = "" if row.weights is None else str(row.weights)
+        lines.append(f"| `{row.name}` | {row.library} | {listed} | {cell(row.outcome)} | `{row.tried}` |")
     for library in dict.fromkeys(row.library for row in ordered):
         of_library = [row for row in ordered if row.library == library]
         what = "weights of networks that attend" if library != "transformers" else "classes"

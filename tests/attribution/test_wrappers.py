@@ -5,7 +5,6 @@ import threading
 
 import lightning
 import pytest
-import timm
 import torch
 import torch.distributed
 import transformers
