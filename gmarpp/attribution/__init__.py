@@ -38,6 +38,11 @@ A network that attends in windows calls with q, k, v (B · W, H, n, d), of which
 of all tokens of a grid. Where tokens are merged between two blocks, `Relevance.spread` hands the rows on to the finer
 grid.
 
+A network that writes its attention out multiplies what came of a softmax, (B, H, N, N), by v: `written` hands the two
+to the same `forward.ForwardPass`, and the layer is a `WrittenLayer`, which has A instead of q and k. Where the class
+token alone attends, `class_attention.ClassLayer` makes one layer of all tokens of it; where it is not among a layer's
+tokens, `Relevance.leave_out` drops its entry of the rows.
+
 Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter
 block 3 and the addition behind its attention have hooks (`stream`), which bring `x · ds/dm` and `x · ds/dx`, (B, 197)
 each, before and after step 6.

@@ -1,5 +1,7 @@
 """Attention calls of a forward pass, and what they must look like for attention to be followed."""
 
+import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,39 @@ class AttentionCall:
     prefix: Tensor | None = None
     step: Step | None = None
     is_class: bool = False
+
+
+@functools.cache
+def warn_of_memory() -> None:
+    """Warn once per process that a network keeps its attention's matrices."""
+    warnings.warn(
+        "the network writes its attention out, N x N numbers for each head and image, which are kept for each layer: "
+        "give it fewer images at a time, or switch it to fused attention where it has that "
+        "(model.set_attn_implementation('sdpa'), module.fused_attn = True)",
+        stacklevel=2,
+    )
+
+
+def require_shares(weights: Tensor, blind: Sequence[str]) -> None:
+    """Refuse methods that take attention as it is where some of it is negative; `blind` are their names."""
+    if blind and bool((weights < 0).any()):
+        raise UnsupportedNetworkError(
+            "some attention of this network is negative, as where its heads are mixed after the softmax (CaiT): "
+            f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient (gmarpp_l1, "
+            "gmarpp_sum, chefer, legrad)"
+        )
+
+
+def require_windows(query: Tensor, key: Tensor, step: Step, batch: int, block: int | None) -> None:
+    """Refuse a block that does not attend in the windows that its step describes."""
+    windows, places = step.windows.shape
+    expected = (batch * windows, places)
+    if query.dim() != 4 or any((len(each), each.shape[2]) != expected for each in (query, key)):
+        raise UnsupportedNetworkError(
+            f"expected block {block} to attend in {windows} windows of {places} tokens for each of {batch} images, got "
+            f"queries of shape {tuple(query.shape)} and keys of shape {tuple(key.shape)}: correct transport in "
+            "gmarpp.Architecture"
+        )
 
 
 def require_one_chain(calls: Sequence[AttentionCall], layout: Architecture) -> None:

@@ -46,7 +46,8 @@ def explain(
     gradient is computed. `explain` works under autocast, and inside `torch.inference_mode`.
 
     Args:
-        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`.
+        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`, or writes its
+            attention out as a softmax times values.
         images: preprocessed for the network, shape (B, 3, H, W).
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, of registered methods, aliases, or objects with their
             own options; those that make their maps themselves run one after the other, after the others.

@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 import gmarpp
-from gmarpp.attribution import forward
+from gmarpp.attribution.call import warn_of_memory
 
 SIGNED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "chefer")
 BLIND = ("gmar_l1", "gmar_l2", "rollout", "attention")
@@ -347,7 +347,7 @@ def test_weights_that_do_something_else_are_refused(kind, methods):
 def test_it_is_said_once_that_matrices_are_kept():
     model, write = written_and_fused("class token")
     write(True)
-    forward._warn_of_memory.cache_clear()
+    warn_of_memory.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gmarpp.explain(model, images())
