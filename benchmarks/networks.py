@@ -111,6 +111,9 @@ def build_timm(name: str) -> tuple[nn.Module, Tensor]:
             model = timm.create_model(name, **options)
         except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
             continue
+        for parameter in model.parameters() if "depth" in options else ():
+            # Attention that is far from uniform, as trained networks have it.
+            parameter.data.mul_(5 if parameter.dim() == 2 else 1)
         return model.eval(), torch.randn(1, 3, size, size)
     raise RuntimeError(f"{name} cannot be built")
 
