@@ -36,8 +36,14 @@ Methods that make their maps themselves run after all that, each by itself (`own
 
 A network that attends in windows calls with q, k, v (B · W, H, n, d), of which `windowed.WindowedLayer` makes one layer
 of all tokens of a grid; of one with fewer keys than tokens `reduced.ReducedLayer` does. Where tokens are merged
-between two blocks, `Relevance.spread` hands the rows on to the finer grid. A block that merges them itself, because it pools its queries, has a layer of Q queries and N keys; which tokens
-its residual is made of is seen when they enter (`QueryPool.of`), and `layer.keep` hands on by it what stays.
+between two blocks, `Relevance.spread` hands the rows on to the finer grid. A block that merges them itself, because it
+pools its queries, has a layer of Q queries and N keys; which tokens its residual is made of is seen when they enter
+(`QueryPool.of`), and `layer.keep` hands on by it what stays.
+
+A network that writes its attention out multiplies what came of a softmax, (B, H, N, N), by v: `written` hands the two
+to the same `forward.ForwardPass`, and the layer is a `WrittenLayer`, which has A instead of q and k. Where the class
+token alone attends, `class_attention.ClassLayer` makes one layer of all tokens of it; where it is not among a layer's
+tokens, `Relevance.leave_out` drops its entry of the rows.
 
 Methods of the balanced gradient have a backward pass of their own on the same graph (`balanced`). The tokens that enter
 block 3 and the addition behind its attention have hooks (`stream`), which bring `x · ds/dm` and `x · ds/dx`, (B, 197)

@@ -1,5 +1,7 @@
 """Attention calls of a forward pass, and what they must look like for attention to be followed."""
 
+import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,40 @@ class AttentionCall:
     is_class: bool = False
 
 
+@functools.cache
+def warn_of_memory() -> None:
+    """Warn once per process that a network keeps its attention's matrices."""
+    warnings.warn(
+        "the network writes its attention out, N x N numbers for each head and image, which are kept for each layer: "
+        "give it fewer images at a time, or switch it to fused attention where it has that "
+        "(model.set_attn_implementation('sdpa'), module.fused_attn = True)",
+        stacklevel=2,
+    )
+
+
+def require_shares(weights: Tensor, blind: Sequence[str]) -> None:
+    """Refuse methods that take attention as it is where some of it is negative; `blind` are their names."""
+    if blind and bool((weights < 0).any()):
+        raise UnsupportedNetworkError(
+            "some attention of this network is negative, as where its heads are mixed after the softmax (CaiT): "
+            f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient (gmarpp_l1, "
+            "gmarpp_sum, chefer, legrad)"
+        )
+
+
+def require_windows(query: Tensor, key: Tensor, step: Step, batch: int, block: int | None) -> None:
+    """Refuse a block that does not attend in the windows that its step describes."""
+    windows, queries = step.above.windows.shape
+    expected = [(batch * windows, each) for each in (queries, step.key_places)]
+    if query.dim() != 4 or [(len(each), each.shape[2]) for each in (query, key)] != expected:
+        over = "" if queries == step.key_places else f" and {step.key_places} keys"
+        raise UnsupportedNetworkError(
+            f"expected block {block} to attend in {windows} windows of {queries} tokens{over} for each of {batch} "
+            f"images, got queries of shape {tuple(query.shape)} and keys of shape {tuple(key.shape)}: correct "
+            "transport in gmarpp.Architecture"
+        )
+
+
 def require_one_chain(calls: Sequence[AttentionCall], layout: Architecture) -> None:
     """Refuse a network whose attention calls do not follow each other as layers.
 
@@ -63,9 +99,9 @@ def require_one_chain(calls: Sequence[AttentionCall], layout: Architecture) -> N
     """
     if not calls:
         raise UnsupportedNetworkError(
-            "the network never calls torch.nn.functional.scaled_dot_product_attention, so its attention cannot be "
-            f"followed. {_SWITCH}. Networks with attention of another kind (XCiT, ConViT) or without attention "
-            "cannot be explained by these methods: use a ViT"
+            "the network never calls torch.nn.functional.scaled_dot_product_attention, nor multiplies a softmax over "
+            f"tokens by their values, so its attention cannot be followed. {_SWITCH}. Networks with attention of "
+            "another kind or without attention cannot be explained by these methods: use a ViT"
         )
     if not any(call.step for call in calls):
         _require_same_tokens(calls, layout)
@@ -101,7 +137,8 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
         if made[block] == 0:
             raise UnsupportedNetworkError(
                 f"transformer block {block} of {blocks} never calls "
-                "torch.nn.functional.scaled_dot_product_attention, so its attention cannot be followed. "
+                "torch.nn.functional.scaled_dot_product_attention, nor multiplies a softmax over tokens by their "
+                "values, so its attention cannot be followed. "
                 f"{_SWITCH}, or leave out of the architecture's blocks what does not run"
             )
     order = [block for block, _ in groupby(call.block for call in calls if call.block is not None)]

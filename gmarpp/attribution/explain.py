@@ -49,8 +49,9 @@ def explain(
     gradient is computed. `explain` works under autocast, and inside `torch.inference_mode`.
 
     Args:
-        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`. One of images and
-            texts (CLIP, SigLIP) runs on images alone, and the target is a `gmarpp.targets.Text`.
+        model: any network that attends through `torch.nn.functional.scaled_dot_product_attention`, or writes its
+            attention out as a softmax times values. One of images and texts (CLIP, SigLIP) runs on images alone, and
+            the target is a `gmarpp.targets.Text`.
         images: preprocessed for the network, shape (B, 3, H, W); or what else it is given first, of any floating-point
             type with a batch axis, such as videos and spectrograms.
         methods: names in `gmarpp.METHODS` or `gmarpp.VARIANTS`, of registered methods, aliases, or objects with their

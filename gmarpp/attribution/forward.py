@@ -1,7 +1,5 @@
 """The forward pass: it answers and records attention calls, and keeps what the ways down start from."""
 
-import functools
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,12 +11,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gmarpp.attribution.attend import Inputs, attended
-from gmarpp.attribution.call import AttentionCall, require_one_chain
+from gmarpp.attribution.call import (
+    AttentionCall,
+    require_one_chain,
+    require_shares,
+    require_windows,
+    warn_of_memory,
+)
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan, blind_to_sign
-from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
+from gmarpp.attribution.stream import Entered, marked, watch_addition, watch_tokens
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.transport import Step
 
 
 @dataclass(frozen=True)
@@ -59,33 +62,10 @@ def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | 
     return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
-@functools.cache
-def _warn_of_memory() -> None:
-    warnings.warn(
-        "the network writes its attention out, N x N numbers for each head and image, which are kept for each layer: "
-        "give it fewer images at a time, or switch it to fused attention where it has that "
-        "(model.set_attn_implementation('sdpa'), module.fused_attn = True)",
-        stacklevel=2,
-    )
-
-
 CUT = (
     "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
     "gradients, or ask for methods that need none (rollout, attention)"
 )
-
-
-class _Marked(torch.autograd.Function):
-    """Tokens that leave a block without a graph, marked by a node that keeps nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
-        # No view, which the network could not change in place.
-        return tokens.data
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 class ForwardPass:
@@ -200,7 +180,7 @@ class ForwardPass:
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
             self.last_tokens = tokens
         elif not self.plan.gradients:
-            tokens = _Marked.apply(tokens, self._anchor)
+            tokens = marked(tokens, self._anchor)
         if tokens.grad_fn is not None and self.last_tokens is None:
             self.marks[tokens.grad_fn] = position
         if self.plan.local_scores:
@@ -285,11 +265,11 @@ class ForwardPass:
         # There is a value for each key.
         query, key = inputs.query, inputs.value if inputs.key is None else inputs.key
         if inputs.key is None:
-            _warn_of_memory()
-            self._require_no_sign(query)
+            warn_of_memory()
+            require_shares(query, blind_to_sign(self.plan.groups))
         step = self.plan.steps[self._block] if self.plan.steps and self._block is not None else None
         if step is not None:
-            self._require_windows(query, key, step)
+            require_windows(query, key, step, self._batch, self._block)
         elif query.dim() != 4 or len(query) != self._batch:
             raise UnsupportedNetworkError(
                 f"an attention call has queries of shape {tuple(query.shape)} for {self._batch} images: windowed "
@@ -329,27 +309,6 @@ class ForwardPass:
         layout, block = self.plan.layout, len(self.plan.layout.blocks) if self._block is None else self._block
         is_layer = self._block is not None or (self.last_tokens is not None and layout.prefix_from == block)
         return is_layer and 0 < queries < keys and queries == layout.prefix_at(block)
-
-    def _require_no_sign(self, weights: Tensor) -> None:
-        """Refuse methods that take attention as it is where some of it is negative."""
-        blind = blind_to_sign(self.plan.groups)
-        if blind and bool((weights < 0).any()):
-            raise UnsupportedNetworkError(
-                f"some attention of this network is negative, as where its heads are mixed after the softmax (CaiT): "
-                f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient "
-                "(gmarpp_l1, gmarpp_sum, chefer, legrad)"
-            )
-
-    def _require_windows(self, query: Tensor, key: Tensor, step: Step) -> None:
-        windows, queries = step.above.windows.shape
-        expected = [(self._batch * windows, each) for each in (queries, step.key_places)]
-        if query.dim() != 4 or [(len(each), each.shape[2]) for each in (query, key)] != expected:
-            over = "" if queries == step.key_places else f" and {step.key_places} keys"
-            raise UnsupportedNetworkError(
-                f"expected block {self._block} to attend in {windows} windows of {queries} tokens{over} for each of "
-                f"{self._batch} images, got queries of shape {tuple(query.shape)} and keys of shape "
-                f"{tuple(key.shape)}: correct transport in gmarpp.Architecture"
-            )
 
     def _require_at_once(self, call: AttentionCall, inputs: Inputs) -> None:
         """Refuse a block that attends again, unless to the same tokens as before, side by side with its other calls."""

@@ -74,15 +74,17 @@ class WayDown:
 
     def _descend(self, methods: Sequence[Method], score: Score, total: Tensor, scale: float, keep: bool) -> Rows:
         passed, layout = self._passed, self._passed.plan.layout
+        top = passed.calls[-1].block
+        block = len(layout.blocks) if top is None else top
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         readout = readout_of(total, self._output, passed, scale, need_gradient)
         if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
-            _warn_where_all_are_read(readout[:, layout.patches(passed.top_tokens, len(layout.blocks))])
+            _warn_where_all_are_read(readout[:, layout.patches(passed.top_tokens, block)])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         if not keep:
             passed.forget_tokens()
-        around = layout.prefix_at(len(layout.blocks)), layout.suffix_tokens
+        around = layout.prefix_at(block), layout.suffix_tokens
         relevance = Relevance(methods, readout, self._images, passed.top_tokens, passed.tokens, around)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:

@@ -9,14 +9,18 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
+from timm.layers.attention_pool2d import AttentionPool2d
 from timm.models.cait import Cait
 from timm.models.convit import ConVit
+from timm.models.volo import VOLO
+from timm.models.volo import Transformer as VOLOTransformer
 from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gmarpp.network import hiera, levit, mvit, pooled, reduced, sam, stages
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.refused import REFUSED, refusal
 from gmarpp.network.transport import Step
 
 
@@ -140,6 +144,8 @@ def _imported(path: str, model: nn.Module) -> Callable[[nn.Module], Any]:
 
 
 def _unknown(model: nn.Module) -> UnsupportedNetworkError:
+    if (named := refusal(model)) is not None:
+        return named
     kinds = {type(module).__name__.lower() for module in model.modules()}
     if not any(word in kind for kind in kinds for word in ("attention", "attn", "transformer")):
         return UnsupportedNetworkError(
@@ -149,8 +155,7 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
         f"the patch grid of {type(model).__name__} is not known. If it is a ViT with global attention, pass "
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
-        "windowed or pyramid attention, and those with attention between channels (XCiT), cannot be "
-        "explained by these methods: use a ViT, Swin or MaxViT"
+        "windowed or pyramid attention cannot be explained by these methods: use a ViT, Swin or MaxViT"
     )
 
 
@@ -174,7 +179,7 @@ def _known_networks(
 ) -> Iterator[tuple[str, nn.Module, Callable[[Any], Architecture]]]:
     """Find the outermost networks of known families: name inside the model, network, and what describes it."""
     met = set() if met is None else met
-    if model in met:
+    if model in met or type(model).__name__ in REFUSED:
         return
     met.add(model)
     describe = next((describe for matches, describe in _FAMILIES if matches(model)), None)
@@ -223,7 +228,8 @@ def _timm(model: Any) -> Architecture:
 
 
 def _timm_convit(model: Any) -> Architecture:
-    return replace(_timm(model), prefix_from=model.local_up_to_layer)
+    enters = model.local_up_to_layer < len(model.blocks)
+    return replace(_timm(model), prefix_tokens=int(enters), prefix_from=model.local_up_to_layer if enters else 0)
 
 
 def _timm_cait(model: Any) -> Architecture:
@@ -239,6 +245,25 @@ def _timm_xcit(model: Any) -> Architecture:
         blocks=list(model.cls_attn_blocks),
         head=lambda tokens: model.forward_head(model.norm(tokens)),
     )
+
+
+def _timm_volo(model: Any) -> Architecture:
+    # Outlook attention, of places next to each other, comes before, and the class token after these blocks.
+    blocks = [block for stage in model.network for block in stage.children() if isinstance(block, VOLOTransformer)]
+    stem, side = model.patch_embed, model.patch_embed.proj.stride[0] * model.pooling_scale
+    side *= 1 if stem.conv is None else stem.conv[0].stride[0]
+    class_blocks = list(model.post_network or ())
+    return Architecture(
+        grid=_by_patch(side),
+        prefix_tokens=1 if class_blocks else 0,
+        blocks=[*blocks, *class_blocks],
+        prefix_from=len(blocks) if class_blocks else 0,
+    )
+
+
+def _timm_attention_pool(model: Any) -> Architecture:
+    # The pool of a convolutional network, whose tokens are their mean and the places of the last grid.
+    return Architecture(grid=_by_patch(model.feature_info[-1]["reduction"]), prefix_tokens=1)
 
 
 def _is_torchvision(model: nn.Module) -> bool:
@@ -354,6 +379,8 @@ _FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture
     (lambda model: isinstance(model, Cait), _timm_cait),
     (lambda model: isinstance(model, ConVit), _timm_convit),
     (lambda model: isinstance(model, Xcit), _timm_xcit),
+    (lambda model: isinstance(model, VOLO), _timm_volo),
+    (lambda model: isinstance(getattr(model, "head", None), AttentionPool2d), _timm_attention_pool),
     (_is_timm, _timm),
     (_is_torchvision, _torchvision),
     (_is_hugging_face_sound, _hugging_face_sound),

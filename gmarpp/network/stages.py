@@ -101,10 +101,15 @@ def _torchvision_swin(model: Any) -> Stages:
     return in_stages(lambda *size: (size[0] // down, size[1] // right), stages, swin.torchvision_step, fused)
 
 
+_HUGGING_FACE_SWIN = ("SwinModel", "Swinv2Model", "DonutSwinModel")
+
+
 def _hugging_face_swin(model: Any) -> Stages:
     side = model.config.patch_size
     stages = [list(stage.blocks) for stage in model.encoder.layers]
-    return in_stages(lambda *size: merged(size, side), stages, swin.hugging_face_step)
+    is_second = type(model).__name__ == "Swinv2Model"
+    step = swin.hugging_face_second_step if is_second else swin.hugging_face_step
+    return in_stages(lambda *size: merged(size, side), stages, step)
 
 
 def _is_timm_maxvit(model: nn.Module) -> bool:
@@ -162,7 +167,7 @@ def _timm_caformer(model: Any) -> Stages:
 FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, SwinTransformer | SwinTransformerV2), _timm_swin),
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
-    (lambda model: type(model).__name__ == "SwinModel" and hasattr(model, "encoder"), _hugging_face_swin),
+    (lambda model: type(model).__name__ in _HUGGING_FACE_SWIN and hasattr(model, "encoder"), _hugging_face_swin),
     (_is_timm_maxvit, _timm_maxvit),
     (lambda model: isinstance(model, TorchvisionMaxVit), _torchvision_maxvit),
     (lambda model: isinstance(model, TinyVit), _timm_tiny_vit),

@@ -90,6 +90,13 @@ def hugging_face_step(block: Any, grid: Grid) -> Step:
     return Step(grid, partitioned(shifted(tokens, shift), window)[..., 0])
 
 
+def hugging_face_second_step(block: Any, grid: Grid) -> Step:
+    """Describe the windows of a block of version 2 of transformers, which are those of the network's image size."""
+    window, shift = [block.window_size] * 2, [block.shift_size] * 2
+    tokens = padded(cells(grid), window, value=grid[0] * grid[1])
+    return Step(grid, partitioned(shifted(tokens, shift), window)[..., 0])
+
+
 def _shift(attention: Any, grid: Sequence[int]) -> list[int]:
     """Return by how much windows are shifted: not along a side that one window covers."""
     sides = zip(attention.shift_size, attention.window_size, grid, strict=True)

@@ -244,10 +244,3 @@ def test_class_names_are_targets():
         gmarpp.explain(model, images(), target="tab")
     with pytest.raises(ValueError, match="carries no class names"):
         gmarpp.explain(timm_network("vit_tiny_patch16_224"), images(), target="tabby")
-
-
-def test_eager_attention_is_told_how_to_switch():
-    model = hugging_face_network("ViTForImageClassification")
-    model.set_attn_implementation("eager")
-    with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"set_attn_implementation\('sdpa'\)"):
-        gmarpp.explain(model, images())

@@ -51,12 +51,13 @@ def timm_second_version(size, window):
     return sharpened(model)
 
 
-def transformers_swin(window):
+def transformers_swin(window, kind="Swin"):
     torch.manual_seed(0)
-    config = transformers.SwinConfig(
+    network = getattr(transformers, f"{kind}ForImageClassification")
+    config = network.config_class(
         image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=window, num_labels=5
     )
-    return sharpened(transformers.SwinForImageClassification(config))
+    return sharpened(network(config))
 
 
 def timm_maxvit(size):
@@ -115,6 +116,8 @@ NETWORKS = {
     "transformers, one window above, sizes that patches do not divide": (
         lambda: transformers_swin(4), (31, 43), [(8, 11), (4, 6)],
     ),
+    "transformers, version 2": (lambda: transformers_swin(3, "Swinv2"), (32, 32), [(8, 8), (4, 4)]),
+    "transformers, Donut": (lambda: transformers_swin(3, "DonutSwin"), (32, 32), [(8, 8), (4, 4)]),
     "timm, MaxViT": (lambda: timm_maxvit((32, 48)), (32, 48), [(8, 12), (4, 6)]),
     "timm, TinyViT": (timm_tiny_vit, (60, 76), [(8, 10), (4, 5)]),
     "timm, CAFormer": (timm_caformer, (30, 44), [(4, 6), (2, 3)]),
@@ -147,7 +150,8 @@ def blocks_and_grids(model, stages):
     elif hasattr(model, "features"):
         found = model.features[1::2]
     else:
-        found = [stage.blocks for stage in (model.swin.encoder if hasattr(model, "swin") else model).layers]
+        encoder = model.base_model.encoder if hasattr(model, "base_model") else model
+        found = [stage.blocks for stage in encoder.layers]
     return [(block, grid) for stage, grid in zip(found, stages, strict=True) for block in stage]
 
 
@@ -207,6 +211,7 @@ def test_a_changed_cell_changes_the_tokens_that_attend_to_it(name):
 
 WITHOUT_RULE = {
     "timm, version 2": "no rule for operations of this network: Div",
+    "transformers, version 2": "no rule for operations of this network: Div",
     "torchvision, version 2": "no rule for operations of this network: Div",
     "timm, CAFormer": "expected block 0 to add its attention to its tokens in one place",
     "torchvision, MaxViT": "expected block 0 to add its attention to its tokens in one place",
@@ -218,6 +223,10 @@ def test_where_the_balanced_rule_does_not_hold_it_is_refused(name):
     make, size, _ = NETWORKS[name]
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=WITHOUT_RULE[name]):
         gmarpp.explain(make(), images(size), BALANCED, TARGET)
+
+
+# Its attention is written out, which the reference does not share out.
+WITHOUT_REFERENCE = (*WITHOUT_RULE, "transformers, Donut")
 
 
 def balanced_reference(model, batch, stages):
@@ -232,7 +241,7 @@ def balanced_reference(model, batch, stages):
     return blocks, grids, to_finest, run
 
 
-@pytest.mark.parametrize("name", [*(name for name in NETWORKS if name not in WITHOUT_RULE), "torchvision, MaxViT"])
+@pytest.mark.parametrize("name", [*(name for name in NETWORKS if name not in WITHOUT_REFERENCE), "torchvision, MaxViT"])
 def test_token_relevance_is_that_of_all_blocks_on_the_finest_grid(name):
     make, size, stages = NETWORKS[name]
     model, batch = make(), images(size)
@@ -245,7 +254,7 @@ def test_token_relevance_is_that_of_all_blocks_on_the_finest_grid(name):
     assert relative_error(found, expected.view(2, *stages[0])) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_RULE])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_REFERENCE])
 def test_the_balanced_rollout_is_the_sum_over_all_blocks_on_the_finest_grid(name):
     make, size, stages = NETWORKS[name]
     model, batch = make(), images(size)

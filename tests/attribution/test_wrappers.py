@@ -5,7 +5,6 @@ import threading
 
 import lightning
 import pytest
-import timm
 import torch
 import torch.distributed
 import transformers
@@ -303,7 +302,7 @@ def test_a_replay_leaves_other_threads_and_the_network_alone():
 
 
 def test_a_network_of_an_unknown_family_says_what_to_do():
-    model = nn.Sequential(timm.create_model("xcit_nano_12_p8_224", img_size=32, depth=1, num_classes=3))
+    model = nn.Sequential(nn.MultiheadAttention(48, 3))
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"Sequential.*Architecture\(grid="):
         gmarpp.explain(model, images())
     network, batch = nn.Sequential(vit()), images()

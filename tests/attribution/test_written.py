@@ -7,14 +7,15 @@ import pytest
 import timm
 import torch
 import transformers
-from naive_attribution import layer_matrix
+from naive_attribution import attention_and_gradients, layer_matrix
 from naive_balanced import balanced_run, margin_of, shared
 from test_families import images, relative_error, sharpened, timm_network
+from timm.models.volo import VOLO
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 import gmarpp
-from gmarpp.attribution import forward
+from gmarpp.attribution.call import warn_of_memory
 
 SIGNED = ("gmarpp_l1", "gmarpp_l2", "gmarpp_sum", "chefer")
 BLIND = ("gmar_l1", "gmar_l2", "rollout", "attention")
@@ -46,12 +47,28 @@ def xcit():
     return network("xcit_nano_12_p8_224", depth=2, embed_dim=48, num_heads=2, eta=1.0)
 
 
+def volo():
+    torch.manual_seed(0)
+    sizes = {"layers": [1, 2, 1, 1], "embed_dims": [24, 48, 48, 48], "num_heads": [2, 3, 3, 3], "stem_hidden_dim": 16}
+    return sharpened(VOLO(**sizes, img_size=64, num_classes=7, use_aux_head=False))
+
+
+def attentions_of_volo(model):
+    blocks = [block for stage in model.network[2:] for block in stage]
+    return [block.attn for block in (*blocks, *model.post_network)]
+
+
 # network, modules that are handed its attention, and whether some of it is negative
 NETWORKS = {
     "CaiT": (cait, lambda model: [block.attn for block in (*model.blocks, *model.blocks_token_only)], True),
     "ConViT": (convit, lambda model: [block.attn for block in model.blocks], False),
     "XCiT": (xcit, lambda model: [block.attn for block in model.cls_attn_blocks], False),
+    "VOLO": (volo, attentions_of_volo, False),
 }
+
+
+def images_of(name):
+    return images((64, 64) if name == "VOLO" else (32, 32))
 
 
 def matrices_and_gradients(model, attentions, batch, score):
@@ -102,7 +119,7 @@ def naive_row(name, attentions, gradients):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_maps_are_those_of_explicit_matrices(name):
     make, attentions_of, is_signed = NETWORKS[name]
-    model, batch = make(), images()
+    model, batch = make(), images_of(name)
     methods = SIGNED if is_signed else SIGNED + BLIND
     attentions, gradients = matrices_and_gradients(model, attentions_of(model), batch, logit)
     assert any(bool((each < 0).any()) for each in attentions) == is_signed
@@ -187,10 +204,10 @@ def balanced_reference(model, attentions, batch):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_token_relevance_is_that_of_the_patch_tokens_of_all_blocks(name):
     make, attentions_of, _ = NETWORKS[name]
-    model, batch, expected = make(), images(), 0
+    model, batch, expected = make(), images_of(name), 0
     run = balanced_reference(model, attentions_of(model), batch)
     for x, dx in zip(run.x, run.dx, strict=True):
-        relevance = (x * dx).sum(-1)[:, -16:]
+        relevance = (x * dx).sum(-1).flatten(1)[:, -16:]
         expected = expected + relevance / relevance.abs().sum(1, keepdim=True)
     for methods in ("token_relevance", ("token_relevance", "gmarpp_l1")):
         found = gmarpp.explain(model, batch, methods, TARGET).maps["token_relevance"]
@@ -214,6 +231,22 @@ def test_the_balanced_rollout_goes_on_without_the_class_token():
             row = row @ (matrix / matrix.sum(1, keepdim=True))
             total = total + row[-16:]
         assert relative_error(found[image], total.view(4, 4)) < 1e-4
+
+
+def test_an_attention_pool_explains_a_convolutional_network():
+    torch.manual_seed(0)
+    model = sharpened(timm.create_model("resnet50_clip", img_size=64, num_classes=7))
+    batch = images((64, 64))
+    (attention,), (gradient,) = attention_and_gradients(model, batch, logit)
+    found = gmarpp.explain(model, batch, SIGNED + BLIND, TARGET)
+    for method, image in itertools.product(found.maps, range(2)):
+        row = torch.eye(5)[0]
+        expected = row @ (
+            attention[image].mean(0)
+            if method == "attention"
+            else layer_matrix(method, attention[image], gradient[image])
+        )
+        assert relative_error(found.maps[method][image], expected[1:].view(2, 2)) < 1e-4, method
 
 
 def written_and_fused(kind):
@@ -314,7 +347,7 @@ def test_weights_that_do_something_else_are_refused(kind, methods):
 def test_it_is_said_once_that_matrices_are_kept():
     model, write = written_and_fused("class token")
     write(True)
-    forward._warn_of_memory.cache_clear()
+    warn_of_memory.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gmarpp.explain(model, images())
