@@ -127,8 +127,10 @@ class Descent:
     def receive(self, block: int, relevance: Tensor) -> None:
         """Take the relevance (B, N), times `gradient_scale`, of the tokens that enter a block."""
         assert self.relevance is not None
-        self.received.append(block)
-        self.relevance.receive(relevance)
+        # Blocks that the score does not read are left out.
+        if block in self._calls:
+            self.received.append(block)
+            self.relevance.receive(relevance)
 
     def visit(
         self,
@@ -158,6 +160,7 @@ class Descent:
             self._grid = call.step.grid
         if not self.needs_attention:
             return
+        self.relevance.leave(call.block)
         given = Given(call, query, key, value, mask, outer)
         is_whole = self._calls[call.block] <= 1
         for part, rows, layer in self._layers(given, is_whole):

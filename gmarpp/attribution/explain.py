@@ -14,7 +14,7 @@ from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
-from gmarpp.attribution.head import require_one_layer
+from gmarpp.attribution.head import layers_read
 from gmarpp.attribution.method import AttributionMethod, MapMethod, Method
 from gmarpp.attribution.own_maps import own_maps, require_classes
 from gmarpp.attribution.plan import Plan
@@ -133,7 +133,8 @@ def _maps(network: BoundNetwork, images: Tensor, plan: Plan, target: Target) -> 
         total = torch.stack([score(output).float().sum() for score in scores.functions]).sum()
         passed.leave_out_unread(total)
         passed.check_calls()
-        require_one_layer(total, passed)
+        passed.read = layers_read(total, passed)
+        passed.leave_out_upper(total)
         grid = _grid(plan, images, passed.tokens)
         way = WayDown(passed, output, images, Replay(network, images, passed))
         pairs = list(zip(scores.functions, scores.margins, strict=True))

@@ -71,13 +71,13 @@ class WayDown:
         passed, patches = self._passed, self._passed.plan.layout.patches(self._passed.tokens)
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
-        readout = readout_of(total, self._output, passed, scale, need_gradient)
+        readout, taps = readout_of(total, self._output, passed, scale, need_gradient)
         if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
             _warn_where_all_are_read(readout[:, patches])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         if not keep:
             passed.forget_tokens()
-        relevance = Relevance(methods, readout, self._images, passed.top_tokens, passed.tokens, patches)
+        relevance = Relevance(methods, readout, self._images, passed.top_tokens, passed.tokens, patches, taps)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
             ends = passed.leaves
@@ -106,7 +106,8 @@ class WayDown:
             raise UnsupportedNetworkError(
                 f"no gradient of the score reaches attention layers {sorted(missing)}, which these methods need: {CUT}"
             )
-        blocks, received = list(range(len(passed.plan.layout.blocks))), sorted(descent.received)
+        blocks = sorted({call.block for call in passed.calls if call.block is not None})
+        received = sorted(descent.received)
         if any(method.needs_tokens for method in methods) and received != blocks:
             raise UnsupportedNetworkError(
                 f"expected a gradient of the score at the tokens of each of blocks {blocks}, got {received}: {CUT}"
