@@ -22,7 +22,7 @@ from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
-from gmarpp.attribution.target import Target
+from gmarpp.attribution.target import NO_CLASS, Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture, architecture_of, unwrapped
 from gmarpp.network.bound import BoundNetwork
@@ -92,7 +92,8 @@ def explain(
         maps, scores = _maps(network, usable, plan, target) if rules else ({}, _scores(network, usable, target))
         maps |= own_maps(outside, model, usable, scores.indices, layout)
     maps = {method.name: maps[method.name] for method in selected}
-    names = tuple(getattr(target, "names", ())) if callable(target) else class_names(model)
+    is_class = not bool((scores.indices == NO_CLASS).any())
+    names = class_names(model) if is_class else tuple(getattr(target, "names", ()))
     seen = fit_to_extent(pictures.detach(), grid_extent(layout, *pictures.shape[2:]))
     signed = tuple(method.name for method in selected if method.signed)
     return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names, signed)
