@@ -168,6 +168,20 @@ def test_what_cannot_be_told_apart_is_refused():
         gmarpp.explain(inside, images(), "gmarpp_l1", 3)
 
 
+def test_a_score_of_a_lower_block_is_explained_from_there():
+    model, batch, kept = vit(depth=3), images(), []
+    model.blocks[1].register_forward_hook(lambda module, args, output: kept.append(output))
+    found = gmarpp.explain(model, batch, PRODUCTS, lambda output: kept[-1][:, 3].square().sum(1)).maps
+    with unfused_attention() as collected:
+        model(batch.clone().requires_grad_())
+    attentions = collected[:2]
+    gradients = torch.autograd.grad(kept[-1][:, 3].square().sum(), attentions)
+    attentions = [each.detach() for each in attentions]
+    for method, image in itertools.product(PRODUCTS, range(2)):
+        row = naive_rows(method, attentions, gradients, {1: [3]}, image)[1:].reshape(4, 4)
+        assert relative_error(found[method][image], row) < 1e-4, method
+
+
 def test_a_block_whose_tokens_are_changed_in_place_is_followed():
     model = Dense({3: [0]}, between=lambda tokens: tokens.mul_(1.5))
     batch = images()
