@@ -10,7 +10,7 @@ from naive_attribution import attention_and_gradients, naive_legrad, naive_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gmarpp
-from gmarpp.attribution import GMAR, GMARPlusPlus, RandomMap, Rollout, UnsupportedNetworkError
+from gmarpp.attribution import GMAR, GMARPlusPlus, RandomMap, Rollout
 from gmarpp.attribution.descent import Descent
 
 PRODUCTS = ("gmarpp_l1", "gmarpp_l2", "gmar_l1", "gmar_l2", "rollout", "chefer", "attention")
