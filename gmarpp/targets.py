@@ -61,12 +61,8 @@ class Text(ImageScore):
     def _image_embeddings(self, output: Any) -> Tensor:
         # Networks of open_clip return several things.
         first = output[0] if isinstance(output, tuple) and output else output
-        names = (
-            ("image_embeds", "image_features")
-            if self._has_projection
-            else ("image_embeds", "image_features", "pooler_output")
-        )
-        embeddings = _tensor_of(first, *names)
+        pooled = () if self._has_projection else ("pooler_output",)
+        embeddings = _tensor_of(first, "image_embeds", "image_features", *pooled)
         expected = f"Text: expected embeddings of images of shape (images, {self._embeddings.shape[1]})"
         if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
             raise ValueError(
@@ -80,6 +76,9 @@ class Text(ImageScore):
 def _text_embeddings(model: Any, processor: Any, texts: list[str]) -> Tensor:
     device = next(model.parameters()).device
     if not hasattr(model, "get_text_features"):
+        if hasattr(processor, "encode"):
+            # It would cut long texts; two of its tokens are those of start and end.
+            _require_length(max(len(processor.encode(text)) + 2 for text in texts), processor.context_length)
         found: Tensor = model.encode_text(processor(texts).to(device))
         return found
     limit: int = model.config.text_config.max_position_embeddings
@@ -88,13 +87,15 @@ def _text_embeddings(model: Any, processor: Any, texts: list[str]) -> Tensor:
         {"padding": "max_length", "max_length": limit} if "siglip" in model.config.model_type else {"padding": True}
     )
     tokens = processor(text=texts, return_tensors="pt", **padded)
-    if tokens["input_ids"].shape[1] > limit:
-        raise ValueError(
-            f"Text: expected texts of at most {limit} tokens, got {tokens['input_ids'].shape[1]}: shorten them"
-        )
+    _require_length(tokens["input_ids"].shape[1], limit)
     features = model.get_text_features(**{name: each.to(device) for name, each in tokens.items()})
     pooled: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return pooled
+
+
+def _require_length(tokens: int, limit: int) -> None:
+    if tokens > limit:
+        raise ValueError(f"Text: expected texts of at most {limit} tokens, got {tokens}: shorten them")
 
 
 class Region(ImageScore):

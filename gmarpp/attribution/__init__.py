@@ -34,6 +34,9 @@ kept, and the layers are visited from the top down when the forward pass is over
 
 Methods that make their maps themselves run after all that, each by itself (`own_maps`).
 
+A head that reads tokens of lower blocks too finds them at places of the graph of their own (`chain`), where the rows
+take up its shares on their way down.
+
 A network that attends in windows calls with q, k, v (B · W, H, n, d), of which `windowed.WindowedLayer` makes one layer
 of all tokens of a grid; of one with fewer keys than tokens `reduced.ReducedLayer` does. Where tokens are merged
 between two blocks, `Relevance.spread` hands the rows on to the finer grid. A block that merges them itself, because it

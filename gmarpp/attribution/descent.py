@@ -136,9 +136,11 @@ class Descent:
     def receive(self, block: int, relevance: Tensor) -> None:
         """Take the relevance (B, N), times `gradient_scale`, of the tokens that enter a block."""
         assert self.relevance is not None
-        self.received.append(block)
-        # The block's layer is the one that was visited last.
-        self.relevance.receive(relevance if self._above is None else self._above.by_token(relevance))
+        # Blocks that the score does not read are left out.
+        if block in self._calls:
+            self.received.append(block)
+            # The block's layer is the one that was visited last.
+            self.relevance.receive(relevance if self._above is None else self._above.by_token(relevance))
 
     def visit(
         self,
@@ -169,6 +171,7 @@ class Descent:
             self.relevance.leave_out(call.queries)
         if not self.needs_attention and gradients is None:
             return
+        self.relevance.leave(call.block)
         given = Given(call, query, key, value, mask, outer)
         is_whole = self._calls[call.block] <= 1
         for part, rows, layer in self._layers(given, is_whole):

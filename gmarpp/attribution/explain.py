@@ -14,7 +14,7 @@ from gmarpp.attribution.block import wrapped
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
-from gmarpp.attribution.head import require_one_layer
+from gmarpp.attribution.head import layers_read
 from gmarpp.attribution.method import AttributionMethod, MapMethod, Method
 from gmarpp.attribution.own_maps import own_maps, require_classes
 from gmarpp.attribution.plan import Plan
@@ -22,7 +22,7 @@ from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
-from gmarpp.attribution.target import Target
+from gmarpp.attribution.target import NO_CLASS, Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture, architecture_of, unwrapped
 from gmarpp.network.bound import BoundNetwork
@@ -93,7 +93,8 @@ def explain(
         maps, scores = _maps(network, usable, plan, target) if rules else ({}, _scores(network, usable, target))
         maps |= own_maps(outside, model, usable, scores.indices, layout)
     maps = {method.name: maps[method.name] for method in selected}
-    names = tuple(getattr(target, "names", ())) if callable(target) else class_names(model)
+    is_class = not bool((scores.indices == NO_CLASS).any())
+    names = class_names(model) if is_class else tuple(getattr(target, "names", ()))
     seen = fit_to_extent(pictures.detach(), grid_extent(layout, *pictures.shape[2:]))
     signed = tuple(method.name for method in selected if method.signed)
     return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names, signed)
@@ -133,7 +134,8 @@ def _maps(network: BoundNetwork, images: Tensor, plan: Plan, target: Target) -> 
         total = torch.stack([score(output).float().sum() for score in scores.functions]).sum()
         passed.leave_out_unread(total)
         passed.check_calls()
-        require_one_layer(total, passed)
+        passed.read = layers_read(total, passed)
+        passed.leave_out_upper(total)
         grid = _grid(plan, images, passed.tokens)
         way = WayDown(passed, output, images, Replay(network, images, passed), written)
         pairs = list(zip(scores.functions, scores.margins, strict=True))

@@ -18,9 +18,10 @@ from gmarpp.attribution.call import (
     require_windows,
     warn_of_memory,
 )
+from gmarpp.attribution.chain import Chain
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.plan import Plan, blind_to_sign
-from gmarpp.attribution.stream import Entered, marked, watch_addition, watch_tokens
+from gmarpp.attribution.stream import Entered, watch_addition, watch_tokens
 from gmarpp.network.errors import UnsupportedNetworkError
 
 
@@ -84,7 +85,9 @@ class ForwardPass:
         reads_prefix: whether the architecture's head is known to read prefix tokens only.
         leaves_tokens: whether the block that ran last returned tokens alone.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
-        marks: position of the block whose tokens a node of the graph returns, below the last one.
+        chain: the tokens between blocks, and what else reads them.
+        read: positions of the blocks below the last one whose tokens the score reads directly.
+        top: where the graph of the score begins, if it reads nothing above such a block.
         dtype: in which the network attends.
 
     Args:
@@ -105,10 +108,11 @@ class ForwardPass:
         self.left: list[Tensor] = []
         self.reads_prefix = self.leaves_tokens = False
         self.last_tokens: Tensor | None = None
-        self.marks: dict[object, int] = {}
+        self.chain = Chain(plan.gradients)
+        self.read: list[int] = []
+        self.top: GradientEdge | None = None
         self.dtype = torch.float32
         self._batch = batch
-        self._anchor = torch.zeros((), requires_grad=True)
         self._block: int | None = None
         self._entered: Entered | None = None
         self._entrance: GradientEdge | None = None
@@ -143,7 +147,9 @@ class ForwardPass:
 
     @property
     def score_start(self) -> GradientEdge | Tensor | None:
-        """Where the graph of the score alone begins: at the last tokens, or at the output of the top call."""
+        """Where the graph of the score alone begins: at the last tokens read, or at the output of the top call."""
+        if self.top is not None:
+            return self.top
         if self.last_tokens is not None and self.calls[-1].block is not None:
             return self.last_tokens
         return self.outputs[-1]
@@ -151,9 +157,8 @@ class ForwardPass:
     def enter_block(self, position: int, tokens: Tensor) -> Tensor:
         """Note the block that the next attention calls belong to, and return the tokens that it starts with."""
         self._block = position
-        if position == 0:
-            # The graph starts here: nothing below the first layer is needed.
-            tokens = tokens.detach()
+        # The graph starts at the first block: nothing below it is needed.
+        tokens = tokens.detach() if position == 0 else self.chain.enter(tokens)
         if self.plan.follows_tokens:
             if position == 0:
                 self.first_tokens = get_gradient_edge(tokens.requires_grad_())
@@ -179,20 +184,19 @@ class ForwardPass:
             # Without gradients from block to block, the graph of the score starts here.
             tokens = tokens if self.plan.gradients else tokens.detach().requires_grad_()
             self.last_tokens = tokens
-        elif not self.plan.gradients:
-            tokens = marked(tokens, self._anchor)
-        if tokens.grad_fn is not None and self.last_tokens is None:
-            self.marks[tokens.grad_fn] = position
         if self.plan.local_scores:
             self.runs.append(run)
             self.entered.append(entered.detach())
             self.left.append(tokens)
             self.rests.append(output[1:] if isinstance(output, tuple) else None)
+        if self.last_tokens is None:
+            tokens = self.chain.leave(position, tokens)
         return tokens if self.leaves_tokens else (tokens, *output[1:])
 
     def forget_tokens(self) -> None:
         """Free the blocks' tokens, which only what the head reads and the layers' own scores are computed from."""
         self.entered, self.left, self.last_tokens = [], [], None
+        self.chain.taps, self.top = {}, None
 
     def _watch_addition(self, output: Tensor, block: int) -> None:
         made = self.outputs[-1] if self.calls and self.calls[-1].block == block else None
@@ -227,6 +231,14 @@ class ForwardPass:
                 return
             self.calls.pop()
             self.outputs.pop()
+
+    def leave_out_upper(self, total: Tensor) -> None:
+        """Forget the last blocks, if a score reads lower ones and nothing of these."""
+        if self.read and gradient_of(total, self.score_start) is None:
+            top = self.read.pop()
+            self.top = self.chain.taps[top]
+            self.calls = [call for call in self.calls if call.block is not None and call.block <= top]
+            self.outputs = self.outputs[: len(self.calls)]
 
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""

@@ -1,6 +1,6 @@
 """What the head is, and which tokens it reads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gmarpp.attribution.forward import CUT, ForwardPass, gradient_of
+from gmarpp.attribution.plan import of_one_layer
 from gmarpp.attribution.seam import answered_by
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.output import check_finite
@@ -79,35 +80,35 @@ def distinct_sum(output: Any) -> Tensor:
     return total
 
 
-def _shares(gradient: Tensor) -> Tensor:
-    """Return equal shares for the tokens with any gradient, (B, N, D) or (B, H, N, d)."""
+def _is_read(gradient: Tensor) -> Tensor:
+    """Return 1 for the tokens with any gradient, (B, N, D) or (B, H, N, d), and 0 for others."""
     read = (gradient != 0).any(dim=-1)
-    read = (read.any(dim=1) if gradient.dim() == 4 else read).float()
-    return read / read.sum(dim=-1, keepdim=True).clamp_min(1)
+    return (read.any(dim=1) if gradient.dim() == 4 else read).float()
 
 
-def require_one_layer(total: Tensor, passed: ForwardPass) -> None:
-    """Refuse a score that depends on tokens of earlier blocks otherwise than through those of the last one.
+def layers_read(total: Tensor, passed: ForwardPass) -> list[int]:
+    """Return which blocks below the last one leave tokens that a score reads otherwise than through the last ones.
 
     Raises:
-        UnsupportedNetworkError: naming the blocks.
+        UnsupportedNetworkError: if what the score takes from them would be missing in a map.
     """
     if passed.last_tokens is None:
-        return
-    met, waiting = {passed.last_tokens.grad_fn}, [total.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in met:
-            met.add(node)
-            # Below a block that is read, all are met.
-            waiting += [] if node in passed.marks else [below for below, _ in node.next_functions]
-    if read := sorted(passed.marks[node] for node in met & passed.marks.keys()):
+        return []
+    read, elsewhere = passed.chain.read_by(total, passed.last_tokens)
+    blind = of_one_layer(passed.plan.groups)
+    if read and blind:
         raise UnsupportedNetworkError(
-            f"the score reads the tokens that leave blocks {read} directly, and maps start at those of the last block "
-            "alone: what it takes from the others would be missing. Explain a score of the last block's tokens. If it "
-            "does read the last block, from an attribute for example, pass "
-            "architecture=dataclasses.replace(gmarpp.architecture_of(model), head=None)"
+            f"the score reads the tokens that leave blocks {read} directly, and so several layers, of which "
+            f"{', '.join(blind)} would see one: ask for others (gmarpp_l1, gmarpp_balanced, token_relevance, rollout)"
         )
+    if elsewhere or (read and (passed.plan.steps or not passed.chain.is_whole)):
+        raise UnsupportedNetworkError(
+            f"the score reads the tokens that leave blocks {sorted({*read, *elsewhere})} directly, from inside a block "
+            "or in a network that merges or changes tokens between blocks: what it takes from them would be missing. "
+            "Explain a score of the last block's tokens. If it does read the last block, from an attribute for "
+            "example, pass architecture=dataclasses.replace(gmarpp.architecture_of(model), head=None)"
+        )
+    return read
 
 
 def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
@@ -177,23 +178,40 @@ def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
         return False
 
 
-def _gradient_by_token(total: Tensor, passed: ForwardPass) -> Tensor | None:
-    """Return the gradient of a number where the graph of the score begins, (B, N, D) or (B, H, Q, d)."""
-    gradient, top = gradient_of(total, passed.score_start), passed.calls[-1]
-    if gradient is not None and top.is_class and top.block is None:
-        return F.pad(gradient, (0, 0, 0, top.keys - gradient.shape[2]))
-    if gradient is None or passed.score_start is not passed.last_tokens:
-        return gradient
+def _gradients_by_token(total: Tensor, passed: ForwardPass) -> list[Tensor] | None:
+    """Return the gradient of a number where the graph of the score begins, (B, N, D) or (B, H, Q, d), and at the taps.
+
+    `None` where it does not depend on the first of these places.
+    """
+    starts: list[Any] = [passed.score_start, *(passed.chain.taps[block] for block in passed.read)]
+    if starts[0] is None or not total.requires_grad:
+        return None
+    first, *others = torch.autograd.grad(total, starts, retain_graph=True, allow_unused=True)
+    if first is None:
+        return None
+    top = passed.calls[-1]
+    if top.is_class and top.block is None:
+        first = F.pad(first, (0, 0, 0, top.keys - first.shape[2]))
+    elif any(starts[0] is each for each in (passed.last_tokens, passed.top)):
+        first = _by_token(first, passed)
+    # A part of the score alone, such as one image's, may not read them.
+    return [first, *(first.new_zeros(first.shape) if each is None else _by_token(each, passed) for each in others)]
+
+
+def _by_token(gradient: Tensor, passed: ForwardPass) -> Tensor:
     # Some networks lay out tokens as (B, h, w, D) or (B, D, h, w).
     return (gradient.movedim(1, -1) if passed.plan.layout.channels_first else gradient).flatten(1, -2)
 
 
-def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, needs_gradient: bool) -> Tensor:
-    """Return the row above the top layer: equal shares for the tokens that the head reads.
+def readout_of(
+    scores: Tensor, output: Any, passed: ForwardPass, scale: float, needs_gradient: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the row above the top layer, equal shares for the tokens that the head reads, and rows of other layers.
 
     They are the tokens that the score depends on: the class token, all patches under average pooling, both tokens of a
     distilled network, the queries of an attention-pool head. Where a score's gradient is zero, for example because
-    the weights of its class are, they are the tokens that any output depends on.
+    the weights of its class are, they are the tokens that any output depends on. A head that reads several layers (of
+    segmentation, for example) gives equal shares to the tokens of all.
 
     Args:
         scores: of each image, (B,), with the network's graph.
@@ -203,32 +221,41 @@ def readout_of(scores: Tensor, output: Any, passed: ForwardPass, scale: float, n
         needs_gradient: whether a method needs a score with a gradient.
 
     Returns:
-        float32, (B, Q); rows sum to 1.
+        float32, (B, Q), and by position of the blocks in `passed.read`, (B, N); an image's entries sum to 1.
 
     Raises:
         UnsupportedNetworkError: if the score does not depend on the last layer.
         ValueError: for gradients that are not finite, or zero where they are needed.
     """
-    gradient = _gradient_by_token(scores.float().sum() * scale, passed)
-    if gradient is None:
+    gradients = _gradients_by_token(scores.float().sum() * scale, passed)
+    if gradients is None:
         raise UnsupportedNetworkError(
             "the score does not depend on the last attention layer by any gradient: explain a score of the network's "
             f"output; {CUT}"
         )
-    check_finite(gradient.flatten(1), "gradients")
-    readout = _shares(gradient)
-    without = readout.sum(dim=1) == 0
-    if not without.any():
-        return readout
-    images = without.nonzero().flatten().tolist()
-    if needs_gradient:
-        raise ValueError(
-            f"the score of images {images} has a gradient of exactly zero, from which methods that use gradients "
-            "cannot make a map: explain another class or score, or ask for methods without gradients (rollout, "
-            "attention)"
-        )
-    # What the head reads for other classes, it also reads for this one.
-    general = _gradient_by_token(distinct_sum(output), passed)
-    if general is None or not _shares(general)[without].any(dim=1).all():
-        raise ValueError(f"no output of the network depends on the tokens of images {images}, so they have no readout")
-    return torch.where(without[:, None], _shares(general), readout)
+    for gradient in gradients:
+        check_finite(gradient.flatten(1), "gradients")
+    read = [_is_read(gradient) for gradient in gradients]
+    without = _count(read) == 0
+    if without.any():
+        images = without.nonzero().flatten().tolist()
+        if needs_gradient:
+            raise ValueError(
+                f"the score of images {images} has a gradient of exactly zero, from which methods that use gradients "
+                "cannot make a map: explain another class or score, or ask for methods without gradients (rollout, "
+                "attention)"
+            )
+        # What the head reads for other classes, it also reads for this one.
+        general = [_is_read(each) for each in _gradients_by_token(distinct_sum(output), passed) or ()]
+        if not general or (_count(general)[without] == 0).any():
+            raise ValueError(
+                f"no output of the network depends on the tokens of images {images}, so they have no readout"
+            )
+        read = [torch.where(without[:, None], *pair) for pair in zip(general, read, strict=True)]
+    top, *others = (each / _count(read)[:, None] for each in read)
+    return top, dict(zip(passed.read, others, strict=True))
+
+
+def _count(read: Sequence[Tensor]) -> Tensor:
+    """Return how many tokens of an image are read, (B,), of all layers."""
+    return torch.stack([each.sum(dim=1) for each in read]).sum(dim=0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gmarpp.attribution.method import Method
+from gmarpp.attribution.products import RowProduct
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
@@ -69,6 +70,16 @@ def rule_of(methods: Sequence[Method]) -> str:
 def blind_to_sign(groups: Sequence[Sequence[Method]]) -> list[str]:
     """Return the names of methods that take attention as it is, whatever sign the network gives it."""
     return [method.name for methods in groups for method in methods if getattr(method, "relevance", "") == "attention"]
+
+
+def of_one_layer(groups: Sequence[Sequence[Method]]) -> list[str]:
+    """Return the names of methods that have no place for tokens which the head reads below the last layer."""
+    return [
+        method.name
+        for methods in groups
+        for method in methods
+        if method.needs_local_gradient or (method.needs_attention and not isinstance(method, RowProduct))
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Relevance on its way from the readout to the input tokens: a row for each method and image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class Relevance:
         tokens: number N of tokens, in networks that merge tokens of those that leave the last block.
         input_tokens: number of tokens that enter the first block.
         around: number of prefix tokens and of suffix tokens among those of the top layer.
+        taps: by position of a block below the last one, the tokens it leaves that the head reads too, (B, N).
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Relevance:
         tokens: int,
         input_tokens: int,
         around: tuple[int, int],
+        taps: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
+        self._taps = dict(taps)
         self.needs_tokens = any(method.needs_tokens for method in methods)
         self.needs_residuals = any(method.needs_residual for method in methods)
         products = sorted(
@@ -64,6 +68,12 @@ class Relevance:
             (start, readout.new_empty(len(readout), tokens) if method.needs_attention else start)
             for method, start in others
         ]
+
+    def leave(self, block: int | None) -> None:
+        """Add what the head reads of the tokens that leave a block, before its layer is stepped through."""
+        tap = self._taps.pop(block, None) if block is not None else None
+        if tap is not None:
+            self._rows += tap[:, None]
 
     def step(self, part: slice, layer: AttentionLayer) -> None:
         """Carry the rows of the images of a part through their layer; the layers of an image come from the top down."""

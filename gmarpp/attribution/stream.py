@@ -12,25 +12,6 @@ from gmarpp.attribution.operations import operation
 from gmarpp.network.errors import UnsupportedNetworkError
 
 
-class _Marked(torch.autograd.Function):
-    """Tokens that leave a block without a graph, marked by a node that keeps nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, anchor: Tensor) -> Tensor:
-        # No view, which the network could not change in place.
-        return tokens.data
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def marked(tokens: Tensor, anchor: Tensor) -> Tensor:
-    """Return tokens with a node of their own in the graph, which ends there; the anchor requires a gradient."""
-    found: Tensor = _Marked.apply(tokens, anchor)
-    return found
-
-
 @dataclass(frozen=True)
 class Entered:
     """Tokens that entered a block.

@@ -78,14 +78,14 @@ class WayDown:
         block = len(layout.blocks) if top is None else top
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
-        readout = readout_of(total, self._output, passed, scale, need_gradient)
+        readout, taps = readout_of(total, self._output, passed, scale, need_gradient)
         if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
             _warn_where_all_are_read(readout[:, layout.patches(passed.top_tokens, block)])
         local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
         if not keep:
             passed.forget_tokens()
         around = layout.prefix_at(block), layout.suffix_tokens
-        relevance = Relevance(methods, readout, self._images, passed.top_tokens, passed.tokens, around)
+        relevance = Relevance(methods, readout, self._images, passed.top_tokens, passed.tokens, around, taps)
         passed.descent.begin(relevance, local, scale, passed.calls, rule_of(methods) == "balanced")
         if passed.plan.gradients:
             ends = passed.leaves
@@ -114,7 +114,8 @@ class WayDown:
             raise UnsupportedNetworkError(
                 f"no gradient of the score reaches attention layers {sorted(missing)}, which these methods need: {CUT}"
             )
-        blocks, received = list(range(len(passed.plan.layout.blocks))), sorted(descent.received)
+        blocks = sorted({call.block for call in passed.calls if call.block is not None})
+        received = sorted(descent.received)
         if any(method.needs_tokens for method in methods) and received != blocks:
             raise UnsupportedNetworkError(
                 f"expected a gradient of the score at the tokens of each of blocks {blocks}, got {received}: {CUT}"

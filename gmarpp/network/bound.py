@@ -62,7 +62,10 @@ class BoundNetwork:
 
     def __call__(self, images: Tensor, rows: Tensor | slice = slice(None)) -> Any:
         """Return the network's output for images made of those at some positions of the batch; of all by default."""
-        inputs = {name: each[rows] if self._is_by_image(each) else each for name, each in self.inputs.items()}
+        inputs = {
+            name: each[rows if isinstance(rows, slice) else rows.to(each.device)] if self._is_by_image(each) else each
+            for name, each in self.inputs.items()
+        }
         half = _image_half(self.model)
         if half is None:
             return self.model(images, **inputs)

@@ -118,6 +118,7 @@ def test_a_text_against_another(clip):
     torch.testing.assert_close(found.scores, scores[:, 0] - scores[:, 1], rtol=1e-4, atol=1e-4)
     output = lambda output: cat(output) - dogs(output)  # noqa: E731
     assert torch.equal(found.maps["chefer"], gmarpp.explain(clip, batch, "chefer", output).maps["chefer"])
+    assert found.class_names == ()  # although transformers calls two classes LABEL_0 and LABEL_1
     maps = torch.rand(2, 4, 4)
     curves = gmarpp.perturbation_curves(clip, batch, maps, gmarpp.Contrast(cat, dogs), 3, batch_size=3)
     either = [gmarpp.perturbation_curves(clip, batch, maps, each, 3, batch_size=3) for each in (cat, dogs)]
@@ -145,6 +146,9 @@ def test_texts_of_open_clip():
         model.visual, batch, "gmarpp_l1", lambda out: scale * F.normalize(out, dim=1) @ words[1]
     ).maps
     assert relative_error(found.maps["gmarpp_l1"][:, 1], expected["gmarpp_l1"]) < 1e-4
+    own = open_clip.SimpleTokenizer(context_length=8)
+    with pytest.raises(ValueError, match="at most 8 tokens, got 9: shorten them"):
+        Text(model, own, "one two three four five six seven")
 
 
 def test_texts_that_cannot_be_compared(clip):
@@ -180,6 +184,14 @@ def test_columns_of_a_function_are_explained_one_by_one():
     assert all(relative_error(found.maps[name], expected.maps[name]) < 1e-5 for name in found.maps)
     torch.testing.assert_close(found.scores, expected.scores)
     assert found.show().axes
+
+
+def test_texts_are_drawn_with_their_scores(clip):
+    found = gmarpp.explain(clip, images(), "gmarpp_l1", Text(clip, tokenizer, TEXTS))
+    written = [text.get_text() for text in found.show(images=1).axes[0].texts]
+    for score, word in zip(found.scores[0], ("cat", "dogs"), strict=True):
+        assert any(word in text for text in written)
+        assert any(f"{score:.3g}" in text for text in written)
 
 
 class Segmenter(nn.Module):
