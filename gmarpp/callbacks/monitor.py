@@ -121,7 +121,7 @@ class AttributionMonitor(L.Callback):
                 f"the monitor's probe of {self.images} images is less than the {trainer.world_size} processes: raise "
                 "its option images, or set it to 0 to switch the monitor off"
             )
-        self._log = None if trainer.fast_dev_run else MonitorLog(trainer)  # type: ignore[attr-defined]
+        self._log = MonitorLog(trainer) if self.images and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
