@@ -121,7 +121,6 @@ class AttributionMonitor(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._probe = None
-        self._log = None if trainer.fast_dev_run else MonitorLog(trainer)  # type: ignore[attr-defined]
         if self.images:
             require_whole_network(trainer.strategy)
         if 0 < self.images < trainer.world_size:
@@ -129,6 +128,7 @@ class AttributionMonitor(L.Callback):
                 f"the monitor's probe of {self.images} images is less than the {trainer.world_size} processes: raise "
                 "its option images, or set it to 0 to switch the monitor off"
             )
+        self._log = MonitorLog(trainer) if self.images and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
