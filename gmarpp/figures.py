@@ -185,13 +185,13 @@ def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
         raise ValueError(f"unknown figure format {extension!r}: choose from {', '.join(FIGURE_FORMATS)}")
     stream = io.BytesIO()
     # Without dates and random identifiers, equal figures yield equal bytes.
-    options: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         # Deflating more would take most of the figure's time, and save a sixth of its size.
         "png": {"pil_kwargs": {"compress_level": 2}},
         "pdf": {"metadata": {"CreationDate": None}},
         "svg": {"metadata": {"Date": None}},
-    }[extension]
+    }
     # Pictures are not joined either: joined ones would take the low resolution of a vector figure.
     with matplotlib.rc_context({"svg.hashsalt": "gmarpp", "image.composite_image": False}):
-        figure.savefig(stream, format=extension, **options)
+        figure.savefig(stream, format=extension, **options[extension])
     return stream.getvalue()
