@@ -24,7 +24,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "mixes the heads of its attention in several stages, with fewer queries than keys between them": (
         "EfficientFormerV2",
     ),
-    "attends with a part of its channels, between convolutions over places": ("SHViT", "IFormer", "CSATv2"),
+    "attends with a part of its channels, between convolutions over places": ("SHViT", "CSATv2"),
     "makes queries, keys and values of neighboring places by convolutions, with fewer keys from stage to stage": (
         "CvtModel",
     ),

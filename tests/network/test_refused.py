@@ -21,7 +21,6 @@ OF_TIMM = {
     "EfficientVitMsra": "efficientvit_m0",
     "FocalNet": "focalnet_tiny_srf",
     "GlobalContextVit": "gcvit_xxtiny",
-    "IFormer": "iformer_t",
     "MambaOut": "mambaout_femto",
     "SHViT": "shvit_s1",
     "Sequencer2d": "sequencer2d_s",
