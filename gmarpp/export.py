@@ -9,7 +9,7 @@ from torch import nn
 
 from gmarpp.command import run_function
 from gmarpp.files import atomic_file
-from gmarpp.network.load import load_model
+from gmarpp.network.load import build_network, describe_weights
 from gmarpp.network.preprocessing import get_image_size
 from gmarpp.network.save import describe_model, save_weights
 
@@ -34,7 +34,9 @@ def export(ckpt_path: str, output: str, architecture: str | None = None) -> None
     suffix = Path(output).suffix
     if suffix not in writers:
         raise ValueError(f"--output {output}: expected the suffix {' or '.join(writers)}, got {suffix or 'none'}")
-    writers[suffix](load_model(ckpt_path, architecture), output)
+    weights = describe_weights(ckpt_path, architecture)
+    weights.require_timm()
+    writers[suffix](build_network(weights), output)
     logger.info("%s: %.1f MB", output, Path(output).stat().st_size / 1e6)
 
 

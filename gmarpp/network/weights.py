@@ -61,7 +61,7 @@ class Weights:
         return self.path or "the state dict"
 
     def require_timm(self) -> None:
-        """Require the weights of a network that can be fine-tuned, as timm's can.
+        """Require the weights of a network that can be fine-tuned and exported, as timm's can.
 
         Raises:
             ValueError: they are those of a classifier that transformers builds.
@@ -70,7 +70,7 @@ class Weights:
             kind = self.configuration.get("architectures") or [self.configuration.get("model_type")]
             raise ValueError(
                 f"{self.origin} holds a {kind[0]} of transformers, which is explained and evaluated as it is, but not "
-                "fine-tuned: name one of timm's architectures by --model.architecture, and weights that fit it"
+                "fine-tuned or exported: that takes weights of timm's architectures"
             )
 
     def __post_init__(self) -> None:

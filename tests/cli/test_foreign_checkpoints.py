@@ -22,6 +22,7 @@ from torch import nn
 
 import gmarpp
 from gmarpp.cli import explain_main, main
+from gmarpp.export import export
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 DATA = ["--data=ImageFolder", "--data.root=photos", "--data.num_workers=0"]
@@ -324,6 +325,11 @@ def test_folders_that_describe_another_network_are_refused_before_it_takes_memor
     state["x"] = state.pop("classifier.bias")
     (folder / "hf").mkdir()
     save_file(state, folder / "hf/model.safetensors")
+    (folder / "hf/config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(
+        ValueError, match=r"hf holds a Dinov2ForImageClassification of transformers, .* not fine-tuned or"
+    ):
+        export("hf", "x.safetensors")
     for change, message in (
         ({}, "hf does not fit its configuration, Dinov2ForImageClassification: 1 missing (classifier.bias); 1 unknown"),
         ({"image_size": 40}, "1 of another shape (dinov2.embeddings.position_embeddings)"),
