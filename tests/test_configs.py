@@ -64,7 +64,7 @@ def test_callback_parts_add_up(capsys):
 def test_explain_parses(capsys):
     config = parsed(explain_main, ["predict", "--config", "configs/explain.yaml", "--data.root=photos"], capsys)
     assert config["data"]["class_path"] == "gmarpp.data.ImageFolder"
-    assert config["explain"]["methods"][0] == "gmarpp_l1"
+    assert config["explain"]["methods"][0] == "token_relevance"
     assert (ROOT / config["ckpt_path"]).is_file()
 
 

@@ -30,7 +30,7 @@ class MonitorLog:
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
-        self._trainer = trainer
+        self.trainer = trainer
         self._writers: dict[str, Any] = {}
 
     def compare(self, values: Mapping[str, Mapping[str, float]]) -> None:
@@ -41,12 +41,12 @@ class MonitorLog:
         Args:
             values: by method and metric.
         """
-        for logger in self._trainer.loggers:
+        for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for method, metrics in values.items():
                     writer = self._writer(logger, method)
                     for metric, value in metrics.items():
-                        writer.add_scalar(f"attribution_by_metric/{metric}", value, logged_step(self._trainer))
+                        writer.add_scalar(f"attribution_by_metric/{metric}", value, logged_step(self.trainer))
                     writer.flush()
 
     def add_figure(self, tag: str, figure: Figure) -> None:
@@ -58,10 +58,10 @@ class MonitorLog:
         """
         figure.set_dpi(_DPI)
         data = figure_bytes(figure)
-        step = logged_step(self._trainer)
+        step = logged_step(self.trainer)
         with Image.open(io.BytesIO(data)) as opened:
             picture = opened.convert("RGB")
-        loggers: list[Logger | None] = [*self._trainer.loggers]
+        loggers: list[Logger | None] = [*self.trainer.loggers]
         for logger in loggers or [None]:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(tag, np.asarray(picture), step, dataformats="HWC")
@@ -87,7 +87,7 @@ class MonitorLog:
         return self._writers[folder]
 
     def _write(self, logger: Logger | None, name: str, data: bytes) -> None:
-        folder = (logger and (logger.log_dir or logger.save_dir)) or self._trainer.default_root_dir
+        folder = (logger and (logger.log_dir or logger.save_dir)) or self.trainer.default_root_dir
         if "://" not in str(folder):
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from gmarpp.data.numbering import Labels
@@ -66,14 +64,25 @@ def read_columns(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: expected a table ({', '.join(SUFFIXES)}), got another kind of file")
     if not path.is_file():
         raise FileNotFoundError(f"table {path.absolute()} does not exist")
+    if suffix == ".parquet":
+        return _parquet_columns(path)
     try:
-        if suffix == ".parquet":
-            columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-            return columns
         with path.open(newline="", encoding="utf-8-sig") as file:
             return _csv_columns(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True), path)
-    except (csv.Error, UnicodeDecodeError, pa.ArrowException) as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a table ({error}): write it again, text in UTF-8") from error
+
+
+def _parquet_columns(path: Path) -> dict[str, list[Any]]:
+    # Imported here, for runs with other data need not wait for it.
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as a table ({error}): write it again") from error
+    return columns
 
 
 def _csv_columns(rows: Any, path: Path) -> dict[str, list[Any]]:

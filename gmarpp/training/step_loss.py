@@ -21,7 +21,7 @@ class StepLoss:
     """
 
     def __init__(self, loss: Tensor, batch: Mapping[str, Any], trainer: L.Trainer) -> None:
-        self._files, self._trainer = batch.get("path", ["unknown"]), trainer
+        self._files, self.trainer = batch.get("path", ["unknown"]), trainer
         finite_ranks: Any = trainer.strategy.reduce(torch.isfinite(loss).float(), reduce_op="sum")
         # Other devices than CUDA's could be read before the copy is there.
         self._copy = torch.stack([loss.float(), finite_ranks]).to("cpu", non_blocking=loss.is_cuda)
@@ -38,13 +38,13 @@ class StepLoss:
         if self._copied is not None:
             self._copied.synchronize()
         loss, finite_ranks = self._copy
-        if stops_at_divergence and finite_ranks != self._trainer.world_size:
+        if stops_at_divergence and finite_ranks != self.trainer.world_size:
             raise self._divergence(loss)
         module.log("train/loss", loss, prog_bar=True)
-        module.log("train/lr", torch.tensor(max(group["lr"] for group in self._trainer.optimizers[0].param_groups)))
+        module.log("train/lr", torch.tensor(max(group["lr"] for group in self.trainer.optimizers[0].param_groups)))
 
     def _divergence(self, loss: Tensor) -> FloatingPointError:
-        trainer = self._trainer
+        trainer = self.trainer
         files = "" if loss.isfinite() else ", ".join(map(str, self._files))
         if trainer.world_size > 1:
             gathered = [""] * trainer.world_size

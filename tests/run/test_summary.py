@@ -81,7 +81,7 @@ def test_every_metric_has_a_label_and_a_direction():
     assert set(METRIC_LABELS) == set(METRICS)
     assert metric_label("deletion_auc") == "Deletion AUC"
     lower = {metric for metric in METRICS if higher_is_better(metric) is False}
-    assert lower == {"average_drop", "deletion_auc"}
+    assert lower == {"average_drop", "deletion_auc", "max_sensitivity", "infidelity"}
     assert higher_is_better("sparseness") is None
     assert higher_is_better("of_my_own") is None
 

@@ -28,6 +28,7 @@ NAMES = {
     (_WrappingCheckpointIO, "_checkpoint_io"),
     (L.Trainer, "_signal_connector"),
     (_TrainingEpochLoop, "_broadcast_sigterm_tensor"),
+    (_TrainingEpochLoop, "_batches_that_stepped"),
     (_SignalConnector, "_register_signal"),
     (_FitLoop, "_load_combined_loader_states"),
     (ModelCheckpoint, "_save_checkpoint"),
