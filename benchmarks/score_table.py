@@ -22,7 +22,7 @@ from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.perturbation import score_perturbations
 from gmarpp.run.summary import FEWEST_IMAGES, Interval, higher_is_better, paired_difference
 from gmarpp.run.tables import write_csv
-from gmarpp.training.module import load_classifier
+from gmarpp.training.network_choice import load_classifier
 
 CRITERION = "insertion_deletion_gap"
 FAITHFULNESS = (*FAITHFULNESS_METRICS, CRITERION)

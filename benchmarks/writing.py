@@ -24,7 +24,7 @@ from measure import add_device, gpu_memory, machine, resident_mebibytes, seconds
 from gmarpp.callbacks import ExplanationWriter
 from gmarpp.data import TinyImageNet
 from gmarpp.explainer import Explainer
-from gmarpp.training.module import load_classifier
+from gmarpp.training.network_choice import load_classifier
 from gmarpp.training.trainer import Trainer
 
 

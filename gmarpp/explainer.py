@@ -15,8 +15,9 @@ from gmarpp.label_rows import LabelRows
 from gmarpp.metrics import METRICS
 from gmarpp.metrics.functional import boxes_to_masks
 from gmarpp.metrics.registry import is_own_metric, metric_function, metric_inputs, require_metric
-from gmarpp.network.architecture import Architecture, resolve_architecture
+from gmarpp.network.architecture import Architecture
 from gmarpp.network.extent import fit_to_extent
+from gmarpp.network.families import resolve_architecture
 from gmarpp.network.task import score_of, task_of
 from gmarpp.options import Name
 from gmarpp.perturbation import (

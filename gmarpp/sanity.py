@@ -29,7 +29,7 @@ from gmarpp.figures import figure_bytes
 from gmarpp.files import write_atomically
 from gmarpp.labels import method_color, method_dashes, method_label
 from gmarpp.metrics.functional import rank_correlation
-from gmarpp.network.architecture import resolve_architecture
+from gmarpp.network.families import resolve_architecture
 from gmarpp.network.preprocessing import Preprocessing
 from gmarpp.options import Name
 from gmarpp.training.network_choice import NetworkChoice, load_chosen

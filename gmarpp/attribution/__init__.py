@@ -70,8 +70,9 @@ from gmarpp.attribution.methods import (
 from gmarpp.attribution.registry import METHODS, VARIANTS, register_method, resolve_method, select_methods
 from gmarpp.attribution.target import Contrast
 from gmarpp.labels import METHOD_LABELS
-from gmarpp.network.architecture import Architecture, architecture_of
+from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
+from gmarpp.network.families import architecture_of
 
 __all__ = [
     "GMAR",

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -71,6 +73,13 @@ def require_shares(weights: Tensor, blind: Sequence[str]) -> None:
             f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient (gmarpp_l1, "
             "gmarpp_sum, chefer, legrad)"
         )
+
+
+def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | None:
+    """Return the gradient of a number; `None` where it does not depend on the start."""
+    if start is None or not total.requires_grad:
+        return None
+    return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
 def require_windows(query: Tensor, key: Tensor, step: Step, batch: int, block: int | None) -> None:
@@ -153,4 +162,14 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
             f"{len(outside)} of {len(calls)} attention calls were made outside the {blocks} known transformer blocks: "
             "expected at most that of an attention-pool head after the last block. Explain the part of the network "
             "that its blocks describe, or list all blocks in gmarpp.Architecture(..., blocks=...)"
+        )
+
+
+def require_no_prefix(key: Tensor, tokens: Tensor, prefix: int) -> None:
+    """Refuse a pool with fewer keys than there are tokens, unless the prefix tokens are those that it leaves out."""
+    read = gradient_of(key.float().square().sum(), tokens)
+    if read is None or read[:, :prefix].any() or not read[:, prefix:].any(dim=2).all():
+        raise UnsupportedNetworkError(
+            f"an attention-pool head attends to {key.shape[-2]} keys, and the blocks to {tokens.shape[1]}: only the "
+            f"{prefix} prefix tokens may be left out, one key for each of the others"
         )

@@ -24,10 +24,11 @@ from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import NO_CLASS, Target
 from gmarpp.attribution.way_down import WayDown
-from gmarpp.network.architecture import Architecture, architecture_of, unwrapped
+from gmarpp.network.architecture import Architecture
 from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.extent import fit_to_extent, grid_extent
+from gmarpp.network.families import architecture_of, unwrapped
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.network.output import class_names
 from gmarpp.network.preprocessing import displayable

@@ -13,6 +13,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import (
     AttentionCall,
+    gradient_of,
+    require_no_prefix,
     require_one_chain,
     require_shares,
     require_windows,
@@ -54,13 +56,6 @@ def tokens_of(output: Any) -> Tensor:
     """Return the tokens of a block's output, the first where there are several."""
     tokens: Tensor = output[0] if isinstance(output, tuple) else output
     return tokens
-
-
-def gradient_of(total: Tensor, start: GradientEdge | Tensor | None) -> Tensor | None:
-    """Return the gradient of a number; `None` where it does not depend on the start."""
-    if start is None or not total.requires_grad:
-        return None
-    return torch.autograd.grad(total, start, retain_graph=True, allow_unused=True)[0]
 
 
 CUT = (
@@ -313,7 +308,8 @@ class ForwardPass:
         self.calls.append(call)
         follows_blocks = self.last_tokens is not None and any(each.block is not None for each in self.calls)
         if call.is_pool and follows_blocks and keys != self.tokens:
-            self._require_no_prefix(key)
+            assert self.last_tokens is not None
+            require_no_prefix(key, self.last_tokens, self.plan.layout.prefix_tokens)
         return call
 
     def _is_class(self, queries: int, keys: int) -> bool:
@@ -344,15 +340,4 @@ class ForwardPass:
                 f"{name} with the same values, as differential attention does, which subtracts one from the other: "
                 f"{', '.join(blind)} would add them. Ask for methods of products with the gradient (gmarpp_l1, "
                 "gmarpp_sum, chefer, legrad)"
-            )
-
-    def _require_no_prefix(self, key: Tensor) -> None:
-        """Refuse a pool with fewer keys than tokens, unless the prefix tokens are those that it leaves out."""
-        prefix, tokens = self.plan.layout.prefix_tokens, self.last_tokens
-        assert tokens is not None
-        read = gradient_of(key.float().square().sum(), tokens)
-        if read is None or read[:, :prefix].any() or not read[:, prefix:].any(dim=2).all():
-            raise UnsupportedNetworkError(
-                f"an attention-pool head attends to {key.shape[-2]} keys, and the blocks to {tokens.shape[1]}: only "
-                f"the {prefix} prefix tokens may be left out, one key for each of the others"
             )

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmarpp.attribution.forward import CUT, ForwardPass, gradient_of
+from gmarpp.attribution.call import gradient_of
+from gmarpp.attribution.forward import CUT, ForwardPass
 from gmarpp.attribution.plan import of_one_layer
 from gmarpp.attribution.seam import answered_by
 from gmarpp.network.errors import UnsupportedNetworkError

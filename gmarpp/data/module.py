@@ -74,8 +74,7 @@ class ImageDataModule(L.LightningDataModule):
 
     Args:
         batch_size: images per batch and rank, at least 1.
-        num_workers: loader processes per rank; 0 loads in the rank's own; None takes the CPUs that it may use,
-            shared among the node's ranks, up to 8.
+        num_workers: loader processes per rank; 0 loads in its own; None takes its share of the node's CPUs, up to 8.
         pin_memory: stage batches in page-locked memory, where there is an accelerator to copy them to.
         persistent_workers: keep loader processes over epochs.
         preprocessing: what the network expects; None takes `preprocessing` from the trainer's LightningModule.

@@ -1,7 +1,6 @@
 """The Lightning module that fine-tunes a timm Vision Transformer and, given an explainer, explains it."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -14,7 +13,7 @@ from typing_extensions import Self, override
 from gmarpp.files import first_line
 from gmarpp.network.build import undrawn_weights
 from gmarpp.network.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
-from gmarpp.network.load import complete, describe_weights, fill_model
+from gmarpp.network.load import complete, fill_model
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing
 from gmarpp.network.task import TaskName
 from gmarpp.network.weights import Weights
@@ -346,13 +345,3 @@ class ViTClassifier(L.LightningModule):
             metrics.update(self.task.predictions(logits), labels)
         self.log(loss_name, loss, prog_bar=True)
         self.log_dict(metrics, prog_bar=True)
-
-
-def load_classifier(path: str | Path) -> ViTClassifier:
-    """Build a `ViTClassifier` from any file that `gmarpp.load_model` reads; no network access.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
-    """
-    return ViTClassifier.from_weights(describe_weights(path)).eval()

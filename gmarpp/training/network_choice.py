@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning as L
@@ -148,3 +149,13 @@ def _with_hyper_parameters(
         return network
     logger.info("%s has the options that its checkpoint was trained with: %s", type(network).__name__, options)
     return _built(make, **options)
+
+
+def load_classifier(path: str | Path) -> ViTClassifier:
+    """Build a `ViTClassifier` from any file that `gmarpp.load_model` reads; no network access.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of an unknown kind or architecture, or does not fit its architecture.
+    """
+    return ViTClassifier.from_weights(describe_weights(path)).eval()

@@ -11,8 +11,9 @@ from test_families import images, relative_error, timm_network
 from torch import nn
 
 import gmarpp
-from gmarpp.network import architecture
+from gmarpp.network import families
 from gmarpp.network.architecture import Architecture
+from gmarpp.network.encoders import by_patch
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/networks.md"
@@ -97,10 +98,10 @@ class Plain(nn.Module):
 
 def test_a_family_is_one_entry(monkeypatch):
     def plain(model):
-        return Architecture(grid=architecture._by_patch(model.patch_size), prefix_tokens=1, blocks=list(model.layers))
+        return Architecture(grid=by_patch(model.patch_size), prefix_tokens=1, blocks=list(model.layers))
 
     entry = (lambda model: isinstance(model, Plain), plain)
-    monkeypatch.setattr(architecture, "_FAMILIES", (*architecture._FAMILIES, entry))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, entry))
     methods = gmarpp.METHODS + gmarpp.VARIANTS
     found = gmarpp.explain(Plain(), images(), methods, 2).maps
     expected = gmarpp.explain(timm_network("vit_tiny_patch16_224"), images(), methods, 2).maps

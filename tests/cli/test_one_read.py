@@ -14,7 +14,8 @@ from gmarpp.cli.explain import explain_main
 from gmarpp.cli.train import train_main
 from gmarpp.network.load import load_model
 from gmarpp.network.save import save_weights
-from gmarpp.training.module import ViTClassifier, load_classifier
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.network_choice import load_classifier
 
 OPTIONS = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "pretrained": False}
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]

@@ -13,7 +13,8 @@ from gmarpp.cli.train import train_main
 from gmarpp.network.load import describe_weights, load_model
 from gmarpp.training.execution import Execution
 from gmarpp.training.mixing import Mixing
-from gmarpp.training.module import ViTClassifier, load_classifier
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.network_choice import load_classifier
 from gmarpp.training.optim import Optimization
 from gmarpp.training.trainer import Trainer
 

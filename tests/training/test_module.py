@@ -23,7 +23,8 @@ from gmarpp.training.evaluation import counted_images
 from gmarpp.training.execution import Execution
 from gmarpp.training.hyperparameters import arguments
 from gmarpp.training.mixing import Mixing
-from gmarpp.training.module import ViTClassifier, load_classifier
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.network_choice import load_classifier
 from gmarpp.training.optim import Optimization
 
 TINY = {"depth": 2}

@@ -19,7 +19,8 @@ from gmarpp.cli.train import train_main
 from gmarpp.export import main as export_main
 from gmarpp.network.load import load_model
 from gmarpp.training.checkpoint_io import AtomicCheckpointIO
-from gmarpp.training.module import ViTClassifier, load_classifier
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.network_choice import load_classifier
 from gmarpp.training.trainer import Trainer
 
 OPTIONS = {"architecture": "test_vit", "num_classes": 3, "image_size": 32, "pretrained": False}

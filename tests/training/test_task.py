@@ -13,7 +13,8 @@ from gmarpp.network.load import load_model
 from gmarpp.network.save import save_weights
 from gmarpp.training.evaluation import known_labels
 from gmarpp.training.mixing import Mixing
-from gmarpp.training.module import ViTClassifier, load_classifier
+from gmarpp.training.module import ViTClassifier
+from gmarpp.training.network_choice import load_classifier
 from gmarpp.training.optim import Optimization
 from gmarpp.training.task import TASKS
 
