@@ -114,6 +114,10 @@ def build_timm(name: str) -> tuple[nn.Module, Tensor]:
         for parameter in model.parameters() if "depth" in options else ():
             # Attention that is far from uniform, as trained networks have it.
             parameter.data.mul_(5 if parameter.dim() == 2 else 1)
+        for parameter in model.parameters():
+            # A head that begins with zeros, as Hiera's does, gives no score a gradient.
+            if parameter.dim() == 2 and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
         return model.eval(), torch.randn(1, 3, size, size)
     raise RuntimeError(f"{name} cannot be built")
 
