@@ -163,7 +163,11 @@ class Descent:
             outer: gradient of the call's output times `gradient_scale`, (B, H, Q, dv), or `None`.
             gradients: filled with those of query, key and value, if the layer computes them.
         """
-        assert self.relevance is not None
+        if self.relevance is None:
+            # No way down has begun: the gradient of what the layer made was cut, and so it has none.
+            for each in gradients or ():
+                each.zero_()
+            return
         self.visited.append(call.index)
         if call.step is not None:
             self._reach(call.step, call.index == self.layers - 1)

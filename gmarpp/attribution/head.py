@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gmarpp.attribution.call import gradient_of
 from gmarpp.attribution.forward import CUT, ForwardPass
@@ -87,6 +88,27 @@ def _is_read(gradient: Tensor) -> Tensor:
     return (read.any(dim=1) if gradient.dim() == 4 else read).float()
 
 
+def _reads_beside_class_attention(total: Tensor, passed: ForwardPass) -> bool:
+    """Return whether a number depends on the last block's tokens otherwise than by class attention after that block."""
+    made = [
+        edge for call, edge in zip(passed.calls, passed.outputs, strict=True) if call.is_class and call.block is None
+    ]
+    if not made:
+        return False
+    # Without the gradient of what class attention makes of the tokens, that of reading them directly is left.
+    cut = [edge.node.register_prehook(_without_gradient) for edge in made if isinstance(edge, GradientEdge)]
+    try:
+        gradient = gradient_of(total, passed.last_tokens)
+    finally:
+        for hook in cut:
+            hook.remove()
+    return gradient is not None and bool(gradient.any())
+
+
+def _without_gradient(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if each is None else torch.zeros_like(each) for each in gradients)
+
+
 def layers_read(total: Tensor, passed: ForwardPass) -> list[int]:
     """Return which blocks below the last one leave tokens that a score reads otherwise than through the last ones.
 
@@ -95,6 +117,11 @@ def layers_read(total: Tensor, passed: ForwardPass) -> list[int]:
     """
     if passed.last_tokens is None:
         return []
+    if _reads_beside_class_attention(total, passed):
+        raise UnsupportedNetworkError(
+            "the score reads patch tokens that leave the last block directly, and not only by the class attention "
+            "after it: what it takes from them would be missing. Explain a score of the class token"
+        )
     read, elsewhere = passed.chain.read_by(total, passed.last_tokens)
     blind = of_one_layer(passed.plan.groups)
     if read and blind:

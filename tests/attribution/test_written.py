@@ -164,6 +164,23 @@ def test_legrad_asks_class_attention_for_the_score_of_every_block():
         assert relative_error(gmarpp.explain(model, batch, methods, TARGET).maps["legrad"], expected) < 1e-4
 
 
+class ReadsPatches(nn.Module):
+    """A CaiT whose classifier reads the mean of the patch tokens beside the class token."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch):
+        tokens = self.network.forward_features(batch)
+        return self.network.head(tokens[:, 0] + tokens[:, 1:].mean(dim=1))
+
+
+def test_a_score_that_reads_patches_beside_class_attention_is_refused():
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match="reads patch tokens that leave the last block directly"):
+        gmarpp.explain(ReadsPatches(cait()), images(), "gmarpp_l1", TARGET)
+
+
 def test_legrad_of_layers_in_which_the_class_token_alone_attends():
     model, batch = xcit(), images()
     expected = 0
