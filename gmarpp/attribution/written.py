@@ -20,19 +20,22 @@ from gmarpp.network.errors import UnsupportedNetworkError
 Answer = Callable[..., Tensor | None]
 """Takes the weights (B, H, Q, N), `None` and the values (B, H, N, d), and returns their product, or `None`."""
 
-_SOFTMAX = (torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax)
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_SOFTMAX = frozenset((torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax))
+_PRODUCTS = frozenset((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm))
 _EINSUM = re.compile(r"(\w+)(\w)(\w),\1\3(\w)->\1\2\4")
-_RANDOM = (
-    torch.rand,
-    torch.randn,
-    torch.randperm,
-    torch.rand_like,
-    torch.randn_like,
-    torch.bernoulli,
-    torch.multinomial,
-    torch.normal,
+_RANDOM = frozenset(
+    (
+        torch.rand,
+        torch.randn,
+        torch.randperm,
+        torch.rand_like,
+        torch.randn_like,
+        torch.bernoulli,
+        torch.multinomial,
+        torch.normal,
+    )
 )
+_WATCHED = _RANDOM | _SOFTMAX | {F.multi_head_attention_forward}
 _REMEDY = (
     "switch it to torch.nn.functional.scaled_dot_product_attention (model.set_attn_implementation('sdpa'), "
     "module.fused_attn = True, need_weights=False), or explain a network without it"
@@ -70,11 +73,16 @@ class WrittenAttention(TorchFunctionMode):
         self._answer = answer
         self._met: list[_Softmax] = []
         self._weights: MutableMapping[Tensor, list[_Softmax]] = WeakTensorKeyDictionary()
+        self._is_following = False
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        options, answer = kwargs or {}, self._answer()
+        options = kwargs or {}
+        # Most calls are none of these, and a GPU waits for each.
+        if not self._is_following and function not in _WATCHED:
+            return function(*args, **options)
+        answer = self._answer()
         if answer is None:
             return function(*args, **options)
         if function in _RANDOM:
@@ -83,7 +91,7 @@ class WrittenAttention(TorchFunctionMode):
                 "shuffle or mask patches do (ViTMAE): no token could be traced to its patch. Explain the network made "
                 "from it for classification"
             )
-        given = [each for each in args if isinstance(each, Tensor) and each in self._weights] if self._weights else []
+        given = [each for each in args if isinstance(each, Tensor) and each in self._weights]
         factors = _factors(function, args) if given else None
         if factors is not None and (product := self._answered(answer, *factors)) is not None:
             return product
@@ -103,6 +111,7 @@ class WrittenAttention(TorchFunctionMode):
             self._met.append(met)
             if dim % result.dim() == result.dim() - 1:
                 self._weights[result] = [met]
+                self._is_following = True
 
     def _answered(self, answer: Answer, weights: Tensor, values: Tensor) -> Tensor | None:
         """Return the product of weights and values as attention, or `None` if it is something else."""

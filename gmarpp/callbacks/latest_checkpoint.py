@@ -1,10 +1,5 @@
 """The checkpoint of the latest state."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -39,19 +34,5 @@ class LatestCheckpoint(ObservedCheckpoint):
             self.forget_step()
         if self.wants_error_saved(trainer):
             path = self.format_checkpoint_name(self.metrics_for_name(trainer))
-            with _undisturbed():
-                self.save(trainer, path)
+            self.save(trainer, path)
             rank_zero_info(f"Saved step {trainer.global_step}: continue with --ckpt_path {path}")
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep torch from reporting a killed loader process, which it does by an exception wherever the program is."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -90,7 +91,11 @@ class Termination(Callback):
         self._stop_loop(trainer.predict_loop)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Set the exit status of the process, and have a resumed run repeat the validation that was interrupted."""
+        """Set the exit status of the process, and have a resumed run repeat the validation that was interrupted.
+
+        As the first callback, also see to it that the others can save undisturbed.
+        """
+        _let_children_end()
         if not isinstance(exception, SIGTERMException):
             return
         exception.code = 128 + self._signals.number
@@ -141,6 +146,15 @@ class _Signals(SignalHandlers):
             _say(f"{signal.Signals(number).name} received again: stopped at once")
             end_launched_ranks()
             os._exit(128 + number)
+
+
+def _let_children_end() -> None:
+    """Keep torch from reporting ended loader processes, which it does by exceptions wherever the program is.
+
+    Lightning restores the handler that was there before the run.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _say(message: str) -> None:

@@ -3,7 +3,7 @@
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,28 +31,32 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     without the hooks of the first. Parameters and buffers that were made in inference mode, which autograd cannot save,
     are temporarily replaced by copies.
     """
-    training = [module for module in model.modules() if module.training]
-    checkpointing: list[Any] = [module for module in model.modules() if getattr(module, "grad_checkpointing", False)]
+    # A network has hundreds of modules, and a GPU waits while they are looked at.
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    checkpointing: list[Any] = [module for module in modules if vars(module).get("grad_checkpointing", False)]
     with ExitStack() as restored:
         for module in training:
             restored.callback(setattr, module, "training", True)
-        model.eval()
+        if training:
+            model.eval()
         for module in checkpointing:
             restored.callback(setattr, module, "grad_checkpointing", True)
             module.grad_checkpointing = False
-        restored.enter_context(_usable_by_autograd(model))
-        for parameter in [parameter for parameter in model.parameters() if parameter.requires_grad]:
+        restored.enter_context(_usable_by_autograd(modules))
+        parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+        for parameter in [parameter for parameter in parameters if parameter.requires_grad]:
             restored.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
-        restored.enter_context(_without_checkpoints(model))
+        restored.enter_context(_without_checkpoints(modules))
         yield
 
 
 @contextmanager
-def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
+def _usable_by_autograd(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Replace tensors made in inference mode by copies made outside it, if the caller is outside."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules() if not torch.is_inference_mode_enabled() else ():
+    for module in modules if not torch.is_inference_mode_enabled() else ():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         kept += [
             (store, name, each)
@@ -71,7 +75,7 @@ def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_checkpoints(model: nn.Module) -> Iterator[None]:
+def _without_checkpoints(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Make the network's calls of `torch.utils.checkpoint.checkpoint` in this thread run the given function directly.
 
     The function is replaced everywhere the network may have it from: its own module, the modules that define the
@@ -84,10 +88,15 @@ def _without_checkpoints(model: nn.Module) -> Iterator[None]:
             return _checkpoint(function, *args, **options)
         return function(*args, **{name: each for name, each in options.items() if name not in _CHECKPOINT_OPTIONS})
 
-    classes = {each for module in model.modules() for each in type(module).__mro__}
+    classes = {each for kind in {type(module) for module in modules} for each in kind.__mro__}
     files = {name: sys.modules[name] for name in {each.__module__ for each in classes} if name in sys.modules}
-    places = [vars(each) for each in (torch.utils.checkpoint, *files.values(), *model.modules())]
-    kept = [(place, name, each) for place in places for name, each in list(place.items()) if _checkpoints(each)]
+    places = [vars(each) for each in (torch.utils.checkpoint, *files.values(), *modules)]
+    kept = [
+        (place, name, each)
+        for place in places
+        for name, each in place.items()
+        if each is _checkpoint or (type(each) is functools.partial and each.func is _checkpoint)
+    ]
     for place, name, _ in kept:
         place[name] = plain
     try:
@@ -95,7 +104,3 @@ def _without_checkpoints(model: nn.Module) -> Iterator[None]:
     finally:
         for place, name, each in kept:
             place[name] = each
-
-
-def _checkpoints(value: object) -> bool:
-    return value is _checkpoint or (isinstance(value, functools.partial) and value.func is _checkpoint)
