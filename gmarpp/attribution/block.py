@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.forward import BlockRun, ForwardPass
-from gmarpp.attribution.head import in_form_of, reads_prefix
+from gmarpp.attribution.head import DescribedHead, reads_prefix
 from gmarpp.attribution.recompute import narrowed, recomputed
 from gmarpp.attribution.replay import Forward, forwards_replaced
 from gmarpp.attribution.seam import is_intercepted
@@ -45,11 +45,13 @@ class Block:
 
     def _run(self, run: BlockRun, tokens: Tensor) -> Any:
         passing, plan = self.passing, self.passing.plan
-        is_last, prefix = self.position == len(plan.layout.blocks) - 1, plan.layout.prefix_at(self.position)
-        if is_last and plan.tails_again and plan.head_again:
+        last = len(plan.layout.blocks) - 1
+        is_last, prefix = self.position == last, plan.layout.prefix_at(last)
+        # Asked as soon as there are tokens like those that the head reads, when a GPU has little to do.
+        first_alike = 0 if plan.layout.prefix_at(0) == prefix and not plan.steps else last
+        if self.position == first_alike and plan.tails_again and plan.head_again:
             assert plan.layout.head is not None
-            described = in_form_of(None, plan.layout.head)
-            passing.reads_prefix = reads_prefix(described, tokens, prefix)
+            passing.reads_prefix = reads_prefix(DescribedHead(plan.layout.head), tokens, prefix)
         if not plan.gradients:
             # The graphs of the layers' own scores also start after the block has run.
             with torch.no_grad():

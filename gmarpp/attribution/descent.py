@@ -220,13 +220,13 @@ class Descent:
         for part in _parts(query, value, windows, may_fuse):
             rows = slice(part.start * windows, part.stop * windows)
             layer = kind(
-                query[rows],
-                None if key is None else key[rows],
-                value[rows],
+                _part(query, rows),
+                None if key is None else _part(key, rows),
+                _part(value, rows),
                 mask=_mask_part(mask, rows),
                 scale=call.scale,
-                outer=None if outer is None else outer[rows],
-                local=None if local is None else local[rows],
+                outer=None if outer is None else _part(outer, rows),
+                local=None if local is None else _part(local, rows),
                 gradient_scale=self.gradient_scale,
                 is_top=call.index == self.layers - 1,
                 is_pool=call.is_pool,
@@ -245,6 +245,10 @@ def _of_all_tokens(layer: AttentionLayer, step: Step, shares: Tensor | None) -> 
         if step.pool is None:
             return layer
     return WindowedLayer(layer, step, shares)
+
+
+def _part(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor if rows == slice(0, len(tensor)) else tensor[rows]
 
 
 def _mask_part(mask: Tensor | None, part: slice) -> Tensor | None:

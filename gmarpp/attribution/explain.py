@@ -22,7 +22,7 @@ from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.seam import answered_by, intercepted
-from gmarpp.attribution.target import NO_CLASS, Target
+from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.bound import BoundNetwork
@@ -94,8 +94,7 @@ def explain(
         maps, scores = _maps(network, usable, plan, target) if rules else ({}, _scores(network, usable, target))
         maps |= own_maps(outside, model, usable, scores.indices, layout)
     maps = {method.name: maps[method.name] for method in selected}
-    is_class = not bool((scores.indices == NO_CLASS).any())
-    names = class_names(model) if is_class else tuple(getattr(target, "names", ()))
+    names = class_names(model) if scores.of_classes else tuple(getattr(target, "names", ()))
     seen = fit_to_extent(pictures.detach(), grid_extent(layout, *pictures.shape[2:]))
     signed = tuple(method.name for method in selected if method.signed)
     return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names, signed)
@@ -138,7 +137,7 @@ def _maps(network: BoundNetwork, images: Tensor, plan: Plan, target: Target) -> 
         passed.read = layers_read(total, passed)
         passed.leave_out_upper(total)
         grid = _grid(plan, images, passed.tokens)
-        way = WayDown(passed, output, images, Replay(network, images, passed), written)
+        way = WayDown(passed, output, scores, images, Replay(network, images, passed), written)
         pairs = list(zip(scores.functions, scores.margins, strict=True))
         columns = [way.rows(*pair, last=pair is pairs[-1]) for pair in pairs]
     shape = (*scores.indices.shape, *grid)
@@ -153,7 +152,9 @@ def _maps(network: BoundNetwork, images: Tensor, plan: Plan, target: Target) -> 
 
 def _scores(network: BoundNetwork, images: Tensor, target: Target) -> Scores:
     with torch.no_grad():
-        return Scores.of(_output(network, images), target, network.model, len(images))
+        scores = Scores.of(_output(network, images), target, network.model, len(images))
+    scores.require_finite()
+    return scores
 
 
 def _output(network: BoundNetwork, images: Tensor) -> Any:

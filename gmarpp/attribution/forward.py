@@ -79,6 +79,7 @@ class ForwardPass:
         rests: what each block returned beside the tokens, if that was a tuple and these scores are wanted.
         reads_prefix: whether the architecture's head is known to read prefix tokens only.
         leaves_tokens: whether the block that ran last returned tokens alone.
+        is_written: whether the network writes attention out.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         chain: the tokens between blocks, and what else reads them.
         read: positions of the blocks below the last one whose tokens the score reads directly.
@@ -101,7 +102,7 @@ class ForwardPass:
         self.rests: list[tuple[Any, ...] | None] = []
         self.entered: list[Tensor] = []
         self.left: list[Tensor] = []
-        self.reads_prefix = self.leaves_tokens = False
+        self.reads_prefix = self.leaves_tokens = self.is_written = False
         self.last_tokens: Tensor | None = None
         self.chain = Chain(plan.gradients)
         self.read: list[int] = []
@@ -272,6 +273,7 @@ class ForwardPass:
         # There is a value for each key.
         query, key = inputs.query, inputs.value if inputs.key is None else inputs.key
         if inputs.key is None:
+            self.is_written = True
             warn_of_memory()
             require_shares(query, blind_to_sign(self.plan.groups))
         step = self.plan.steps[self._block] if self.plan.steps and self._block is not None else None

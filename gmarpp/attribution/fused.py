@@ -7,7 +7,7 @@ A and G are computed where they are used and never stored (see `gmarpp.attributi
 An example: rollout and GMAR++ through a layer of ViT-L/16, for 8 images::
 
     layer = dict(query=q, key=k, value=v, outer=gradient, scale=0.125)  # each tensor (8, 16, 197, 64)
-    found = statistics(**layer)  # found.positive_l1 (8, 16), found.product_rows (8, 16, 197)
+    found = statistics(**layer)  # found.norms (4, 8, 16), found.product_rows (8, 16, 197)
     ...  # each method's row (8, 197), over its row sums, times its heads' weights: (8, 16, 1, 197)
     rollout, gmarpp, _ = carry(**layer, statistics=found, attention_rows=..., product_rows=...)  # each (8, 1, 197)
 """
@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmarpp.attribution.layer import HeadNorm
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 if _HAS_TRITON:
     from gmarpp.attribution import kernels
 
 _LARGEST_HEAD = 256
+NORMS: tuple[HeadNorm, ...] = ("gradient_l1", "positive_l1", "gradient_l2", "positive_l2")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,18 +43,12 @@ class Statistics:
 
     Attributes:
         log_sum_exp: of `scale · q kᵀ + mask` over the keys, (B, H, Q); -inf for a query that attends to nothing.
-        gradient_l1: `Σ|G|`, (B, H).
-        gradient_l2: `sqrt Σ G²`, (B, H).
-        positive_l1: `Σ ReLU(G)`, (B, H).
-        positive_l2: `sqrt Σ ReLU(G)²`, (B, H).
+        norms: of heads, in the order of `NORMS`: `Σ|G|`, `Σ ReLU(G)`, `sqrt Σ G²`, `sqrt Σ ReLU(G)²`, (4, B, H).
         product_rows: row sums `Σ_j ReLU(G)_ij A_ij`, (B, H, Q).
     """
 
     log_sum_exp: Tensor
-    gradient_l1: Tensor
-    gradient_l2: Tensor
-    positive_l1: Tensor
-    positive_l2: Tensor
+    norms: Tensor
     product_rows: Tensor
 
 
@@ -245,7 +242,7 @@ def statistics(
     if parts is not None:
         norms = parts.sum(dim=-1)
         norms[2:].sqrt_()
-    return Statistics(log_sum_exp, norms[0], norms[2], norms[1], norms[3], product_rows)
+    return Statistics(log_sum_exp, norms, product_rows)
 
 
 def carry(
@@ -294,6 +291,8 @@ def carry(
     keys = key.shape[2]
     # Float32 rows need registers: with half as many queries in a tile, three programs fit beside each other, not two.
     layer["QUERIES"] = min(layer["QUERIES"], 32)
+    # What comes of half-precision scores has fewer digits than one tf32 product keeps.
+    layer["ROW_PRECISION"] = "tf32x3" if layer["PRECISION"] == "ieee" and query.dtype == torch.float32 else "tf32"
     counts = [0 if each is None else each.shape[2] for each in kinds.values()]
     by_head = query.new_empty((batch, heads, sum(counts), keys), dtype=torch.float32)
     for (name, each), count in zip(kinds.items(), counts, strict=True):

@@ -9,7 +9,8 @@ from typing_extensions import override
 from gmarpp.attribution import fused
 from gmarpp.attribution.layer import AttentionLayer, HeadNorm, share
 
-_NORMS: tuple[HeadNorm, ...] = ("gradient_l1", "gradient_l2", "positive_l1", "positive_l2")
+_FEW_ROWS = 16
+"""Up to so many rows of a matrix are made by one product, which starts sooner than a kernel of our own."""
 
 
 def is_fused(tensor: Tensor) -> bool:
@@ -29,12 +30,11 @@ class FusedLayer(AttentionLayer):
 
     @override
     def head_norm(self, which: HeadNorm) -> Tensor:
-        norm: Tensor = getattr(self._statistics, which)
-        return norm
+        return self._statistics.norms[fused.NORMS.index(which)]
 
     @override
     def head_share(self, which: HeadNorm) -> Tensor:
-        return self._shares[_NORMS.index(which)]
+        return self._shares[fused.NORMS.index(which)]
 
     @override
     def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -57,6 +57,8 @@ class FusedLayer(AttentionLayer):
         if self.local is None:
             return None
         rows = self.local.shape[2]
+        if rows <= _FEW_ROWS:
+            return super().local_key_sums()
         mask = self.mask
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., :rows, :]
@@ -89,4 +91,4 @@ class FusedLayer(AttentionLayer):
     @cached_property
     def _shares(self) -> Tensor:
         """Shares of all norms, (4, B, H); one computation for all takes fewer kernels."""
-        return share(torch.stack([self.head_norm(which) for which in _NORMS]))
+        return share(self._statistics.norms)

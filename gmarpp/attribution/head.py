@@ -1,23 +1,60 @@
 """What the head is, and which tokens it reads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from typing_extensions import override
 
 from gmarpp.attribution.call import gradient_of
-from gmarpp.attribution.forward import CUT, ForwardPass
+from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.plan import of_one_layer
 from gmarpp.attribution.seam import answered_by
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.output import check_finite
 
-Head = Callable[[Tensor], Any]
-"""Takes the tokens that leave the last block, (B, N, D), and returns the network's output."""
+
+class Head(ABC):
+    """What makes the network's output of the tokens that leave the last block."""
+
+    @abstractmethod
+    def __call__(self, tokens: Tensor) -> Any:
+        """Return the output for tokens (b, R, D) of the first images: of all tokens, or of the prefix tokens."""
+
+    def of_layers(self, layers: Sequence[Tensor]) -> Iterable[Any]:
+        """Return the outputs for the tokens of several layers, each (B, R, D)."""
+        return map(self, layers)
+
+
+class DescribedHead(Head):
+    """An architecture's head, whose logits come in the form of the network's output.
+
+    Args:
+        described: the architecture's head.
+        output: of the network.
+    """
+
+    def __init__(self, described: Callable[[Tensor], Any], output: Any = None) -> None:
+        self._described, self._names_logits = described, hasattr(output, "logits")
+
+    @override
+    def __call__(self, tokens: Tensor) -> Any:
+        with answered_by(None):
+            return self._in_form(self._described(tokens))
+
+    @override
+    def of_layers(self, layers: Sequence[Tensor]) -> Iterable[Any]:
+        # As one batch, which takes fewer kernels.
+        with answered_by(None):
+            made = self._described(torch.cat(tuple(layers)))
+        return map(self._in_form, made.chunk(len(layers))) if isinstance(made, Tensor) else map(self, layers)
+
+    def _in_form(self, made: Any) -> Any:
+        return SimpleNamespace(logits=made) if self._names_logits and isinstance(made, Tensor) else made
+
 
 _DESCRIBE_HEAD = (
     "describe what follows the last block: dataclasses.replace(gmarpp.architecture_of(net), head=lambda tokens: ...)"
@@ -33,11 +70,11 @@ def rounding(*results: Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> Tensor:
     """Return whether two results of the same computation agree, up to rounding in the precision that it ran in."""
     tolerance = max(1e-4, 8 * rounding(found, expected))
     found, expected = found.detach().float(), expected.detach().float()
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+    return (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -61,12 +98,17 @@ def _form(output: Any) -> object:
     return [_form(each) for each in output] if isinstance(output, tuple | list) else type(output)
 
 
-def agree(head_output: Any, output: Any) -> bool:
-    """Return whether a head's output is the network's: of the same form and, up to rounding, of the same values."""
+def agreement(head_output: Any, output: Any) -> Tensor | None:
+    """Return whether a head's output has, up to rounding, the values of the network's; `None` if its form is another.
+
+    The answer is on the device, for which nothing waits.
+    """
     found, expected = tensors_of(head_output), tensors_of(output)
-    if _form(head_output) != _form(output) or not expected or len(found) != len(expected):
-        return False
-    return all(a.shape == b.shape and close(a, b) for a, b in zip(found, expected, strict=True))
+    if _form(head_output) != _form(output) or not expected:
+        return None
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return None
+    return torch.stack([close(*pair) for pair in zip(found, expected, strict=True)]).all()
 
 
 def distinct_sum(output: Any) -> Tensor:
@@ -80,12 +122,6 @@ def distinct_sum(output: Any) -> Tensor:
         factors = torch.linspace(0.5, 1, each[0].numel(), device=each.device, dtype=torch.float32).view_as(each[0])
         total = total.to(each.device) + (each.float() * factors).sum()
     return total
-
-
-def _is_read(gradient: Tensor) -> Tensor:
-    """Return 1 for the tokens with any gradient, (B, N, D) or (B, H, N, d), and 0 for others."""
-    read = (gradient != 0).any(dim=-1)
-    return (read.any(dim=1) if gradient.dim() == 4 else read).float()
 
 
 def _reads_beside_class_attention(total: Tensor, passed: ForwardPass) -> bool:
@@ -155,7 +191,7 @@ def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
     """
     assert passed.last_tokens is not None
     described, tokens = passed.plan.layout.head, passed.last_tokens.detach()
-    candidates = (replay,) if described is None else (in_form_of(output, described), replay)
+    candidates = (replay,) if described is None else (DescribedHead(described, output), replay)
     reasons = []
     for head in candidates:
         try:
@@ -165,24 +201,14 @@ def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
         except Exception as error:
             reasons.append(error)
             continue
-        if agree(made, output):
+        agrees = agreement(made, output)
+        if agrees is not None and agrees:
             return head
     raise UnsupportedNetworkError(
         "LeGrad asks for the score of each layer's tokens, and what the network makes of the last block's tokens is "
         "not all of its output: it also uses what earlier blocks return, keeps a state, or draws random numbers"
         f"{f' ({reasons[-1]})' if reasons else ''}. Leave LeGrad out, or {_DESCRIBE_HEAD}"
     ) from (reasons[-1] if reasons else None)
-
-
-def in_form_of(output: Any, described: Head) -> Head:
-    """Return a described head whose logits come in the form of the network's output."""
-
-    def head(tokens: Tensor) -> Any:
-        with answered_by(None):
-            made = described(tokens)
-        return SimpleNamespace(logits=made) if hasattr(output, "logits") and isinstance(made, Tensor) else made
-
-    return head
 
 
 def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
@@ -197,93 +223,12 @@ def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
     try:
         made = head(tokens)
         gradient = gradient_of(distinct_sum(made), tokens)
-        if gradient is None or not gradient[:, :prefix].any() or gradient[:, prefix:].any():
+        if gradient is None or not prefix:
             return False
-        return agree(head(tokens[:, :prefix]), made)
+        agrees = agreement(head(tokens[:, :prefix]), made)
+        # A GPU is waited for once.
+        return agrees is not None and bool(agrees & gradient[:, :prefix].any() & ~gradient[:, prefix:].any())
     except Exception:
         # For example, the head may arrange the patch tokens in a grid and give them weights of zero; as its code is not
         # ours, it may fail by any error. One that all tokens cause is raised where the head is needed (`head_of`).
         return False
-
-
-def _gradients_by_token(total: Tensor, passed: ForwardPass) -> list[Tensor] | None:
-    """Return the gradient of a number where the graph of the score begins, (B, N, D) or (B, H, Q, d), and at the taps.
-
-    `None` where it does not depend on the first of these places.
-    """
-    starts: list[Any] = [passed.score_start, *(passed.chain.taps[block] for block in passed.read)]
-    if starts[0] is None or not total.requires_grad:
-        return None
-    first, *others = torch.autograd.grad(total, starts, retain_graph=True, allow_unused=True)
-    if first is None:
-        return None
-    top = passed.calls[-1]
-    if top.is_class and top.block is None:
-        first = F.pad(first, (0, 0, 0, top.keys - first.shape[2]))
-    elif any(starts[0] is each for each in (passed.last_tokens, passed.top)):
-        first = _by_token(first, passed)
-    # A part of the score alone, such as one image's, may not read them.
-    return [first, *(first.new_zeros(first.shape) if each is None else _by_token(each, passed) for each in others)]
-
-
-def _by_token(gradient: Tensor, passed: ForwardPass) -> Tensor:
-    # Some networks lay out tokens as (B, h, w, D) or (B, D, h, w).
-    return (gradient.movedim(1, -1) if passed.plan.layout.channels_first else gradient).flatten(1, -2)
-
-
-def readout_of(
-    scores: Tensor, output: Any, passed: ForwardPass, scale: float, needs_gradient: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the row above the top layer, equal shares for the tokens that the head reads, and rows of other layers.
-
-    They are the tokens that the score depends on: the class token, all patches under average pooling, both tokens of a
-    distilled network, the queries of an attention-pool head. Where a score's gradient is zero, for example because
-    the weights of its class are, they are the tokens that any output depends on. A head that reads several layers (of
-    segmentation, for example) gives equal shares to the tokens of all.
-
-    Args:
-        scores: of each image, (B,), with the network's graph.
-        output: of the network.
-        passed: the forward pass.
-        scale: factor of the score.
-        needs_gradient: whether a method needs a score with a gradient.
-
-    Returns:
-        float32, (B, Q), and by position of the blocks in `passed.read`, (B, N); an image's entries sum to 1.
-
-    Raises:
-        UnsupportedNetworkError: if the score does not depend on the last layer.
-        ValueError: for gradients that are not finite, or zero where they are needed.
-    """
-    gradients = _gradients_by_token(scores.float().sum() * scale, passed)
-    if gradients is None:
-        raise UnsupportedNetworkError(
-            "the score does not depend on the last attention layer by any gradient: explain a score of the network's "
-            f"output; {CUT}"
-        )
-    for gradient in gradients:
-        check_finite(gradient.flatten(1), "gradients")
-    read = [_is_read(gradient) for gradient in gradients]
-    without = _count(read) == 0
-    if without.any():
-        images = without.nonzero().flatten().tolist()
-        if needs_gradient:
-            raise ValueError(
-                f"the score of images {images} has a gradient of exactly zero, from which methods that use gradients "
-                "cannot make a map: explain another class or score, or ask for methods without gradients (rollout, "
-                "attention)"
-            )
-        # What the head reads for other classes, it also reads for this one.
-        general = [_is_read(each) for each in _gradients_by_token(distinct_sum(output), passed) or ()]
-        if not general or (_count(general)[without] == 0).any():
-            raise ValueError(
-                f"no output of the network depends on the tokens of images {images}, so they have no readout"
-            )
-        read = [torch.where(without[:, None], *pair) for pair in zip(general, read, strict=True)]
-    top, *others = (each / _count(read)[:, None] for each in read)
-    return top, dict(zip(passed.read, others, strict=True))
-
-
-def _count(read: Sequence[Tensor]) -> Tensor:
-    """Return how many tokens of an image are read, (B,), of all layers."""
-    return torch.stack([each.sum(dim=1) for each in read]).sum(dim=0)

@@ -178,7 +178,7 @@ def _log_sums(log_sum_exp, image_head, q, queries):
 
 
 @triton.jit
-def _times_rows(rows, stride, count, q, queries, relevance, carried):
+def _times_rows(rows, stride, count, q, queries, relevance, carried, PRECISION: tl.constexpr):
     """Add `relevanceᵀ rowsᵀ`, (KEYS, ROWS), to what is carried: ROWS of a head's rows (count, Q).
 
     The relevance comes transposed, (KEYS, QUERIES).
@@ -186,8 +186,8 @@ def _times_rows(rows, stride, count, q, queries, relevance, carried):
     number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     pointers = (rows + number.to(tl.int64) * stride)[:, None] + q[None, :]
     tile = tl.load(pointers, mask=(number[:, None] < count) & (q[None, :] < queries), other=0.0)
-    # Three tf32 products keep what float32 rows and tiles hold, to about 2⁻²¹, whatever the precision of the scores.
-    return tl.dot(relevance, tl.trans(tile), carried, input_precision="tf32x3")
+    # Three tf32 products keep what rows and tiles of float32 hold, to about 2⁻²¹.
+    return tl.dot(relevance, tl.trans(tile), carried, input_precision=PRECISION)
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def _over_queries(
     attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
     gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, ROW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return what a head's rows carry to a block of keys, by attention, product and gradient, (KEYS, ROWS) each."""
     ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
@@ -228,13 +228,17 @@ def _over_queries(
             positive = _relu(_gradient(value_tile, outer_tile, bias, factor, PRECISION))
         if attention_rows is not None:
             by_attention = _times_rows(
-                attention_rows, attention_row, attention_count, q, queries, attention, by_attention
+                attention_rows, attention_row, attention_count, q, queries, attention, by_attention, ROW_PRECISION
             )
         if product_rows is not None:
             product = positive * attention
-            by_product = _times_rows(product_rows, product_row, product_count, q, queries, product, by_product)
+            by_product = _times_rows(
+                product_rows, product_row, product_count, q, queries, product, by_product, ROW_PRECISION
+            )
         if gradient_rows is not None:
-            by_gradient = _times_rows(gradient_rows, gradient_row, gradient_count, q, queries, positive, by_gradient)
+            by_gradient = _times_rows(
+                gradient_rows, gradient_row, gradient_count, q, queries, positive, by_gradient, ROW_PRECISION
+            )
     return by_attention, by_product, by_gradient
 
 
@@ -248,6 +252,7 @@ def carry_kernel(
     heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows by `A`, `ReLU(G) ⊙ A` and `ReLU(G)` of one head, for a block of keys; output (B, H, rows, N).
 
@@ -272,7 +277,7 @@ def carry_kernel(
         query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key,
         log_sum_exp, attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
         gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
-        CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, UNIT, PRECISION,
+        CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, UNIT, PRECISION, ROW_PRECISION,
     )  # fmt: skip
     products = attention_count + product_count
     rows = products + gradient_count

@@ -3,7 +3,6 @@
 A method carries one row vector per image, shape (B, N), from the readout to the input tokens.
 """
 
-import zlib
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,6 +12,7 @@ from typing_extensions import override
 
 from gmarpp.attribution.layer import AttentionLayer
 from gmarpp.attribution.method import Method
+from gmarpp.attribution.noise import noise
 from gmarpp.attribution.products import RowProduct
 
 
@@ -245,11 +245,7 @@ class RandomMap(Method):
 
     @override
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
-        rows = []
-        for image in images.detach().float().cpu():
-            generator = torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes(), self.seed))
-            rows.append(torch.rand(tokens, generator=generator, dtype=torch.float32))
-        return torch.stack(rows).to(readout)
+        return noise(images, tokens, self.seed)
 
     @override
     def step(self, row: Tensor, layer: AttentionLayer) -> Tensor:

@@ -7,15 +7,15 @@ O_l as the answer to its attention call. Where it reads all tokens, the tail is 
 is kept, or else the whole block runs again.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmarpp.attribution.call import AttentionCall
-from gmarpp.attribution.forward import BlockRun, ForwardPass
-from gmarpp.attribution.head import Head, reads_prefix
-from gmarpp.attribution.tail import prefix_tail, whole_tail
+from gmarpp.attribution.forward import ForwardPass
+from gmarpp.attribution.head import DescribedHead, Head, agreement, head_of, reads_prefix
+from gmarpp.attribution.tail import alike, prefix_tail, whole_tail
 from gmarpp.attribution.target import Score
 
 
@@ -24,18 +24,32 @@ class OwnScores:
 
     Args:
         passed: the forward pass, with the runs of its blocks.
-        head: that makes the network's output of the last block's tokens.
+        output: of the network.
+        replay: the network with its blocks skipped, its head where the architecture describes no other.
     """
 
-    def __init__(self, passed: ForwardPass, head: Head) -> None:
-        self._passed, self._head = passed, head
+    def __init__(self, passed: ForwardPass, output: Any, replay: Head) -> None:
+        self._passed, self._output, self._replay = passed, output, replay
+        by_token = all(run.is_by_token for run in passed.runs)
+        self._tails_may_run = passed.plan.tails_again and passed.attends_once and by_token
+        self._known: tuple[Head, bool] | None = None
+        self._described, self._agrees = self._quick_head() if self._tails_may_run else (None, None)
+        self._alike: Tensor | None = None
+
+    def _quick_head(self) -> tuple[Head | None, Tensor | None]:
+        """Return the architecture's head, and whether it is the network's, if it reads prefix tokens alone."""
+        passed, described = self._passed, self._passed.plan.layout.head
+        if described is None or not passed.reads_prefix:
+            return None, None
         assert passed.last_tokens is not None
-        may_run = passed.plan.tails_again and passed.attends_once and all(run.is_by_token for run in passed.runs)
-        prefix = passed.plan.layout.prefix_at(0)
-        self._by_prefix = may_run and reads_prefix(head, passed.last_tokens, prefix)
+        head = DescribedHead(described, self._output)
+        with torch.no_grad():
+            return head, agreement(head(passed.last_tokens.detach()), self._output)
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
+
+        Nothing is waited for: what comes of it counts if `are_right`, and `carefully` does it otherwise.
 
         Args:
             score: of an output of the head.
@@ -44,45 +58,70 @@ class OwnScores:
         Returns:
             by block, (B, H, R, dv), times the factor; R is the number of prefix tokens, or of all.
         """
+        found = None
+        if self._described is not None and self._agrees is not None:
+            found = self._by_prefix_tails(self._described, score, scale)
+        self._alike = None if found is None else self._alike
+        return self.carefully(score, scale) if found is None else found
+
+    def are_right(self) -> Tensor:
+        """Return whether the last gradients are those of the network's own blocks and head."""
+        if self._alike is None or self._agrees is None:
+            return torch.ones((), dtype=torch.bool, device=self._passed.entered[0].device)
+        return self._alike & self._agrees
+
+    def carefully(self, score: Score, scale: float) -> list[Tensor]:
+        """Return the gradients as `gradients` does, by a way that was made sure of first.
+
+        Raises:
+            UnsupportedNetworkError: if the network's head cannot be run alone.
+        """
         passed = self._passed
-        calls = [[call for call in passed.calls if call.block == block] for block in range(len(passed.runs))]
-        layers = list(zip(passed.runs, calls, passed.entered, passed.left, strict=True))
-        if self._by_prefix:
-            tails = [self._prefix_tail(*layer) for layer in layers]
-            known = [tail for tail in tails if tail is not None]
-            if len(known) == len(tails) and bool(torch.stack([alike for _, _, alike in known]).all()):
-                # No tail depends on another, so one sum yields the gradients of all.
-                total = torch.stack([self._score(own, score, scale) for _, own, _ in known]).sum()
-                return list(torch.autograd.grad(total, [attended for attended, _, _ in known]))
+        assert passed.last_tokens is not None
+        self._agrees = None
+        if self._known is None:
+            head = head_of(passed, self._output, self._replay)
+            prefix = passed.plan.layout.prefix_at(0)
+            self._known = head, self._tails_may_run and reads_prefix(head, passed.last_tokens, prefix)
+        head, by_prefix = self._known
+        if by_prefix:
+            found = self._by_prefix_tails(head, score, scale)
+            if found is not None and self._alike:
+                return found
             # Tokens mix outside attention, so the prefix tokens need the others.
-            self._by_prefix = False
-        return [self._of_all(*layer, score, scale) for layer in layers]
+            self._known = head, False
+        return [self._of_all(head, block, score, scale) for block in range(len(passed.runs))]
 
-    def _prefix_tail(
-        self, run: BlockRun, calls: Sequence[AttentionCall], entered: Tensor, left: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Run the tail for the prefix tokens: return its start, its output, and whether that is the block's."""
-        (call,) = calls
-        assert call.prefix is not None
-        attended = call.prefix.detach().requires_grad_()
-        tokens, expected = (each[:, : attended.shape[2]].detach() for each in (entered, left))
-        found = prefix_tail(run, attended, tokens, expected)
-        return None if found is None else (attended, *found)
+    def _calls(self, block: int) -> list[AttentionCall]:
+        return [call for call in self._passed.calls if call.block == block]
 
-    def _of_all(
-        self, run: BlockRun, calls: Sequence[AttentionCall], entered: Tensor, left: Tensor, score: Score, scale: float
-    ) -> Tensor:
+    def _by_prefix_tails(self, head: Head, score: Score, scale: float) -> list[Tensor] | None:
+        """Differentiate through the tails of the prefix tokens; `None` if these cannot run without the others."""
+        passed, starts, made = self._passed, [], []
+        for block in range(len(passed.runs)):
+            (call,) = self._calls(block)
+            assert call.prefix is not None
+            starts.append(call.prefix.detach().requires_grad_())
+        prefix = starts[0].shape[2]
+        entered, left = ([each[:, :prefix].detach() for each in tokens] for tokens in (passed.entered, passed.left))
+        for layer in zip(passed.runs, starts, entered, left, strict=True):
+            own = prefix_tail(*layer, passed.is_written)
+            if own is None:
+                return None
+            made.append(own)
+        self._alike = alike(made, left, entered)
+        # No tail depends on another, so one sum yields the gradients of all.
+        total = torch.stack([score(output).float().sum() for output in head.of_layers(made)]).sum()
+        return list(torch.autograd.grad(total * scale, starts))
+
+    def _of_all(self, head: Head, block: int, score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""
-        plan = self._passed.plan
+        passed, plan = self._passed, self._passed.plan
         # A graph that is recomputed in part would also keep the rest of what it recomputed.
         if plan.gradients and not plan.recompute:
-            starts = [start for call in calls if (start := self._passed.outputs[call.index]) is not None]
-            total = self._score(left, score, scale)
+            starts = [start for call in self._calls(block) if (start := passed.outputs[call.index]) is not None]
+            total = score(head(passed.left[block])).float().sum() * scale
             found = [torch.autograd.grad(total, start, retain_graph=True)[0] for start in starts]
             return torch.cat(found, dim=1)
-        attended, own = whole_tail(run, entered)
-        return torch.cat(torch.autograd.grad(self._score(own, score, scale), attended), dim=1)
-
-    def _score(self, tokens: Tensor, score: Score, scale: float) -> Tensor:
-        """Return the sum of the images' scores of a layer's tokens, times a factor."""
-        return score(self._head(tokens)).float().sum() * scale
+        attended, own = whole_tail(passed.runs[block], passed.entered[block])
+        return torch.cat(torch.autograd.grad(score(head(own)).float().sum() * scale, attended), dim=1)

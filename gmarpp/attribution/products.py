@@ -61,12 +61,14 @@ class RowProducts:
     def __init__(self, methods: Sequence[RowProduct], device: torch.device) -> None:
         self._methods = methods
         self._on_attention = sum(method.relevance == "attention" for method in methods)
-        alphas, normalized = [method.alpha for method in methods], [method.normalized for method in methods]
-        self._alpha = torch.tensor(alphas, dtype=torch.float32, device=device)[:, None]
-        self._normalized = torch.tensor(normalized, device=device)[:, None]
+        alphas = [method.alpha for method in methods]
+        options = [(method.alpha, float(method.normalized), float(method.needs_residual)) for method in methods]
+        # One copy, for which nothing waits.
+        columns = torch.tensor(options, dtype=torch.float32).to(device, non_blocking=True).unbind(dim=1)
         # Rows of M that are not normalized are divided by 0 times their sum, plus 1.
-        self._share_of_sum = self._normalized.float()
-        self._has_share = torch.tensor([method.needs_residual for method in methods], device=device)[:, None]
+        self._alpha, self._share_of_sum, has_share = (each[:, None] for each in columns)
+        self._normalized, self._has_share = self._share_of_sum > 0, has_share > 0
+        self._added = torch.where(self._normalized, self._alpha, 1.0)
         self._needs_share = any(method.needs_residual for method in methods)
         self._last_start = max(method.start_layer for method in methods)
         self._may_be_empty = self._needs_share or min(alphas) == 0
@@ -88,7 +90,7 @@ class RowProducts:
         if layer.is_pool:
             return self._through_pool(rows, weights, sums, layer)
         residual = self._residual(layer)
-        added = torch.where(self._normalized, residual, 1.0)
+        added = self._added if residual is self._alpha else torch.where(self._normalized, residual, 1.0)
         total = torch.addcmul(added, self._share_of_sum, sums)
         if self._may_be_empty or not layer.has_residual:
             # A row without relevance and residual passes unchanged.

@@ -133,12 +133,12 @@ def _again(
     prefix = left.shape[1]
     if is_narrow:
         starts = attended.detach().requires_grad_(), tokens[:, :prefix].detach().requires_grad_()
-        found = prefix_tail(run, *starts, left)
-        if found is not None and found[1]:
-            return starts, found[0]
+        own = prefix_tail(run, *starts, left)
+        if own is not None and alike([own], [left], [starts[1]]):
+            return starts, own
     tokens = tokens.detach().requires_grad_()
     (all_attended,), own = whole_tail(run, tokens)
-    if not alike(own[:, :prefix], left, tokens[:, :prefix]):
+    if not alike([own[:, :prefix]], [left], [tokens[:, :prefix]]):
         raise UnsupportedNetworkError(
             "the last block, run a second time, returns other tokens than the first time: expected a block that keeps "
             "no state and does not change its input"

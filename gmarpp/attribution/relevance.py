@@ -80,9 +80,13 @@ class Relevance:
         if self._products is not None:
             assert self._above is not None
             rows = self._above if layer.is_top or layer.pools_queries else self._rows
-            self._rows[part] = self._of_all_tokens(self._products.step(rows[part], layer))
-            if self._summed and not layer.is_pool:
-                self._sums[part] += self._rows[part][:, self._summed]
+            if part == slice(0, len(rows)):
+                # Without parts, nothing is copied.
+                carried = self._rows = self._of_all_tokens(self._products.step(rows, layer))
+            else:
+                carried = self._rows[part] = self._of_all_tokens(self._products.step(rows[part], layer))
+            for summed, position in enumerate(self._summed if not layer.is_pool else ()):
+                self._sums[part, summed] += carried[:, position]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_attention:
                 row = method.step((above if layer.is_top or layer.pools_queries else rows)[part], layer)
@@ -95,7 +99,8 @@ class Relevance:
 
     def _of_all_tokens(self, rows: Tensor) -> Tensor:
         """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""
-        return F.pad(rows, (self._tokens - rows.shape[-1], 0))
+        late = self._tokens - rows.shape[-1]
+        return F.pad(rows, (late, 0)) if late else rows
 
     def receive(self, relevance: Tensor) -> None:
         """Hand on the relevance (B, N) of the tokens that enter a block, once its layer was stepped through."""

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from gmarpp.attribution.forward import ForwardPass
+from gmarpp.attribution.head import Head
 from gmarpp.attribution.seam import answered_by
 from gmarpp.network.bound import BoundNetwork
 
@@ -30,7 +32,7 @@ def forwards_replaced(modules: Sequence[nn.Module], replacements: Sequence[Forwa
                 module.forward = forward
 
 
-class Replay:
+class Replay(Head):
     """Everything that a network does after its last block, whatever that is: a head of any wrapper, a pool, several.
 
     The network runs again, each block hands on what it is given, and the last one returns the tokens asked for. Nothing
@@ -48,8 +50,8 @@ class Replay:
         self._embedded: dict[nn.Module, Tensor | None] = {}
         self._is_first = self._is_embedding = True
 
+    @override
     def __call__(self, tokens: Tensor) -> Any:
-        """Return the network's output for tokens of the first images that leave the last block, (b, R, D)."""
         blocks = self._passed.plan.layout.blocks
         given = [*(None for _ in blocks[1:]), tokens]
         replaced = {

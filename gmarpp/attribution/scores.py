@@ -30,6 +30,7 @@ class Scores:
         functions: one for each of the K classes or scores.
         margins: what the balanced gradient is of, likewise: the class's margin, or a function or `Contrast` as it is.
         values: what they return, float32, in the shape of `indices`.
+        of_classes: whether classes are explained.
     """
 
     logits: Tensor
@@ -37,13 +38,14 @@ class Scores:
     functions: tuple[Score, ...]
     margins: tuple[Score, ...]
     values: Tensor
+    of_classes: bool
 
     @staticmethod
     def of(output: Any, target: Target, model: nn.Module, batch: int) -> "Scores":
-        """Return the scores of a network's output for a batch.
+        """Return the scores of a network's output for a batch, which may not be finite.
 
         Raises:
-            ValueError: for unusable targets, or logits or scores that are not finite.
+            ValueError: for unusable targets.
         """
         if isinstance(target, Contrast):
             indices, functions = _of_contrast(output, target, model, batch)
@@ -55,9 +57,18 @@ class Scores:
             indices, functions = _of_classes(output, target, model)
             margins = tuple(map(margin_score, _columns(indices)))
         values = torch.stack([function(output).detach().float() for function in functions], dim=1)
-        check_finite(values, "scores")
-        logits = values if bool((indices == NO_CLASS).any()) else logits_of(output).detach()
-        return Scores(logits, indices, functions, margins, values.view(indices.shape))
+        of_classes = not callable(target.target if isinstance(target, Contrast) else target)
+        logits = logits_of(output).detach() if of_classes else values
+        return Scores(logits, indices, functions, margins, values.view(indices.shape), of_classes)
+
+    def are_finite(self) -> Tensor:
+        """Return whether all are."""
+        return self.logits.isfinite().all() & self.values.isfinite().all()
+
+    def require_finite(self) -> None:
+        """Raise `ValueError`, naming the images, unless all are."""
+        check_finite(self.logits, "logits" if self.of_classes else "scores")
+        check_finite(self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None], "scores")
 
 
 def _columns(indices: Tensor) -> tuple[Tensor, ...]:
@@ -65,9 +76,7 @@ def _columns(indices: Tensor) -> tuple[Tensor, ...]:
 
 
 def _of_classes(output: Any, target: ClassTarget, model: nn.Module) -> tuple[Tensor, tuple[Score, ...]]:
-    logits = logits_of(output)
-    check_finite(logits)
-    indices = resolve_target(target, logits, model)
+    indices = resolve_target(target, logits_of(output), model)
     return indices, tuple(map(class_score, _columns(indices)))
 
 

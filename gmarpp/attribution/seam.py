@@ -57,17 +57,23 @@ def is_intercepted() -> bool:
 
 
 @contextmanager
-def answered_by(handler: Handler | None) -> Iterator[WrittenAttention]:
+def answered_by(handler: Handler | None, may_be_written: bool = True) -> Iterator[WrittenAttention]:
     """Let a handler answer this thread's attention calls, or the original function; effective inside `intercepted`.
+
+    Args:
+        handler: answers; `None` for the original function.
+        may_be_written: whether attention that the network writes out is followed, too: a look at every operation, so
+            not where all attention is known to be fused.
 
     Returns:
         what follows the attention that the network writes out.
     """
     before, active = _thread.handler, _thread.written
     written = active or WrittenAttention(lambda: _thread.handler)
-    _thread.handler, _thread.written = handler, written
+    is_followed = active is not None or (may_be_written and handler is not None)
+    _thread.handler, _thread.written = handler, written if is_followed else None
     try:
-        with nullcontext() if active else written:
+        with written if is_followed and not active else nullcontext():
             yield written
     finally:
         _thread.handler, _thread.written = before, active

@@ -3,6 +3,7 @@
 Where tokens meet in attention alone, the tail of the prefix tokens needs no others, and costs next to nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,39 +15,39 @@ from gmarpp.attribution.head import rounding
 from gmarpp.attribution.seam import answered_by
 
 
-def alike(own: Tensor, expected: Tensor, tokens: Tensor) -> Tensor:
-    """Return whether a block's output is the expected one, measured by what the block adds to its tokens."""
-    own, norm = own.detach(), torch.linalg.vector_norm
-    added, size = norm((expected - tokens.detach()).float()), norm(expected.float())
-    alike: Tensor = norm((own - expected).float()) <= 1e-3 * added + 4 * rounding(own, expected) * size
+def alike(own: Sequence[Tensor], expected: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
+    """Return whether all blocks' outputs are the expected ones, measured by what each block adds to its tokens."""
+    made, wanted, given = (torch.stack(tuple(each)).detach() for each in (own, expected, tokens))
+    differences = (made - wanted, wanted - given, wanted)
+    error, added, size = (torch.linalg.vector_norm(each.float().flatten(1), dim=1) for each in differences)
+    alike: Tensor = (error <= 1e-3 * added + 4 * rounding(made, wanted) * size).all()
     return alike
 
 
-def tail(run: BlockRun, attended: Tensor, tokens: Tensor) -> Tensor:
-    """Run a block again for its first R tokens, (B, R, D), with rows (B, H, R, d) as the answer to its attention."""
-    with answered_by(lambda *_, **__: attended):
-        return tokens_of(run(tokens))
-
-
-def prefix_tail(run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor) -> tuple[Tensor, Tensor] | None:
+def prefix_tail(
+    run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor, is_written: bool = True
+) -> Tensor | None:
     """Run the tail for prefix tokens alone.
 
     Args:
         run: of the block.
-        attended: rows (B, H, P, d) of the attention's output.
+        attended: rows (B, H, P, d) of the attention's output, the answer to its attention call.
         tokens: (B, P, D).
         left: what left the block for them when it ran for all tokens.
+        is_written: whether the block may write its attention out.
 
     Returns:
-        the tail's output, (B, P, D), and whether it is `left`; `None` if the block cannot run for these tokens alone.
+        the tail's output, (B, P, D), which may be another than `left`; `None` if the block cannot run for these tokens
+        alone.
     """
     try:
-        own = tail(run, attended, tokens)
+        with answered_by(lambda *_, **__: attended, is_written):
+            own = tokens_of(run(tokens))
     except Exception:
         # For example, a convolution needs all tokens; as the block's code is not ours, it may say so by any error. What
         # is wrong with it beside the missing tokens comes up again, and is raised, when the block runs for all.
         return None
-    return None if own.shape != left.shape else (own, alike(own, left, tokens))
+    return None if own.shape != left.shape else own
 
 
 def whole_tail(run: BlockRun, tokens: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -82,7 +82,7 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
     batch, classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    indices = torch.as_tensor(class_indices(target, model), device=logits.device)
+    indices = torch.as_tensor(class_indices(target, model))
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise ValueError(f"targets: expected class indices of an integer type, got {indices.dtype}")
     if indices.dim() == 0:
@@ -97,7 +97,7 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
             f"{indices.max().item()}"
         )
     # Copied because autograd cannot save indices that were made in inference mode.
-    return indices.long().clone()
+    return indices.long().clone().to(logits.device, non_blocking=True)
 
 
 def class_indices(target: Any, model: nn.Module) -> Any:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.forward import CUT, ForwardPass
-from gmarpp.attribution.head import Head, head_of, readout_of
+from gmarpp.attribution.head import Head
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.operations import next_sequence_number, require_known
 from gmarpp.attribution.own_scores import OwnScores
 from gmarpp.attribution.plan import rule_of
+from gmarpp.attribution.readout import Readout
 from gmarpp.attribution.relevance import Relevance
+from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.target import Score
 from gmarpp.attribution.written import WrittenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -33,6 +35,7 @@ class WayDown:
     Args:
         passed: the forward pass.
         output: of the network.
+        scores: of the output.
         images: (B, 3, H, W).
         replay: the network with its blocks skipped.
         written: attention that the network wrote out in the forward pass.
@@ -42,12 +45,12 @@ class WayDown:
     """
 
     def __init__(
-        self, passed: ForwardPass, output: Any, images: Tensor, replay: Head, written: WrittenAttention
+        self, passed: ForwardPass, output: Any, scores: Scores, images: Tensor, replay: Head, written: WrittenAttention
     ) -> None:
-        self._written = written
+        self._written, self._scores = written, scores
         self._passed, self._output, self._images = passed, output, images
         self._end_of_network = next_sequence_number()
-        self._own_scores = OwnScores(passed, head_of(passed, output, replay)) if passed.plan.local_scores else None
+        self._own_scores = OwnScores(passed, output, replay) if passed.plan.local_scores else None
 
     def rows(self, score: Score, margin: Score, last: bool) -> Rows:
         """Return the rows of all methods for a score and its margin; after the last one the graph is gone."""
@@ -78,10 +81,22 @@ class WayDown:
         block = len(layout.blocks) if top is None else top
         need_local = any(method.needs_local_gradient for method in methods)
         need_gradient = need_local or any(method.needs_gradient for method in methods)
-        readout, taps = readout_of(total, self._output, passed, scale, need_gradient)
-        if not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods):
-            _warn_where_all_are_read(readout[:, layout.patches(passed.top_tokens, block)])
-        local = self._own_scores.gradients(score, scale) if self._own_scores is not None and need_local else ()
+        found = Readout(total, self._output, passed, scale)
+        own_scores = self._own_scores if need_local else None
+        local = () if own_scores is None else own_scores.gradients(score, scale)
+        readout, taps = found.rows()
+        # A GPU is not waited for but here, when it has enough to do.
+        usual = [self._scores.are_finite(), found.is_plain(), *([] if own_scores is None else [own_scores.are_right()])]
+        is_diluted = not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods)
+        all_are_read = (readout[:, layout.patches(passed.top_tokens, block)] > 0).all() if is_diluted else usual[0] < 0
+        *are_usual, dilutes = torch.stack([*usual, all_are_read]).tolist()
+        if not all(are_usual):
+            self._scores.require_finite()
+            found.require_plain(need_gradient)
+            readout, taps = found.rows()
+            local = () if own_scores is None else own_scores.carefully(score, scale)
+        if dilutes:
+            _warn_once()
         if not keep:
             passed.forget_tokens()
         around = layout.prefix_at(block), layout.suffix_tokens
@@ -129,12 +144,6 @@ def _warn_once() -> None:
         f"{', '.join(_DILUTED)} are hardly more faithful than random ones there: use gmarpp_balanced",
         stacklevel=2,
     )
-
-
-def _warn_where_all_are_read(patches: Tensor) -> None:
-    """Warn once per process if the readout gives shares to all patch tokens, (B, n)."""
-    if bool((patches > 0).all()):
-        _warn_once()
 
 
 def _largest_scale(total: Tensor, start: Any) -> float:

@@ -84,10 +84,11 @@ def check(layers, query, key, value, outer, rows=(1, 2, 1), **options):
     positive = gradient.clamp(min=0)
     found = layers.statistics(query, key, value, outer, **options)
     assert_near(found.log_sum_exp, scores.logsumexp(-1))
-    assert_near(found.gradient_l1, gradient.abs().sum((2, 3)))
-    assert_near(found.gradient_l2, gradient.pow(2).sum((2, 3)).sqrt())
-    assert_near(found.positive_l1, positive.sum((2, 3)))
-    assert_near(found.positive_l2, positive.pow(2).sum((2, 3)).sqrt())
+    gradient_l1, positive_l1, gradient_l2, positive_l2 = found.norms
+    assert_near(gradient_l1, gradient.abs().sum((2, 3)))
+    assert_near(gradient_l2, gradient.pow(2).sum((2, 3)).sqrt())
+    assert_near(positive_l1, positive.sum((2, 3)))
+    assert_near(positive_l2, positive.pow(2).sum((2, 3)).sqrt())
     assert_near(found.product_rows, (positive * attention).sum(-1))
     given = [torch.rand(*query.shape[:2], count, query.shape[2], device=layers.device) for count in rows]
     names = ("attention_rows", "product_rows", "gradient_rows")
@@ -225,8 +226,8 @@ def test_rollout_needs_no_gradient(layers):
     found = layers.statistics(query, key, value, None, scale=0.25)
     assert_near(found.log_sum_exp, scores.logsumexp(-1))
     # What asks for a gradient that there is not must not get a number.
-    assert found.positive_l1.shape == (1, 2)
-    assert found.positive_l1.isnan().all()
+    assert found.norms.shape == (4, 1, 2)
+    assert found.norms.isnan().all()
     assert found.product_rows.shape == (1, 2, 20)
     assert found.product_rows.isnan().all()
     rows = torch.rand(1, 2, 3, 20, device=layers.device)
@@ -256,7 +257,7 @@ def test_not_a_number_stays_one(layers):
     query, key, value, outer = (each.to(layers.device) for each in layer(batch=2, queries=5, keys=5))
     value[0, 0, 2, 1] = float("nan")
     found = layers.statistics(query, key, value, outer, scale=0.25)
-    for each in (found.gradient_l1, found.gradient_l2, found.positive_l1, found.positive_l2):
+    for each in (found.norms[0], found.gradient_l2, found.positive_l1, found.norms[3]):
         assert each.isnan().tolist() == [[True, False], [False, False]]
     assert found.product_rows.isnan().all(-1).tolist() == [[True, False], [False, False]]
     rows = torch.ones(2, 2, 1, 5, device=layers.device)
@@ -277,7 +278,7 @@ def test_not_a_number_stays_one(layers):
         ({"mask": torch.ones(3, 20)}, r"mask: expected a shape that expands to \(1, 2, 20, 20\), got \(3, 20\)"),
         ({"outer": None}, "product_rows: expected the output's gradient, got outer=None"),
         (
-            {"statistics": fused.Statistics(*[torch.ones(1, 2, 5)] * 6)},
+            {"statistics": fused.Statistics(*[torch.ones(1, 2, 5)] * 3)},
             r"statistics: expected those of queries \(1, 2, 20\), got \(1, 2, 5\)",
         ),
         ({"statistics": None}, "product_rows: expected the layer's statistics, got None"),
@@ -288,7 +289,7 @@ def test_not_a_number_stays_one(layers):
 def test_what_does_not_fit_is_an_error(change, message):
     query, key, value, outer = layer()
     arguments = {"query": query, "key": key, "value": value, "outer": outer, "product_rows": torch.ones(1, 2, 1, 20)}
-    given = fused.Statistics(*[torch.ones(1, 2, 20)] * 6)
+    given = fused.Statistics(*[torch.ones(1, 2, 20)] * 3)
     with pytest.raises(ValueError, match=message):
         fused.carry(**{**arguments, "statistics": given, "scale": 1.0, **change})
 
