@@ -4,7 +4,8 @@
 
 Weights are random: neither time nor memory depends on them. Without --network, a GPU is measured on several. Peak
 memory is above weights and images: on a CPU the resident set of a fresh process in float32 (Linux), on a GPU what
-PyTorch allocates, in the row's precision. On a GPU the kernels of a call are counted, too, beside the plain gradient's.
+PyTorch allocates, in the row's precision. On a GPU the kernels of a call are counted, too, beside the plain gradient's,
+and each call is also timed as a CUDA graph (`gmarpp.GraphedExplain`), by the same forward pass, which is none.
 """
 
 import argparse
@@ -35,8 +36,8 @@ class Case:
 
 ON_CPU = (Case("vit_large_patch16_224", 224, 8),)
 ON_GPU = (
-    Case("vit_large_patch16_224", 224, 32),
     Case("vit_large_patch16_224", 224, 128, ("bfloat16",)),
+    Case("vit_large_patch16_224", 224, 32),
     Case("vit_small_patch14_dinov2", 518, 8, ("float32", "bfloat16")),
     Case("vit_large_patch14_dinov2", 518, 8, ("bfloat16",)),
 )
@@ -47,7 +48,7 @@ class Measured:
 
     def __init__(self, case: Case, precision: str, device: torch.device) -> None:
         self.device, self.precision = device, precision
-        self.model = network(case.name, case.size).requires_grad_(False).to(device)
+        self.model = network(case.name, case.size, device=device).requires_grad_(False)
         self.images = torch.randn(case.batch, 3, case.size, case.size, device=device)
 
     @torch.no_grad()
@@ -66,6 +67,11 @@ class Measured:
         with autocast(self.precision, self.device):
             gmarpp.explain(self.model, self.images, methods, 0)
 
+    def graphed(self, *methods: str) -> gmarpp.GraphedExplain:
+        """Capture the maps of some methods."""
+        with autocast(self.precision, self.device):
+            return gmarpp.GraphedExplain(self.model, self.images, methods, 0)
+
     def kernels(self, job: str) -> tuple[int, float]:
         """Count the kernels of a job, and the milliseconds that they keep the GPU busy."""
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -83,9 +89,8 @@ def times(measured: Measured, classes: list[int], repeats: int) -> dict[str, str
         f"{count} methods" + (f", {each} classes" if each > 1 else ""): partial(measured.job, "kept", each)
         for each in classes
     }
-    alone, every = ("gmarpp_l1", "legrad", "rollout", *BALANCED), (*gmarpp.METHODS, *gmarpp.VARIANTS)
-    jobs |= {f"`{method}`": partial(measured.maps, method) for method in alone}
-    jobs |= {"both balanced": partial(measured.maps, *BALANCED), f"all {len(every)}": partial(measured.maps, *every)}
+    wanted = calls()
+    jobs |= {name: partial(measured.maps, *methods) for name, methods in wanted.items() if name not in jobs}
     jobs[f"{count}, recomputed"] = partial(measured.job, "recomputed")
     timings = alternate(jobs, measured.forward, repeats, device=measured.device)
     forward = statistics.median(run.forward for runs in timings.values() for run in runs)
@@ -93,6 +98,29 @@ def times(measured: Measured, classes: list[int], repeats: int) -> dict[str, str
     return row | {
         job: f"{statistics.median(run.seconds / run.forward for run in runs):.2f}" for job, runs in timings.items()
     }
+
+
+def calls() -> dict[str, tuple[str, ...]]:
+    """Return the methods of each call that is timed, by its name."""
+    every = (*gmarpp.METHODS, *gmarpp.VARIANTS)
+    alone = {f"`{method}`": (method,) for method in ("gmarpp_l1", "legrad", "rollout", *BALANCED)}
+    return {
+        f"{len(gmarpp.METHODS)} methods": gmarpp.METHODS,
+        **alone,
+        "both balanced": BALANCED,
+        f"all {len(every)}": every,
+    }
+
+
+def graphed_times(measured: Measured, repeats: int) -> dict[str, str]:
+    """Return medians of the ratios of calls captured as CUDA graphs, one after the other as each keeps its memory."""
+    found = {}
+    for name, methods in calls().items():
+        call = measured.graphed(*methods)
+        runs = alternate({name: partial(call, measured.images)}, measured.forward, repeats, device=measured.device)
+        found[f"{name}, graphed"] = f"{statistics.median(run.seconds / run.forward for run in runs[name]):.2f}"
+        del call
+    return found
 
 
 def memory(measured: Measured, case: Case) -> dict[str, str]:
@@ -135,6 +163,7 @@ def main() -> None:
             measured = Measured(case, precision, options.device)
             row = {"network, pixels, batch": f"{case.name}, {case.size}, {case.batch}", "precision": precision}
             row |= times(measured, options.classes, options.repeats)
+            row |= graphed_times(measured, options.repeats) if options.device.type == "cuda" else {}
             row |= {} if options.no_memory else memory(measured, case)
             row |= kernels(measured) if options.device.type == "cuda" else {}
             if case is cases[0] and precision == (options.precision or precisions(options.device))[0]:

@@ -76,11 +76,12 @@ def precisions(device: torch.device) -> list[str]:
     return list(GPU_PRECISIONS if device.type == "cuda" else PRECISIONS)
 
 
-def network(name: str, size: int, depth: int | None = None) -> torch.nn.Module:
-    """Make a timm network with random weights and 200 classes, for images of `size` pixels."""
+def network(name: str, size: int, depth: int | None = None, device: torch.device = CPU) -> torch.nn.Module:
+    """Make a timm network with random weights and 200 classes, for images of `size` pixels, on a device."""
     torch.manual_seed(0)
     options = {} if depth is None else {"depth": depth}
-    return timm.create_model(name, img_size=size, num_classes=200, **options).eval()
+    with device:
+        return timm.create_model(name, img_size=size, num_classes=200, **options).eval()
 
 
 @contextmanager

@@ -55,6 +55,7 @@ each, before and after step 6.
 
 from gmarpp.attribution.explain import explain
 from gmarpp.attribution.explanation import Explanation
+from gmarpp.attribution.graphed import GraphedExplain
 from gmarpp.attribution.method import AttributionMethod, FunctionMethod, MapMethod, Method
 from gmarpp.attribution.methods import (
     GMAR,
@@ -87,6 +88,7 @@ __all__ = [
     "Explanation",
     "FunctionMethod",
     "GMARPlusPlus",
+    "GraphedExplain",
     "LastAttention",
     "LeGrad",
     "MapMethod",

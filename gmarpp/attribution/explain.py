@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from gmarpp.attribution.balanced import ruled
 from gmarpp.attribution.block import wrapped
+from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.forward import ForwardPass
@@ -21,7 +23,7 @@ from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
-from gmarpp.attribution.seam import answered_by, intercepted
+from gmarpp.attribution.seam import answered_by, intercepted, one_at_a_time
 from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture
@@ -75,29 +77,87 @@ def explain(
         >>> explanation.maps["rollout"].shape
         torch.Size([4, 2, 2])
     """
-    selected = select_methods(methods)
-    rules = [method for method in selected if isinstance(method, Method)]
-    outside = [method for method in selected if isinstance(method, MapMethod)]
-    require_classes(outside, target)
-    model = unwrapped(model)
-    _check(model, images)
-    network = BoundNetwork(model, images, inputs or {})
-    if outside and network.inputs:
-        own = ", ".join(method.name for method in outside)
-        raise ValueError(f"inputs: {own} run the network on images alone: leave out the methods that make own maps")
-    layout = architecture or architecture_of(model)
-    pictures = layout.pictures_of(images)
-    plan = Plan.of(model, images, rules, layout, recompute)
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model), _explained_errors():
+    request = Request.of(model, images, methods, target, inputs=inputs, architecture=architecture, recompute=recompute)
+    with request.running():
         # Autograd cannot save tensors that were made in inference mode.
         usable = images.clone() if images.is_inference() else images.detach()
-        maps, scores = _maps(network, usable, plan, target) if rules else ({}, _scores(network, usable, target))
-        maps |= own_maps(outside, model, usable, scores.indices, layout)
-    maps = {method.name: maps[method.name] for method in selected}
-    names = class_names(model) if scores.of_classes else tuple(getattr(target, "names", ()))
-    seen = fit_to_extent(pictures.detach(), grid_extent(layout, *pictures.shape[2:]))
-    signed = tuple(method.name for method in selected if method.signed)
-    return Explanation(maps, scores.indices, scores.logits, scores.values, displayable(model, seen), names, signed)
+        maps, scores = request.maps(usable)
+        maps |= own_maps(request.outside, request.network.model, usable, scores.indices, request.plan.layout)
+    return request.explanation(images, maps, scores)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call of `explain` asks for, checked.
+
+    Attributes:
+        network: with its further inputs.
+        plan: for the methods that take part in the pass.
+        target: what is explained.
+        outside: methods that make their maps themselves.
+        selected: all methods, in the order of the maps.
+    """
+
+    network: BoundNetwork
+    plan: Plan
+    target: Target
+    outside: tuple[MapMethod, ...]
+    selected: tuple[AttributionMethod, ...]
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        images: Tensor,
+        methods: str | AttributionMethod | Iterable[str | AttributionMethod],
+        target: Target,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        architecture: Architecture | None = None,
+        recompute: bool = False,
+    ) -> "Request":
+        """Check the arguments of `explain`."""
+        selected = tuple(select_methods(methods))
+        rules = [method for method in selected if isinstance(method, Method)]
+        outside = tuple(method for method in selected if isinstance(method, MapMethod))
+        require_classes(outside, target)
+        model = unwrapped(model)
+        _check(model, images)
+        network = BoundNetwork(model, images, inputs or {})
+        if outside and network.inputs:
+            own = ", ".join(method.name for method in outside)
+            raise ValueError(f"inputs: {own} run the network on images alone: leave out the methods that make own maps")
+        layout = architecture or architecture_of(model)
+        # Refuses what is no picture of the network.
+        layout.pictures_of(images)
+        return Request(network, Plan.of(model, images, rules, layout, recompute), target, outside, selected)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Prepare the network and autograd."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluation_mode(self.network.model),
+            _explained_errors(),
+        ):
+            yield
+
+    def maps(self, images: Tensor) -> tuple[dict[str, Tensor], Scores]:
+        """Return the maps of the methods that take part in the pass, and the scores that are explained."""
+        with one_at_a_time:
+            if self.plan.names:
+                return _maps(self.network, images, self.plan, self.target)
+            return {}, _scores(self.network, images, self.target)
+
+    def explanation(self, images: Tensor, maps: Mapping[str, Tensor], scores: Scores) -> Explanation:
+        """Return the explanation of images by all methods' maps."""
+        model, layout = self.network.model, self.plan.layout
+        pictures = layout.pictures_of(images).detach()
+        seen = displayable(model, fit_to_extent(pictures, grid_extent(layout, *pictures.shape[2:])))
+        names = class_names(model) if scores.of_classes else tuple(getattr(self.target, "names", ()))
+        signed = tuple(method.name for method in self.selected if method.signed)
+        ordered = {method.name: maps[method.name] for method in self.selected}
+        return Explanation(ordered, scores.indices, scores.logits, scores.values, seen, names, signed)
 
 
 @contextmanager
@@ -193,7 +253,7 @@ def _grid(plan: Plan, images: Tensor, tokens: int) -> tuple[int, ...]:
 
 def _check_maps(maps: dict[str, Tensor]) -> None:
     finite = torch.stack([each.flatten(1).isfinite().all(dim=1) for each in maps.values()])
-    if not finite.all():
+    if not decide(finite.all())[0]:
         names = [name for name, each in zip(maps, finite, strict=True) if not each.all()]
         images = (~finite.all(dim=0)).nonzero().flatten().tolist()
         raise ValueError(

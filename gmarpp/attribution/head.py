@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 from typing_extensions import override
 
 from gmarpp.attribution.call import gradient_of
+from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.plan import of_one_layer
 from gmarpp.attribution.seam import answered_by
@@ -117,11 +118,12 @@ def distinct_sum(output: Any) -> Tensor:
     A plain sum has no gradient where the output is normalized. A number for all images, such as a temperature, does not
     count.
     """
-    total = torch.zeros(())
+    sums = []
     for each in (each for each in tensors_of(output) if each.dim()):
         factors = torch.linspace(0.5, 1, each[0].numel(), device=each.device, dtype=torch.float32).view_as(each[0])
-        total = total.to(each.device) + (each.float() * factors).sum()
-    return total
+        sums.append((each.float() * factors).sum())
+    # A network on several devices has an output on several, too.
+    return sum((each.to(sums[-1].device) for each in sums[:-1]), start=sums[-1]) if sums else torch.zeros(())
 
 
 def _reads_beside_class_attention(total: Tensor, passed: ForwardPass) -> bool:
@@ -138,7 +140,7 @@ def _reads_beside_class_attention(total: Tensor, passed: ForwardPass) -> bool:
     finally:
         for hook in cut:
             hook.remove()
-    return gradient is not None and bool(gradient.any())
+    return gradient is not None and decide(gradient.any())[0]
 
 
 def _without_gradient(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -202,7 +204,7 @@ def head_of(passed: ForwardPass, output: Any, replay: Head) -> Head:
             reasons.append(error)
             continue
         agrees = agreement(made, output)
-        if agrees is not None and agrees:
+        if agrees is not None and decide(agrees)[0]:
             return head
     raise UnsupportedNetworkError(
         "LeGrad asks for the score of each layer's tokens, and what the network makes of the last block's tokens is "
@@ -226,9 +228,9 @@ def reads_prefix(head: Head, tokens: Tensor, prefix: int) -> bool:
         if gradient is None or not prefix:
             return False
         agrees = agreement(head(tokens[:, :prefix]), made)
-        # A GPU is waited for once.
-        return agrees is not None and bool(agrees & gradient[:, :prefix].any() & ~gradient[:, prefix:].any())
+        reads_prefix = gradient[:, :prefix].any() & ~gradient[:, prefix:].any()
     except Exception:
         # For example, the head may arrange the patch tokens in a grid and give them weights of zero; as its code is not
         # ours, it may fail by any error. One that all tokens cause is raised where the head is needed (`head_of`).
         return False
+    return agrees is not None and decide(agrees & reads_prefix)[0]

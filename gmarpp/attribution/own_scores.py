@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.call import AttentionCall
+from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.head import DescribedHead, Head, agreement, head_of, reads_prefix
+from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.tail import alike, prefix_tail, whole_tail
 from gmarpp.attribution.target import Score
 
@@ -25,11 +27,12 @@ class OwnScores:
     Args:
         passed: the forward pass, with the runs of its blocks.
         output: of the network.
+        scores: of the output.
         replay: the network with its blocks skipped, its head where the architecture describes no other.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any, replay: Head) -> None:
-        self._passed, self._output, self._replay = passed, output, replay
+    def __init__(self, passed: ForwardPass, output: Any, scores: Scores, replay: Head) -> None:
+        self._passed, self._output, self._scores, self._replay = passed, output, scores, replay
         by_token = all(run.is_by_token for run in passed.runs)
         self._tails_may_run = passed.plan.tails_again and passed.attends_once and by_token
         self._known: tuple[Head, bool] | None = None
@@ -74,8 +77,11 @@ class OwnScores:
         """Return the gradients as `gradients` does, by a way that was made sure of first.
 
         Raises:
+            ValueError: if the scores are not finite.
             UnsupportedNetworkError: if the network's head cannot be run alone.
         """
+        # No head would make such an output again.
+        self._scores.require_finite()
         passed = self._passed
         assert passed.last_tokens is not None
         self._agrees = None
@@ -86,7 +92,7 @@ class OwnScores:
         head, by_prefix = self._known
         if by_prefix:
             found = self._by_prefix_tails(head, score, scale)
-            if found is not None and self._alike:
+            if found is not None and self._alike is not None and decide(self._alike)[0]:
                 return found
             # Tokens mix outside attention, so the prefix tokens need the others.
             self._known = head, False

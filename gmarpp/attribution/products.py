@@ -10,6 +10,7 @@ No matrix M is made. Row i of M is divided by its sum `t_i = Σ_h w_h s_hi + alp
 `r M = Σ_h (w_h r / t) R_h + alpha r / t`: the layer is asked for the product of rows (w_h r / t) with its R_h.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal, final
@@ -61,17 +62,17 @@ class RowProducts:
     def __init__(self, methods: Sequence[RowProduct], device: torch.device) -> None:
         self._methods = methods
         self._on_attention = sum(method.relevance == "attention" for method in methods)
-        alphas = [method.alpha for method in methods]
-        options = [(method.alpha, float(method.normalized), float(method.needs_residual)) for method in methods]
-        # One copy, for which nothing waits.
-        columns = torch.tensor(options, dtype=torch.float32).to(device, non_blocking=True).unbind(dim=1)
+        options = tuple(
+            (method.alpha, float(method.normalized), float(method.needs_residual), float(method.start_layer))
+            for method in methods
+        )
         # Rows of M that are not normalized are divided by 0 times their sum, plus 1.
-        self._alpha, self._share_of_sum, has_share = (each[:, None] for each in columns)
+        self._alpha, self._share_of_sum, has_share, self._starts = _columns(options, device)
         self._normalized, self._has_share = self._share_of_sum > 0, has_share > 0
         self._added = torch.where(self._normalized, self._alpha, 1.0)
         self._needs_share = any(method.needs_residual for method in methods)
         self._last_start = max(method.start_layer for method in methods)
-        self._may_be_empty = self._needs_share or min(alphas) == 0
+        self._may_be_empty = self._needs_share or min(method.alpha for method in methods) == 0
 
     def step(self, rows: Tensor, layer: AttentionLayer) -> Tensor:
         """Carry rows (B, M, Q), one for each method, through a layer, and return (B, M, N).
@@ -100,8 +101,7 @@ class RowProducts:
         shares = rows / total
         carried = self._relevance(shares, weights, layer) + layer.keep(residual * shares)
         if layer.index < self._last_start:
-            skips = torch.tensor([method.start_layer > layer.index for method in self._methods], device=rows.device)
-            carried = torch.where(skips[:, None], layer.keep(rows), carried)
+            carried = torch.where(self._starts > layer.index, layer.keep(rows), carried)
         return carried
 
     def _through_pool(self, rows: Tensor, weights: Tensor, sums: Tensor, layer: AttentionLayer) -> Tensor:
@@ -144,6 +144,13 @@ class RowProducts:
 
     def _split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         return tensor[:, : self._on_attention], tensor[:, self._on_attention :]
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(options: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Put options of methods on a device, each as a column (M, 1); kept, since a GPU waits for a copy."""
+    with torch.inference_mode(False):
+        return tuple(each[:, None] for each in torch.tensor(options, dtype=torch.float32, device=device).unbind(dim=1))
 
 
 def _by_head(weights: Tensor, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmarpp.attribution.attend import repeated
 from gmarpp.attribution.balanced import ruled
+from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.descent import Descent
 from gmarpp.attribution.forward import BlockRun
 from gmarpp.attribution.seam import Handler, answered_by
@@ -116,7 +117,7 @@ class _NarrowTail(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (outer,), (attended, tokens, left) = gradients, ctx.saved_tensors
         with torch.enable_grad(), ctx.autocast:
-            starts, own = _again(ctx.run, attended, tokens, left, is_narrow=not outer[:, left.shape[1] :].any())
+            starts, own = _again(ctx.run, attended, tokens, left, needs_others=outer[:, left.shape[1] :].any())
         found = torch.autograd.grad(own, starts, outer[:, : own.shape[1]], materialize_grads=True)
         # Prefix tokens may be the only queries.
         of_place, of_tokens = (
@@ -127,18 +128,17 @@ class _NarrowTail(torch.autograd.Function):
 
 
 def _again(
-    run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor, is_narrow: bool
+    run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor, needs_others: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Run the tail for the prefix tokens, or, if these need the others, for all: return its start and its end."""
     prefix = left.shape[1]
-    if is_narrow:
-        starts = attended.detach().requires_grad_(), tokens[:, :prefix].detach().requires_grad_()
-        own = prefix_tail(run, *starts, left)
-        if own is not None and alike([own], [left], [starts[1]]):
-            return starts, own
+    starts = attended.detach().requires_grad_(), tokens[:, :prefix].detach().requires_grad_()
+    own = prefix_tail(run, *starts, left)
+    if own is not None and decide(alike([own], [left], [starts[1]]) & ~needs_others)[0]:
+        return starts, own
     tokens = tokens.detach().requires_grad_()
     (all_attended,), own = whole_tail(run, tokens)
-    if not alike([own[:, :prefix]], [left], [tokens[:, :prefix]]):
+    if not decide(alike([own[:, :prefix]], [left], [tokens[:, :prefix]]))[0]:
         raise UnsupportedNetworkError(
             "the last block, run a second time, returns other tokens than the first time: expected a block that keeps "
             "no state and does not change its input"

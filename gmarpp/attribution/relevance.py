@@ -151,6 +151,8 @@ class Relevance:
 
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""
-        self._rows[:, self._summed] = self._sums
-        rows = (*self._rows.unbind(dim=1), *(rows for _, rows in self._other_rows))
+        products = list(self._rows.unbind(dim=1))
+        for position, summed in zip(self._summed, self._sums.unbind(dim=1), strict=True):
+            products[position] = summed
+        rows = (*products, *(rows for _, rows in self._other_rows))
         return dict(zip(self._names, rows, strict=True))

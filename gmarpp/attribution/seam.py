@@ -25,7 +25,7 @@ Attention that a network writes out comes as its weights, `None` in place of the
 
 fused_attention = F.scaled_dot_product_attention
 # All threads share the function and the fast path of `nn.MultiheadAttention`, so calls of `explain` take turns.
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()
 
 
 # The arguments of `nn.MultiheadAttention` from the fifth on.
@@ -148,7 +148,7 @@ def intercepted(model: nn.Module) -> Iterator[None]:
 
     The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
     """
-    with _one_at_a_time, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+    with one_at_a_time, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         fast_path, original = torch.backends.mha.get_fastpath_enabled(), F.scaled_dot_product_attention
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from gmarpp.attribution.decisions import decide
 from gmarpp.network.output import class_index, logits_of
 
 Score = Callable[[Any], Tensor]
@@ -91,7 +92,7 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
         raise ValueError(
             f"targets: expected shape ({batch},), or ({batch}, K) for K classes per image, got {tuple(indices.shape)}"
         )
-    if indices.min() < 0 or indices.max() >= classes:
+    if not decide(((indices >= 0) & (indices < classes)).all())[0]:
         raise ValueError(
             f"targets: expected 0 to {classes - 1} for {classes} classes, got {indices.min().item()} to "
             f"{indices.max().item()}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.forward import CUT, ForwardPass
 from gmarpp.attribution.head import Head
 from gmarpp.attribution.method import Method
@@ -50,7 +51,7 @@ class WayDown:
         self._written, self._scores = written, scores
         self._passed, self._output, self._images = passed, output, images
         self._end_of_network = next_sequence_number()
-        self._own_scores = OwnScores(passed, output, replay) if passed.plan.local_scores else None
+        self._own_scores = OwnScores(passed, output, scores, replay) if passed.plan.local_scores else None
 
     def rows(self, score: Score, margin: Score, last: bool) -> Rows:
         """Return the rows of all methods for a score and its margin; after the last one the graph is gone."""
@@ -89,7 +90,7 @@ class WayDown:
         usual = [self._scores.are_finite(), found.is_plain(), *([] if own_scores is None else [own_scores.are_right()])]
         is_diluted = not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods)
         all_are_read = (readout[:, layout.patches(passed.top_tokens, block)] > 0).all() if is_diluted else usual[0] < 0
-        *are_usual, dilutes = torch.stack([*usual, all_are_read]).tolist()
+        *are_usual, dilutes = decide(*usual, all_are_read)
         if not all(are_usual):
             self._scores.require_finite()
             found.require_plain(need_gradient)
