@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gmarpp.attribution.decisions import Decisions, deciding
 from gmarpp.attribution.explain import Request, explain
 from gmarpp.attribution.explanation import Explanation
+from gmarpp.attribution.head import close
 from gmarpp.attribution.method import AttributionMethod
 from gmarpp.attribution.seam import one_at_a_time
 from gmarpp.attribution.target import ClassTarget, Contrast, Score, Target, class_indices
@@ -82,32 +83,45 @@ class GraphedExplain:
             self._images = images.detach().clone()
         self._graph = torch.cuda.CUDAGraph()
         with one_at_a_time, self._request.running():
-            self._capture(self._warmed_up())
+            expected = self._warm_up()
+            self._capture()
+        self._require(expected)
 
-    def _warmed_up(self) -> Decisions:
-        """Return what calls decide that are not captured."""
+    def _warm_up(self) -> dict[str, Tensor]:
+        """Note what calls decide that are not captured, and return their maps."""
         stream, current = torch.cuda.Stream(self._images.device), torch.cuda.current_stream(self._images.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                decisions = Decisions()
-                with deciding(decisions):
-                    self._request.maps(self._images)
+                # The graph reads what is noted here as long as it lives.
+                self._decisions = Decisions()
+                with deciding(self._decisions):
+                    maps, _ = self._request.maps(self._images)
         current.wait_stream(stream)
-        return decisions
+        return maps
 
-    def _capture(self, decisions: Decisions) -> None:
-        decisions.repeat(self._images.device)
+    def _capture(self) -> None:
+        self._decisions.repeat(self._images.device)
         try:
             # Other threads, such as those that pin memory for loaders, may use the GPU meanwhile.
-            with deciding(decisions), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with deciding(self._decisions), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._maps, self._scores = self._request.maps(self._images)
-                self._is_usual = decisions.are_right()
+                self._is_usual = self._decisions.are_right()
         except RuntimeError as error:
             raise UnsupportedNetworkError(
                 f"GraphedExplain: the call cannot be captured ({error}): the network, a target or a method waits for "
                 "the GPU or copies from the host, as float16 does to find its gradient scale. Use explain"
             ) from error
+
+    def _require(self, expected: dict[str, Tensor]) -> None:
+        """Raise `UnsupportedNetworkError` unless a replay makes the maps of the calls before the capture."""
+        self._graph.replay()
+        others = [name for name, each in expected.items() if not close(self._maps[name], each)]
+        if others or not self._is_usual:
+            raise UnsupportedNetworkError(
+                f"GraphedExplain: replayed, the call makes other maps ({', '.join(others)}): what the network or a "
+                "method computes on the host is not captured. Use explain"
+            )
 
     def __call__(self, images: Tensor) -> Explanation:
         """Explain a batch.

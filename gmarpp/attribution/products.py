@@ -146,9 +146,12 @@ class RowProducts:
         return tensor[:, : self._on_attention], tensor[:, self._on_attention :]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _columns(options: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Put options of methods on a device, each as a column (M, 1); kept, since a GPU waits for a copy."""
+    """Put options of methods on a device, each as a column (M, 1).
+
+    They are kept for ever: a GPU waits for a copy, and a CUDA graph reads them where they were.
+    """
     with torch.inference_mode(False):
         return tuple(each[:, None] for each in torch.tensor(options, dtype=torch.float32, device=device).unbind(dim=1))
 
