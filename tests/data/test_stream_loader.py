@@ -1,5 +1,9 @@
 """Streamed training data is resumed within an epoch."""
 
+import os
+import signal
+import sys
+
 import datasets
 import lightning as L
 import pytest
@@ -8,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from miniature import PLAIN, picture
 from quiet_trainer import quiet_trainer
 
+from gmarpp.cli.train import train_main
 from gmarpp.data import HubDataset
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.optim import Optimization
@@ -192,3 +197,40 @@ def test_several_ranks_start_the_epoch_again_and_say_so(tmp_path, files):
     loader.load_state_dict({"epoch": 0, "rows": [4], "turn": 0, "order": loader._order})
     with pytest.warns(UserWarning, match="epoch 0 of the streamed data starts again, .*: 2 ranks share it; a stream"):
         assert next(iter(loader))["index"][0] == 0
+
+
+class Losses(L.Callback):
+    """Keeps losses, and sends this process SIGTERM behind one step."""
+
+    losses, last = {}, 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses[trainer.global_step] = outputs["loss"].item()
+        if trainer.global_step == self.last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("last", [3, 5, 8])
+def test_a_stopped_command_goes_on_from_its_last_checkpoint(tmp_path, files, monkeypatch, last):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    command = [
+        "fit", "--model.architecture=test_vit", "--model.image_size=16", "--model.pretrained=false",
+        "--model.num_classes=2", "--model.model_args={depth: 1}", "--model.drop_path=0.2", "--data=HubDataset",
+        "--data.path=parquet", f"--data.data_files={files}", "--data.streaming=true", "--data.batch_size=4",
+        "--data.num_workers=0", "--data.shuffle_buffer=6", "--trainer.accelerator=cpu", "--trainer.logger=false",
+        "--trainer.enable_model_summary=false", "--trainer.max_steps=10",
+        "--trainer.callbacks=test_stream_loader.Losses",
+    ]  # fmt: skip
+    monkeypatch.setattr(Losses, "losses", {})
+    train_main([*command, "--trainer.default_root_dir=whole"])
+    expected = dict(Losses.losses)
+    assert list(expected) == list(range(1, 11))
+    Losses.losses.clear()
+    monkeypatch.setattr(Losses, "last", last)
+    with pytest.raises(SystemExit, match="143"):
+        train_main([*command, "--trainer.default_root_dir=cut"])
+    monkeypatch.setattr(Losses, "last", 0)
+    assert list(Losses.losses) == list(range(1, last + 1))
+    train_main([*command, "--trainer.default_root_dir=cut", "--ckpt_path=last"])
+    assert Losses.losses == expected
