@@ -16,6 +16,7 @@ from gmarpp.data.names import readable_names
 from gmarpp.data.numbering import Labels
 from gmarpp.data.row_images import RowImages
 from gmarpp.data.splits import split_names
+from gmarpp.data.stream_loader import StreamLoader
 from gmarpp.data.walk import files_below, require_regular_file
 from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
@@ -45,8 +46,9 @@ class HubDataset(ImageDataModule):
         classes: the expected class ids, in order: checked against the label column's names, and needed if the column
             has only numbers, or streamed text.
         streaming: read while training instead of downloading first. Then epochs have no known length (set the
-            trainer's max_steps), training images are shuffled within `shuffle_buffer`, and a resumed run starts again
-            with the order of the first epoch. On several ranks only limit_train_batches ends an epoch.
+            trainer's max_steps), and training images are shuffled within `shuffle_buffer`. A run of one rank is resumed
+            within an epoch, if num_workers, shuffle_buffer and seed are as they were: rows that it has seen are read
+            again, but not decoded. On several ranks an epoch is started again, and only limit_train_batches ends it.
         shuffle_buffer: images held for shuffling a stream, per process, at least 1.
         **options: of `ImageDataModule`.
     """
@@ -178,7 +180,7 @@ class HubDataset(ImageDataModule):
             self.order_seed,
             rank=self._rank,
             world_size=self.world_size,
-            epoch=None if split != "train" else 0 if self.trainer is None else self.trainer.current_epoch,
+            epoch=0 if split == "train" else None,
             shuffle_buffer=self.shuffle_buffer,
             images=self._images(stream),
             origin=self._origin,
@@ -199,7 +201,14 @@ class HubDataset(ImageDataModule):
         options = self._process_options()
         # A stream counts its epochs in the loader's processes, so these must persist.
         options["persistent_workers"] = options["num_workers"] > 0
-        return DataLoader(self.datasets["train"], batch_size=self.batch_size, drop_last=True, **options)
+        return StreamLoader(
+            self.datasets["train"],
+            batch_size=self.batch_size,
+            drop_last=True,
+            current_epoch=lambda: 0 if trainer is None else int(trainer.current_epoch),
+            progress=None if trainer is None else trainer.fit_loop.epoch_loop.batch_progress,
+            **options,
+        )
 
     def _evaluation_loader(self, name: str) -> DataLoader[Any]:
         if not self.streaming:

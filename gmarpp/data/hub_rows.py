@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -81,6 +81,9 @@ class HubStream(IterableDataset[Sample]):
         origin: name of the data set in messages.
         names: class numbers by label, where labels are text.
         skips: log images that cannot be read, and go on.
+
+    Attributes:
+        rows_behind: rows that each process leaves out at the beginning of the next pass; none if empty.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class HubStream(IterableDataset[Sample]):
         self.origin = origin
         self.names = names
         self.skips = skips
+        self.rows_behind: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield this process's samples of an epoch."""
@@ -123,6 +127,7 @@ class HubStream(IterableDataset[Sample]):
             return
         worker = get_worker_info()
         share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        behind, self.rows_behind = (self.rows_behind[share] if self.rows_behind else 0), ()
         share, shares = self.rank * shares + share, self.world_size * shares
         epoch, self.epoch = self.epoch, self.epoch + 1
         for turn in count():
@@ -134,7 +139,8 @@ class HubStream(IterableDataset[Sample]):
 
                 stream = split_dataset_by_node(stream, rank=self.rank, world_size=self.world_size)
             found = False
-            for sample in self._samples(((k * shares + share, row) for k, row in enumerate(stream)), seed):
+            rows = ((k * shares + share, row) for k, row in islice(enumerate(stream), behind, None))
+            for sample in self._samples(rows, seed):
                 found = True
                 yield sample
             # A process without any file would search for images forever.

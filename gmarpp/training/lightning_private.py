@@ -79,7 +79,29 @@ def logged_step(trainer: L.Trainer) -> int:
 
 def restore_place_in_epoch(trainer: L.Trainer) -> None:
     """Restore the loaders' places; Lightning does so when it sets up the data, before the checkpoint is read."""
-    trainer.fit_loop._load_combined_loader_states()
+    loop = trainer.fit_loop
+    restored = loop.restarting and bool(loop._combined_loader_states_to_load)
+    loop._load_combined_loader_states()
+    if restored and loop._data_fetcher is not None:
+        # Of data without a length it has fetched a batch already, of the old place.
+        iter(loop._data_fetcher)
+    batches = loop.epoch_loop
+    unknown = trainer.num_training_batches == float("inf")
+    if unknown and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
+        _begin_epoch(batches)
+
+
+def _begin_epoch(batches: Any) -> None:
+    """Count the batches of the next epoch from 0, as Lightning does after an epoch whose length was known."""
+    batches.batch_progress.increment_completed()
+    for progress in (
+        batches.batch_progress,
+        batches.scheduler_progress,
+        batches.automatic_optimization.optim_progress,
+    ):
+        progress.reset_on_run()
+    batches.val_loop.batch_progress.total.reset()
+    batches.reset_restart_stage()
 
 
 class ObservedCheckpoint(ModelCheckpoint):

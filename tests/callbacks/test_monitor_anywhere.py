@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,8 +12,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from quiet_trainer import quiet_trainer
 from small_networks import vit
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision import transforms
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision import datasets, transforms
 
 import gmarpp
 from gmarpp.attribution import UnsupportedNetworkError
@@ -308,6 +309,34 @@ class Boxed(TensorDataset):
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
         return {"image": image, "label": label, "box": torch.tensor([0.0, 0.0, 28.0, 20.0])}
+
+
+class GeoImages(datasets.ImageFolder):
+    """As torchgeo's classification data sets: dictionaries of pixels 0 to 255 and a label tensor, by `transforms`."""
+
+    def __init__(self, root, transforms):
+        super().__init__(root)
+        self.transforms = transforms
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)
+        return self.transforms({"image": pixels, "label": torch.tensor(label)})
+
+
+def test_geographic_data_are_dictionaries_with_classes_in_targets(tmp_path):
+    class Dictionaries(foreign.OwnNet):
+        def loss(self, batch):
+            return super().loss((batch["image"], batch["label"]))
+
+    foreign.image_folder(tmp_path / "images")
+    data = GeoImages(tmp_path / "images", lambda sample: {**sample, "image": sample["image"] / 255})
+    module, run = Dictionaries(), trainer(tmp_path, monitor(images=3))
+    run.validate(module, DataLoader(Subset(data, range(11, -1, -1)), 4), verbose=False)
+    # The first of each class in the part's order, which is reversed.
+    images = torch.stack([data[index]["image"] for index in (3, 7, 11)])
+    for tag, value in by_hand(module.net, images).items():
+        assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
 
 
 def test_boxes_of_dictionaries_are_measured_against(tmp_path):

@@ -31,6 +31,8 @@ NAMES = {
     (_TrainingEpochLoop, "_batches_that_stepped"),
     (_SignalConnector, "_register_signal"),
     (_FitLoop, "_load_combined_loader_states"),
+    (_FitLoop, "_combined_loader_states_to_load"),
+    (_FitLoop, "_data_fetcher"),
     (ModelCheckpoint, "_save_checkpoint"),
     (ModelCheckpoint, "_remove_checkpoint"),
     (ModelCheckpoint, "_should_skip_saving_checkpoint"),
