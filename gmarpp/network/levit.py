@@ -19,7 +19,7 @@ from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step
 
 
-def _by_head(tokens: Tensor, heads: int) -> Tensor:
+def by_head(tokens: Tensor, heads: int) -> Tensor:
     """Lay out tokens (B, N, D) or (B, D, h, w) by head, (B, H, N, d)."""
     # Fused attention needs the channels of a token side by side.
     tokens = tokens.flatten(2).mT.contiguous() if tokens.dim() == 4 else tokens
@@ -48,7 +48,7 @@ def _attention(attention: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(tokens: Tensor) -> Tensor:
         sizes = [attention.key_dim, attention.key_dim, attention.val_dim]
-        query, key, value = torch.split(_by_head(attention.qkv(tokens), attention.num_heads), sizes, dim=-1)
+        query, key, value = torch.split(by_head(attention.qkv(tokens), attention.num_heads), sizes, dim=-1)
         attended = _attended(attention, query, key, value, attention.attention_bias_idxs)
         return _projected(attention, attended, attention.resolution)
 
@@ -63,9 +63,9 @@ def _attention_downsample(attention: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(tokens: Tensor) -> Tensor:
         (height, width), stride = attention.resolution, attention.stride
-        query = _by_head(attention.q.ln(tokens), attention.num_heads)
+        query = by_head(attention.q.ln(tokens), attention.num_heads)
         sizes = [attention.key_dim, attention.val_dim]
-        key, value = torch.split(_by_head(attention.kv(tokens), attention.num_heads), sizes, dim=-1)
+        key, value = torch.split(by_head(attention.kv(tokens), attention.num_heads), sizes, dim=-1)
         cells = torch.arange(height * width, device=tokens.device)
         down, right = ((each[:, None] - each).abs() for each in (cells // width, cells % width))
         attended = _attended(attention, query, key, value, down * width + right)

@@ -20,7 +20,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "mixes places by sequences of states, and not by attention": ("EfficientViM", "Sequencer2d", "MambaOut"),
     "attends one head after the other, each to what the one before it has found": ("EfficientVitMsra",),
     "attends in two branches of different patches, which exchange their class tokens": ("CrossVit",),
-    "attends in windows to queries that all windows share": ("GlobalContextVit",),
     "mixes the heads of its attention in several stages, with fewer queries than keys between them": (
         "EfficientFormerV2",
     ),

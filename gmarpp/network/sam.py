@@ -53,10 +53,11 @@ def attend_with_positions(
     met = F.pad(torch.cat([row_of_key, column_of_key], dim=1), (0, 0, prefix, 0)).expand(*key.shape[:2], -1, -1)
     query = torch.cat([query * scale, F.pad(added, (0, 0, prefix, 0))], dim=-1)
     key = torch.cat([key, met], dim=-1)
-    # Fast kernels want as many channels in the values.
+    # Fast kernels want as many channels in all three; zeros change no product.
     size = value.shape[-1]
-    attended = F.scaled_dot_product_attention(query, key, F.pad(value, (0, rows + columns)), scale=1.0)
-    return attended[..., :size]
+    channels = max(size, query.shape[-1])
+    query, key, value = (F.pad(each, (0, channels - each.shape[-1])) for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :size]
 
 
 def _timm_attention(attention: Any) -> Callable[[Tensor], Tensor]:

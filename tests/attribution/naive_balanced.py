@@ -111,7 +111,7 @@ def watch_addition(block, added):
     names = (
         ("mlp",)
         if "Post" in kind
-        else ("projection", "norm2", "layernorm_after", "layer_norm2", "ln_2", "local_conv", "mlp", "mlp_layer")
+        else ("projection", "norm2", "layernorm_after", "layer_norm2", "ln_2", "local_conv", "mlp", "mlp_layer", "act")
     )
     following = next(getattr(block, name) for name in names if hasattr(block, name))
     return following.register_forward_pre_hook(lambda _, args: added.append(args[0]))

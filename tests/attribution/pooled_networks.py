@@ -8,9 +8,14 @@ import torch.nn.functional as F
 import transformers
 from test_families import sharpened
 from timm.models._efficientnet_blocks import MobileAttention
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, SelfAttnBlock
+from timm.models.cpubone import CPUBone, CPUBoneBlock
 from timm.models.davit import DaVit, SpatialBlock
+from timm.models.efficientformer import EfficientFormer, MetaBlock1d
+from timm.models.gcvit import GlobalContextVit, GlobalContextVitBlock
 from timm.models.iformer import IFormer, SHMABlock
 from timm.models.levit import Levit
+from timm.models.lowformer import LowFormer, LowFormerBlock
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg, TransformerBlock2d
 from timm.models.mobilenetv3 import _gen_mobilenet_v4
 from timm.models.nest import Nest
@@ -18,6 +23,7 @@ from timm.models.nextvit import NextTransformerBlock, NextViT
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.twins import Twins
+from timm.models.visformer import Visformer
 
 
 def seeded(make):
@@ -96,6 +102,59 @@ def nest():
     return seeded(lambda: Nest(img_size=32, num_classes=5, **sizes))
 
 
+def whole_scales(model):
+    """Set factors that start as almost nothing, so that little would come of attention."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("layer_scale", "ls1", "ls2", "conv3_1x1.bn.weight")):
+            torch.nn.init.ones_(parameter)
+        if "attention_biases" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def efficient_former():
+    sizes = {"depths": (1, 1, 1, 3), "embed_dims": (8, 8, 16, 32), "num_vit": 2, "mlp_ratios": 2}
+    return whole_scales(seeded(lambda: EfficientFormer(num_classes=5, **sizes)))
+
+
+def visformer(**options):
+    sizes = {"init_channels": 8, "embed_dim": 16, "depth": (1, 2, 1), "num_heads": 2, "mlp_ratio": 2}
+    model = seeded(lambda: Visformer((96, 64), num_classes=5, attn_stage="011", spatial_conv="100", **sizes, **options))
+    for name, parameter in model.named_parameters():
+        if "qkv" in name:
+            parameter.data.mul_(30)
+    return model
+
+
+def global_context():
+    sizes = {"embed_dim": 8, "depths": (2, 2, 1, 2), "num_heads": (1, 2, 2, 2), "mlp_ratio": 2}
+    return seeded(lambda: GlobalContextVit(img_size=64, num_classes=5, **sizes))
+
+
+def coarse(kind, **options):
+    sizes = {"width_list": [8, 8, 8, 16, 64], "depth_list": [0, 1, 1, 2, 1], "head_widths": (16, 16)}
+    model = seeded(lambda: kind(num_classes=5, **sizes, **options))
+    for name, parameter in model.named_parameters():
+        if "pwise" in name:
+            parameter.data.mul_(5)
+    return model
+
+
+def botnet(scale_pos_embed, dim_head=8):
+    bottle, attending = (partial(ByoBlockCfg, type=kind, br=0.5, gs=0) for kind in ("bottle", "self_attn"))
+    blocks = (bottle(d=1, c=16, s=2), (bottle(d=1, c=32, s=2), attending(d=1, c=32, s=1)), attending(d=2, c=32, s=2))
+    config = ByoModelCfg(
+        blocks=blocks,
+        stem_chs=8,
+        stem_type="3x3",
+        stem_pool="",
+        fixed_input_size=True,
+        self_attn_layer="bottleneck",
+        self_attn_kwargs={"dim_head": dim_head, "scale_pos_embed": scale_pos_embed},
+    )
+    return whole_scales(seeded(lambda: ByobNet(config, img_size=(64, 96), num_classes=5)))
+
+
 # How tokens are pooled, as torch averages: the matrix of this, (N_coarse, N_fine), is that of equal shares.
 overlapping = partial(F.avg_pool2d, kernel_size=3, stride=2, padding=1, count_include_pad=False)
 two_by_two = partial(F.avg_pool2d, kernel_size=2)
@@ -105,6 +164,9 @@ to_seven = partial(F.adaptive_avg_pool2d, output_size=7)
 
 
 every_second = partial(F.avg_pool2d, kernel_size=1, stride=2)
+overlapping_more = partial(F.avg_pool2d, kernel_size=5, stride=2, padding=2, count_include_pad=False)
+# How keys are made where two by two tokens attend together.
+COARSE = {"five by five": overlapping_more, "two by two": two_by_two_padded}
 # Of a block that attends from every second token, and adds nothing to it.
 FROM_FEWER = "from fewer"
 
@@ -121,12 +183,13 @@ def attending(kind):
     return lambda model: [[block for block in stage.blocks if isinstance(block, kind)] for stage in model.stages]
 
 
-def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, adds=True, exact=True):
+def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, adds=True, exact=True, written=False):
     """Describe a network.
 
     `steps` are by stage, one for each block: `None` for attention over all tokens, a side of windows, how keys are
     pooled, or `FROM_FEWER`. `merging` is how tokens are, `exact` whether nothing else mixes them. `rule` says whether
     the balanced gradient knows all operations, `adds` whether blocks add attention to the tokens that they are given.
+    `written` says whether they write attention out themselves.
     """
     return SimpleNamespace(**locals())
 
@@ -140,6 +203,7 @@ levit_blocks = lambda model: [  # noqa: E731
     list(model.stages[1].blocks),
 ]
 davit_blocks = lambda model: [of_kind(stage, SpatialBlock) for stage in model.stages]  # noqa: E731
+botnet_blocks = lambda model: [of_kind(model, SelfAttnBlock)[:2], of_kind(model, SelfAttnBlock)[2:]]  # noqa: E731
 
 NETWORKS = {
     "PVT v2": case(
@@ -177,11 +241,11 @@ NETWORKS = {
     ),
     "LeViT": case(
         levit, (40, 56), [(5, 7), (3, 4)], [[None, FROM_FEWER], [None] * 2], every_second, levit_blocks, adds=False,
-        exact=False,
+        exact=False, written=True,
     ),
     "LeViT of convolutions": case(
         partial(levit, use_conv=True), (40, 56), [(5, 7), (3, 4)], [[None, FROM_FEWER], [None] * 2], every_second,
-        levit_blocks, adds=False, exact=False,
+        levit_blocks, adds=False, exact=False, written=True,
     ),
     "iFormer": case(
         iformer, (60, 76), [(8, 10), (4, 5)], [[None]] * 2, two_by_two_padded,
@@ -190,6 +254,41 @@ NETWORKS = {
     "MobileNet v4": case(
         mobile_net, (60, 76), [(4, 5), (2, 3)], [[overlapping] * 4, [None] * 4], two_by_two_padded,
         lambda model: [of_kind(stage, MobileAttention) for stage in model.blocks[2:4]], exact=False,
+    ),
+    "EfficientFormer": case(
+        efficient_former, (224, 224), [(7, 7)], [[None] * 2], None, lambda model: [of_kind(model, MetaBlock1d)],
+        exact=False, written=True,
+    ),
+    "Visformer": case(
+        visformer, (96, 64), [(6, 4), (3, 2)], [[None] * 2, [None]], two_by_two,
+        lambda model: [list(model.stage2), list(model.stage3)], exact=False, written=True,
+    ),
+    "GCViT": case(
+        global_context, (64, 64), [(16, 16), (8, 8), (4, 4), (2, 2)], [[2] * 2, [2] * 2, [4], [2] * 2], overlapping,
+        lambda model: [of_kind(stage, GlobalContextVitBlock) for stage in model.stages], exact=False,
+        written=True,
+    ),
+    "LowFormer": case(
+        partial(coarse, LowFormer), (124, 172), [(8, 11), (4, 6)], [["five by five"] * 2, [None]], two_by_two_padded,
+        lambda model: [of_kind(stage, LowFormerBlock) for stage in model.stages[2:]], rule=False, exact=False,
+    ),
+    "CPUBone": case(
+        partial(coarse, CPUBone, small_kernels=True, attn_upsample="nearest"), (124, 140), [(8, 9), (4, 5)],
+        [["two by two"] * 2, [None]], two_by_two_padded,
+        lambda model: [of_kind(stage, CPUBoneBlock) for stage in model.stages[2:]], rule=False, exact=False,
+    ),
+    "CPUBone, fused convolutions": case(
+        partial(coarse, CPUBone, fused_conv=True), (124, 140), [(8, 9), (4, 5)], [["five by five"] * 2, [None]],
+        two_by_two_padded, lambda model: [of_kind(stage, CPUBoneBlock) for stage in model.stages[2:]], rule=False,
+        exact=False,
+    ),
+    "BoTNet": case(
+        partial(botnet, scale_pos_embed=False), (64, 96), [(8, 12), (4, 6)], [[None] * 2, [None]], two_by_two,
+        botnet_blocks, adds=False, exact=False, written=True,
+    ),
+    "BoTNet with scaled positions": case(
+        partial(botnet, scale_pos_embed=True, dim_head=16), (64, 96), [(8, 12), (4, 6)], [[None] * 2, [None]],
+        two_by_two, botnet_blocks, adds=False, exact=False, written=True,
     ),
     "DaViT": case(
         davit, (34, 44), [(9, 11), (5, 6)], [[3], [3] * 2], two_by_two_padded, davit_blocks, rule=False, exact=False,

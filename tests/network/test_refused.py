@@ -20,7 +20,6 @@ OF_TIMM = {
     "EfficientVitLarge": "efficientvit_l1",
     "EfficientVitMsra": "efficientvit_m0",
     "FocalNet": "focalnet_tiny_srf",
-    "GlobalContextVit": "gcvit_xxtiny",
     "MambaOut": "mambaout_femto",
     "SHViT": "shvit_s1",
     "Sequencer2d": "sequencer2d_s",
