@@ -88,6 +88,19 @@ def _pvt(model: Any) -> Stages:
     )
 
 
+def _hugging_face_pvt_step(block: Any, grid: Grid) -> Step:
+    attention = block.attention
+    if attention.linear_attention:
+        return replace(whole_step(block, grid), keys=Pooling.adaptive(grid, (attention.pool.output_size,) * 2))
+    return _reduced_by(getattr(attention, "spatial_reduction", None), block, grid)
+
+
+def _hugging_face_pvt(model: Any) -> Stages:
+    layers = model.encoder.layers
+    embeddings = [layer.patch_embedding.proj for layer in layers]
+    return by_convolutions(embeddings, [list(layer.blocks) for layer in layers], _hugging_face_pvt_step)
+
+
 def _segformer_step(block: Any, grid: Grid) -> Step:
     reduction = getattr(block.attention, "sequence_reduction", None)
     return _reduced_by(reduction and reduction.sequence_reduction, block, grid)
@@ -150,6 +163,7 @@ def _mobile_net(model: Any) -> Stages:
 
 FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, PyramidVisionTransformerV2), _pvt),
+    (lambda model: type(model).__name__ == "PvtV2Model", _hugging_face_pvt),
     (lambda model: type(model).__name__ == "SegformerModel", _segformer),
     (lambda model: isinstance(model, Twins), _twins),
     (lambda model: isinstance(model, NextViT), _next_vit),

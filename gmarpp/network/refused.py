@@ -27,6 +27,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "makes queries, keys and values of neighboring places by convolutions, with fewer keys from stage to stage": (
         "CvtModel",
     ),
+    "lets its class token in at the last of its stages, where tokens are merged already": ("PvtModel",),
     "attends inside patches too, and hands two streams of tokens from block to block": ("TNT",),
     "attends to places that lie apart, one group after the other": ("MobileViTModel",),
     "asks queries of its own about the pixels, so that its tokens are no places": ("PerceiverModel",),

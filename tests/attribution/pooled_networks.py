@@ -36,6 +36,13 @@ def pvt(**options):
     return seeded(lambda: PyramidVisionTransformerV2(num_classes=5, **sizes, **options))
 
 
+def transformers_pvt(**options):
+    sizes = {"depths": [1, 2], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "sr_ratios": [2, 1]}
+    patches = {"patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "num_encoder_blocks": 2}
+    config = transformers.PvtV2Config(num_labels=5, **sizes, **patches, **options)
+    return seeded(lambda: transformers.PvtV2ForImageClassification(config))
+
+
 def segformer():
     sizes = {"depths": [1, 1, 1], "hidden_sizes": [8, 8, 16], "num_attention_heads": [1, 1, 2], "mlp_ratios": [2, 2, 2]}
     patches = {"patch_sizes": [7, 3, 3], "strides": [4, 2, 2], "sr_ratios": [4, 2, 1], "num_encoder_blocks": 3}
@@ -88,6 +95,17 @@ def levit(**options):
     for name, parameter in model.named_parameters():
         # Many start as zero, so that nothing would come of attention.
         if "bn.weight" in name or "attention_biases" in name:
+            torch.nn.init.normal_(parameter, 1)
+    return model
+
+
+def transformers_levit():
+    sizes = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 3], "depths": [1, 1, 2], "key_dim": [4] * 3}
+    config = transformers.LevitConfig(image_size=80, num_labels=5, attention_ratio=[2] * 3, mlp_ratio=[2] * 3, **sizes)
+    torch.manual_seed(0)
+    model = transformers.LevitForImageClassification(config).eval()
+    for name, parameter in model.named_parameters():
+        if "batch_norm.weight" in name or "attention_biases" in name:
             torch.nn.init.normal_(parameter, 1)
     return model
 
@@ -195,12 +213,17 @@ def case(make, size, grids, steps, merging, blocks, prefix=0, rule=True, adds=Tr
 
 
 by_stage = lambda model: [list(stage.blocks) for stage in model.stages]  # noqa: E731
+transformers_pvt_blocks = lambda model: [list(layer.blocks) for layer in model.pvt_v2.encoder.layers]  # noqa: E731
 twins_blocks = lambda model: [list(stage) for stage in model.blocks]  # noqa: E731
 pit_blocks = lambda model: [list(stage.blocks) for stage in model.transformers]  # noqa: E731
 coatnet_blocks = lambda model: [each for each in attending(TransformerBlock2d)(model) if each]  # noqa: E731
 levit_blocks = lambda model: [  # noqa: E731
     [*model.stages[0].blocks, model.stages[1].downsample],
     list(model.stages[1].blocks),
+]
+transformers_levit_blocks = lambda model: [  # noqa: E731
+    [layer for layer in stage.layers if any("attention_biases" in name for name, _ in layer.named_parameters())]
+    for stage in model.levit.encoder.stages
 ]
 davit_blocks = lambda model: [of_kind(stage, SpatialBlock) for stage in model.stages]  # noqa: E731
 botnet_blocks = lambda model: [of_kind(model, SelfAttnBlock)[:2], of_kind(model, SelfAttnBlock)[2:]]  # noqa: E731
@@ -211,6 +234,14 @@ NETWORKS = {
     ),
     "PVT v2, keys of the mean": case(
         partial(pvt, linear=True), (36, 60), [(9, 15), (5, 8)], [[to_seven], [to_seven] * 2], overlapping, by_stage,
+    ),
+    "PVT v2 of transformers": case(
+        transformers_pvt, (36, 44), [(9, 11), (5, 6)], [[two_by_two], [None] * 2], overlapping, transformers_pvt_blocks,
+        exact=False, written=True,
+    ),
+    "PVT v2 of transformers, keys of the mean": case(
+        partial(transformers_pvt, linear_attention=True), (36, 60), [(9, 15), (5, 8)], [[to_seven], [to_seven] * 2],
+        overlapping, transformers_pvt_blocks, exact=False, written=True,
     ),
     "SegFormer": case(
         segformer, (62, 72), [(16, 18), (8, 9), (4, 5)], [[four_by_four], [two_by_two], [None]], overlapping,
@@ -246,6 +277,10 @@ NETWORKS = {
     "LeViT of convolutions": case(
         partial(levit, use_conv=True), (40, 56), [(5, 7), (3, 4)], [[None, FROM_FEWER], [None] * 2], every_second,
         levit_blocks, adds=False, exact=False, written=True,
+    ),
+    "LeViT of transformers": case(
+        transformers_levit, (80, 80), [(5, 5), (3, 3), (2, 2)], [[None, FROM_FEWER], [None, FROM_FEWER], [None] * 2],
+        every_second, transformers_levit_blocks, adds=False, exact=False, written=True,
     ),
     "iFormer": case(
         iformer, (60, 76), [(8, 10), (4, 5)], [[None]] * 2, two_by_two_padded,
