@@ -1,10 +1,12 @@
-"""Convolutional networks with attention between all places in some blocks: LowFormer, CPUBone and BoTNet.
+"""Convolutional networks with attention between all places in some blocks: LowFormer, CPUBone, BoTNet and SHViT.
 
 LowFormer and CPUBone attend on a coarser grid than they have tokens, and lay out what comes of it on the finer one.
+SHViT attends with some of a token's channels; the others stay at their place.
 
 Sources: Nottebaum et al., "LowFormer: Hardware Efficient Design for Convolutional Transformer Backbones", WACV 2025;
 Nottebaum et al., "CPUBone: Efficient Vision Backbone Design for Devices with Low Parallelization Capabilities", 2026;
-Srinivas et al., "Bottleneck Transformers for Visual Recognition", CVPR 2021.
+Srinivas et al., "Bottleneck Transformers for Visual Recognition", CVPR 2021; Yun and Ro, "SHViT: Single-Head Vision
+Transformer with Memory Efficient Macro Design", CVPR 2024.
 """
 
 import itertools
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.bottleneck_attn import BottleneckAttn
-from timm.models import cpubone, lowformer
+from timm.models import cpubone, lowformer, shvit
 from timm.models.byobnet import ByobNet, SelfAttnBlock
 from torch import Tensor, nn
 
@@ -134,6 +136,28 @@ def _in_cells(fine: Grid, side: int) -> Pooling:
     return Pooling.cells(fine, merged(fine, side))
 
 
+def _single_head(attention: Any) -> Callable[[Tensor], Tensor]:
+    """Return what computes the same as an attention module of SHViT by fused attention."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        attending, others = torch.split(tokens, [attention.pdim, attention.dim - attention.pdim], dim=1)
+        sizes = [attention.qk_dim, attention.qk_dim, attention.pdim]
+        parts = torch.split(attention.qkv(attention.pre_norm(attending)), sizes, dim=1)
+        # Fast kernels want as many channels in all three; zeros change no product.
+        query, key, value = (F.pad(by_head(each, 1), (0, max(sizes) - each.shape[1])) for each in parts)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=attention.scale)[:, 0, :, : attention.pdim]
+        by_cell = torch.unflatten(attended.mT, 2, tuple(tokens.shape[-2:]))
+        left: Tensor = attention.proj(torch.cat([by_cell, others], dim=1))
+        return left
+
+    return forward
+
+
+def _shvit(model: Any) -> Stages:
+    found = above_convolutions(model.stages, model.feature_info, shvit.BasicBlock, whole_step, shvit.SHSA)
+    return replace(found, fused={each: _single_head(each) for each in of_kind(model, shvit.SHSA)})
+
+
 def _attends(model: nn.Module, network: type[nn.Module]) -> bool:
     return isinstance(model, network) and any(isinstance(each, _COARSE) for each in model.modules())
 
@@ -142,4 +166,5 @@ FAMILIES: tuple[Family, ...] = (
     (lambda model: _attends(model, lowformer.LowFormer), _coarsely_attending(lowformer.LowFormerBlock)),
     (lambda model: _attends(model, cpubone.CPUBone), _coarsely_attending(cpubone.CPUBoneBlock)),
     (_is_botnet, _botnet),
+    (lambda model: isinstance(model, shvit.SHViT) and bool(of_kind(model, shvit.SHSA)), _shvit),
 )

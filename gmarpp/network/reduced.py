@@ -52,6 +52,7 @@ def above_convolutions(
     features: Sequence[dict[str, Any]],
     kind: type[nn.Module],
     step: Callable[[Any, Grid], Step],
+    part: type[nn.Module] = nn.Module,
 ) -> Stages:
     """Describe a network whose upper stages attend.
 
@@ -60,8 +61,9 @@ def above_convolutions(
         features: timm's information on them, the last for the last stage.
         kind: that of the blocks that attend.
         step: describes such a block on its grid.
+        part: what such a block holds, if others of the kind do not attend.
     """
-    attending = [of_kind(stage, kind) for stage in stages]
+    attending = [[block for block in of_kind(stage, kind) if of_kind(block, part)] for stage in stages]
     lowest = next(index for index, blocks in enumerate(attending) if blocks)
     reduction = features[lowest - len(stages)]["reduction"]
     # Blocks may pool their tokens themselves, so that the lowest ones are given those of the stage below.

@@ -22,6 +22,7 @@ from timm.models.nest import Nest
 from timm.models.nextvit import NextTransformerBlock, NextViT
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.shvit import SHSA, BasicBlock, SHViT
 from timm.models.twins import Twins
 from timm.models.visformer import Visformer
 
@@ -171,6 +172,17 @@ def botnet(scale_pos_embed, dim_head=8):
         self_attn_kwargs={"dim_head": dim_head, "scale_pos_embed": scale_pos_embed},
     )
     return whole_scales(seeded(lambda: ByobNet(config, img_size=(64, 96), num_classes=5)))
+
+
+def single_head():
+    sizes = {"embed_dim": (16, 24, 32), "partial_dim": (8, 8, 8), "qk_dim": (4, 4, 12), "depth": (1, 2, 1)}
+    model = seeded(lambda: SHViT(num_classes=5, types=("i", "s", "s"), **sizes))
+    for name, parameter in model.named_parameters():
+        if "bn.weight" in name:
+            torch.nn.init.ones_(parameter)
+        if "qkv.c" in name:
+            parameter.data.mul_(5)
+    return model
 
 
 # How tokens are pooled, as torch averages: the matrix of this, (N_coarse, N_fine), is that of equal shares.
@@ -324,6 +336,11 @@ NETWORKS = {
     "BoTNet with scaled positions": case(
         partial(botnet, scale_pos_embed=True, dim_head=16), (64, 96), [(8, 12), (4, 6)], [[None] * 2, [None]],
         two_by_two, botnet_blocks, adds=False, exact=False, written=True,
+    ),
+    "SHViT": case(
+        single_head, (124, 172), [(4, 6), (2, 3)], [[None] * 2, [None]], two_by_two_padded,
+        lambda model: [of_kind(stage, BasicBlock) for stage in model.stages if of_kind(stage, SHSA)], rule=False,
+        exact=False, written=True,
     ),
     "DaViT": case(
         davit, (34, 44), [(9, 11), (5, 6)], [[3], [3] * 2], two_by_two_padded, davit_blocks, rule=False, exact=False,
