@@ -273,3 +273,21 @@ def test_what_does_not_hold_is_refused(name, method, message):
     net = NETWORKS[name]
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=message):
         gmarpp.explain(net.make(), images(net.size), method, TARGET)
+
+
+def test_legrad_asks_the_head_where_one_stage_attends():
+    net = NETWORKS["EfficientFormer"]
+    model, batch, left = net.make(), images(net.size), []
+    (blocks,) = net.blocks(model)
+    hooks = [block.register_forward_hook(lambda _, args, output: left.append(output)) for block in blocks]
+    with softmax_collected(torch.Tensor) as attentions:
+        model(batch.clone().requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    expected = 0
+    for tokens, attention in zip(left, attentions, strict=True):
+        score = logit(model.forward_head(model.norm(tokens))).sum()
+        gradient = torch.autograd.grad(score, attention, retain_graph=True)[0]
+        expected = expected + gradient.clamp(min=0).mean((1, 2)) / len(blocks)
+    found = gmarpp.explain(model, batch, ("legrad", "gmarpp_l1"), TARGET).maps["legrad"]
+    assert relative_error(found, expected.view(2, 7, 7)) < 1e-4
