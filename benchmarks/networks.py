@@ -107,6 +107,9 @@ def build_timm(name: str) -> tuple[nn.Module, Tensor]:
         if name.startswith("convit"):
             # Its class token enters above the first block.
             options = {**options, "local_up_to_layer": 1}
+        if name.startswith("visformer") and "depth" in options:
+            # Two blocks would be those of one of its stages.
+            options = {**options, "depth": (1, 1, 1)}
         try:
             model = timm.create_model(name, **options)
         except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):

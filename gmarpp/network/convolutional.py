@@ -32,7 +32,7 @@ from gmarpp.network.transport import Step
 
 
 def _coarse_attention(attention: Any) -> Callable[[Tensor], Tensor]:
-    """Return what computes the same as a module that attends on a coarser grid, with a query for each of its tokens.
+    """Return what computes the same as a module that may attend on a coarser grid, with a query for each of its tokens.
 
     A token has the query of the coarser one that it is part of, and the mean of what comes of these is that one's.
     """
@@ -72,7 +72,7 @@ def _coarse_step(block: nn.Module, grid: Grid) -> Step:
 def _coarsely_attending(kind: type[nn.Module]) -> Callable[[Any], Stages]:
     def describe(model: Any) -> Stages:
         found = above_convolutions(model.stages, model.feature_info, kind, _coarse_step)
-        attentions = [each for each in model.modules() if isinstance(each, _COARSE) and each.att_stride > 1]
+        attentions = [each for each in model.modules() if isinstance(each, _COARSE)]
         return replace(found, fused={each: _coarse_attention(each) for each in attentions})
 
     return describe

@@ -249,6 +249,10 @@ NETWORKS = {
         partial(coarse, LowFormer), (124, 172), [(8, 11), (4, 6)], [["five by five"] * 2, [None]], two_by_two_padded,
         lambda model: [of_kind(stage, LowFormerBlock) for stage in model.stages[2:]], rule=False, exact=False,
     ),
+    "LowFormer without MLP": case(
+        partial(coarse, LowFormer, attn_mlp=False), (124, 172), [(8, 11), (4, 6)], [["five by five"] * 2, [None]],
+        two_by_two_padded, lambda model: [of_kind(stage, LowFormerBlock) for stage in model.stages[2:]], exact=False,
+    ),
     "CPUBone": case(
         partial(coarse, CPUBone, small_kernels=True, attn_upsample="nearest"), (124, 140), [(8, 9), (4, 5)],
         [["two by two"] * 2, [None]], two_by_two_padded,
