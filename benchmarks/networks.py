@@ -107,6 +107,9 @@ def build_timm(name: str) -> tuple[nn.Module, Tensor]:
         if name.startswith("convit"):
             # Its class token enters above the first block.
             options = {**options, "local_up_to_layer": 1}
+        if name.startswith("visformer") and "depth" in options:
+            # Two blocks would be those of one of its stages.
+            options = {**options, "depth": (1, 1, 1)}
         try:
             model = timm.create_model(name, **options)
         except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
@@ -174,10 +177,45 @@ def build_torchvision(name: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(1, 3, size, size)
 
 
+class Patches(nn.Module):
+    """Gives SigLIP 2 what it takes: the patches of images, a mask, and how many rows and columns of them there are."""
+
+    def __init__(self, model: nn.Module, side: int) -> None:
+        super().__init__()
+        self.model, self.side = model, side
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the model makes of the patches of images, (B, 3, H, W)."""
+        cells = images.unfold(2, self.side, self.side).unfold(3, self.side, self.side)
+        patches, shape = cells.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2), torch.tensor([cells.shape[2:4]])
+        mask = torch.ones(patches.shape[:2], dtype=torch.long)
+        return self.model(patches, mask, shape.expand(len(images), 2))
+
+
+class Asked(nn.Module):
+    """Gives ShieldGemma 2 a text beside the image: the places of the image's tokens, and one word."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the model makes of images, (B, 3, H, W)."""
+        config = self.model.config
+        words = [config.image_token_index] * config.mm_tokens_per_image + [1]
+        return self.model(input_ids=torch.tensor([words] * len(images)), pixel_values=images)
+
+
 def build_transformers(name: str) -> tuple[nn.Module, Tensor]:
     """Build a network of transformers with as many of the small sizes as it takes, and random images for it."""
     kind: Any = getattr(transformers, name)
     config = kind.config_class()
+    if name.startswith("ShieldGemma2"):
+        text = {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 512, "layer_types": None}
+        numbers = {"image_token_index": 511, "yes_token_index": 2, "no_token_index": 3, "mm_tokens_per_image": 49}
+        config = type(config)(text_config=SMALL_CONFIG | text, **numbers)
+    if name.startswith("Perceiver"):
+        config.num_cross_attention_heads = 1
     for part in (config, getattr(config, "vision_config", None)):
         # Pyramids have lists of sizes, which fit each other.
         if part is not None and not hasattr(part, "depths") and not isinstance(getattr(part, "hidden_size", 0), list):
@@ -185,7 +223,12 @@ def build_transformers(name: str) -> tuple[nn.Module, Tensor]:
                 setattr(part, option, value) if hasattr(part, option) else None
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return kind(config).eval(), torch.randn(1, 3, height, width)
+    model = kind(config).eval()
+    if name.startswith("Siglip2"):
+        model = Patches(model, getattr(config, "vision_config", config).patch_size).eval()
+    if name.startswith("ShieldGemma2"):
+        model = Asked(model).eval()
+    return model, torch.randn(1, 3, height, width)
 
 
 def of_transformers(patterns: list[str]) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmarpp.network import encoders, hiera, levit, mvit, pooled, reduced, sam, stages
+from gmarpp.network import convolutional, encoders, hiera, levit, mvit, pooled, reduced, sam, stages
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.refused import REFUSED, refusal
@@ -22,7 +22,7 @@ def _in_stages(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Arch
 
 
 _IN_STAGES = (
-    *(*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *levit.FAMILIES),
+    *(*stages.FAMILIES, *reduced.FAMILIES, *pooled.FAMILIES, *levit.FAMILIES, *convolutional.FAMILIES),
     *(*hiera.FAMILIES, *sam.FAMILIES, *mvit.FAMILIES),
 )
 FAMILIES: tuple[tuple[Callable[[nn.Module], bool], Callable[[Any], Architecture]], ...] = (

@@ -59,6 +59,11 @@ def tiny_vit_step(block: Any, grid: Grid) -> Step:
     return padded_step(grid, [block.window_size] * 2)
 
 
+def window_step(block: Any, grid: Grid) -> Step:
+    """Describe windows of neighbors, which divide the grid."""
+    return Step(grid, partitioned(cells(grid), block.window_size)[..., 0])
+
+
 def padded_step(grid: Grid, window: Sequence[int]) -> Step:
     """Describe windows of neighbors, padded at the bottom and on the right."""
     return Step(grid, partitioned(padded(cells(grid), window, value=grid[0] * grid[1]), window)[..., 0])

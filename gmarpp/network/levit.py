@@ -14,12 +14,12 @@ from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDownsa
 from torch import Tensor, nn
 
 from gmarpp.network.hybrid import whole_step
-from gmarpp.network.pooling import Grid, Pooling
+from gmarpp.network.pooling import Grid, Pooling, convolved
 from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step
 
 
-def _by_head(tokens: Tensor, heads: int) -> Tensor:
+def by_head(tokens: Tensor, heads: int) -> Tensor:
     """Lay out tokens (B, N, D) or (B, D, h, w) by head, (B, H, N, d)."""
     # Fused attention needs the channels of a token side by side.
     tokens = tokens.flatten(2).mT.contiguous() if tokens.dim() == 4 else tokens
@@ -48,11 +48,18 @@ def _attention(attention: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(tokens: Tensor) -> Tensor:
         sizes = [attention.key_dim, attention.key_dim, attention.val_dim]
-        query, key, value = torch.split(_by_head(attention.qkv(tokens), attention.num_heads), sizes, dim=-1)
+        query, key, value = torch.split(by_head(attention.qkv(tokens), attention.num_heads), sizes, dim=-1)
         attended = _attended(attention, query, key, value, attention.attention_bias_idxs)
         return _projected(attention, attended, attention.resolution)
 
     return forward
+
+
+def _distances(height: int, width: int, device: torch.device) -> Tensor:
+    """Return the number of the distance between each pair of a grid's tokens, (N, N)."""
+    cells = torch.arange(height * width, device=device)
+    down, right = ((each[:, None] - each).abs() for each in (cells // width, cells % width))
+    return down * width + right
 
 
 def _attention_downsample(attention: Any) -> Callable[[Tensor], Tensor]:
@@ -63,20 +70,39 @@ def _attention_downsample(attention: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(tokens: Tensor) -> Tensor:
         (height, width), stride = attention.resolution, attention.stride
-        query = _by_head(attention.q.ln(tokens), attention.num_heads)
+        query = by_head(attention.q.ln(tokens), attention.num_heads)
         sizes = [attention.key_dim, attention.val_dim]
-        key, value = torch.split(_by_head(attention.kv(tokens), attention.num_heads), sizes, dim=-1)
-        cells = torch.arange(height * width, device=tokens.device)
-        down, right = ((each[:, None] - each).abs() for each in (cells // width, cells % width))
-        attended = _attended(attention, query, key, value, down * width + right)
+        key, value = torch.split(by_head(attention.kv(tokens), attention.num_heads), sizes, dim=-1)
+        attended = _attended(attention, query, key, value, _distances(height, width, tokens.device))
         kept = torch.unflatten(attended, 2, (height, width))[:, :, ::stride, ::stride]
         return _projected(attention, kept.flatten(2, 3), kept.shape[2:4])
 
     return forward
 
 
+def _hugging_face_downsample(attention: Any) -> Callable[[Tensor], Tensor]:
+    """Return the same for such a module of transformers, on square grids."""
+
+    def forward(hidden_state: Tensor) -> Tensor:
+        side, stride = attention.queries_subsample.resolution, attention.queries_subsample.stride
+        query = by_head(attention.queries(hidden_state), attention.num_attention_heads)
+        sizes = [attention.key_dim, attention.attention_ratio * attention.key_dim]
+        key, value = torch.split(by_head(attention.keys_values(hidden_state), attention.num_attention_heads), sizes, -1)
+        attended = _attended(attention, query, key, value, _distances(side, side, hidden_state.device))
+        kept = torch.unflatten(attended, 2, (side, side))[:, :, ::stride, ::stride].flatten(2, 3)
+        left: Tensor = attention.projection(attention.activation(kept.transpose(1, 2).flatten(2)))
+        return left
+
+    return forward
+
+
+def _is_hugging_face_downsample(module: nn.Module) -> bool:
+    return type(module).__name__ == "LevitAttentionSubsample"
+
+
 def _step(block: nn.Module, grid: Grid) -> Step:
-    return replace(whole_step(block, grid), has_residual=not isinstance(block, LevitDownsample))
+    pools = isinstance(block, LevitDownsample) or _is_hugging_face_downsample(block)
+    return replace(whole_step(block, grid), has_residual=not pools)
 
 
 def _levit(model: Any) -> Stages:
@@ -96,4 +122,31 @@ def _levit(model: Any) -> Stages:
     return replace(found, channels_first=model.use_conv)
 
 
-FAMILIES: tuple[Family, ...] = ((lambda model: isinstance(model, Levit), _levit),)
+def _hugging_face_levit(model: Any) -> Stages:
+    # Attention and MLP are layers of their own; a stage ends with attention from fewer tokens.
+    stages = [
+        [each for each in stage.layers if hasattr(getattr(each, "module", each), "attention_biases")]
+        for stage in model.encoder.stages
+    ]
+    halving: list[Any] = [each for stage in stages for each in stage if _is_hugging_face_downsample(each)]
+    embedding = model.patch_embeddings
+    convolutions = [getattr(embedding, f"embedding_layer_{number}").convolution for number in range(1, 5)]
+
+    def grid(height: int, width: int) -> Grid:
+        for convolution in convolutions:
+            height, width = convolved((height, width), convolution)
+        return height, width
+
+    return in_stages(
+        grid,
+        stages,
+        _step,
+        {each: _hugging_face_downsample(each) for each in halving},
+        [partial(Pooling.subsampled, stride=each.queries_subsample.stride) for each in halving],
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    (lambda model: isinstance(model, Levit), _levit),
+    (lambda model: type(model).__name__ == "LevitModel", _hugging_face_levit),
+)

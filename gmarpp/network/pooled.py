@@ -1,11 +1,14 @@
-"""Networks whose tokens are pooled between stages of attention: PiT, CoAtNet, iFormer, DaViT and Nest.
+"""Networks whose tokens are pooled between stages of attention: PiT, CoAtNet, iFormer, Visformer, DaViT and Nest.
 
-What they do to tokens beside attention, convolutions and in DaViT attention between channels, is passed place by place.
+EfficientFormer attends in its last stage alone. What they do to tokens beside attention, convolutions and in DaViT
+attention between channels, is passed place by place.
 
 Sources: Heo et al., "Rethinking Spatial Dimensions of Vision Transformers", ICCV 2021; Dai et al., "CoAtNet: Marrying
 Convolution and Attention for All Data Sizes", NeurIPS 2021; Zheng, "iFormer: Integrating ConvNet and Transformer for
-Mobile Application", ICLR 2025; Ding et al., "DaViT: Dual Attention Vision Transformers", ECCV 2022; Zhang et al.,
-"Nested Hierarchical Transformer: Towards Accurate, Data-Efficient and Interpretable Visual Understanding", AAAI 2022.
+Mobile Application", ICLR 2025; Li et al., "EfficientFormer: Vision Transformers at MobileNet Speed", NeurIPS 2022; Chen
+et al., "Visformer: The Vision-friendly Transformer", ICCV 2021; Ding et al., "DaViT: Dual Attention Vision
+Transformers", ECCV 2022; Zhang et al., "Nested Hierarchical Transformer: Towards Accurate, Data-Efficient and
+Interpretable Visual Understanding", AAAI 2022.
 """
 
 from collections.abc import Callable
@@ -16,10 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.models.davit import DaVit, SpatialBlock
+from timm.models.efficientformer import EfficientFormer, MetaBlock1d
 from timm.models.iformer import IFormer, SHMABlock
 from timm.models.maxxvit import ConvNeXtBlock, MaxxVit, MbConvBlock, TransformerBlock2d
 from timm.models.nest import Nest
 from timm.models.pit import PoolingVisionTransformer
+from timm.models.visformer import Visformer
 from torch import Tensor, nn
 
 from gmarpp.network.hybrid import padded_step, whole_step
@@ -52,6 +57,28 @@ def _coatnet(model: Any) -> Stages:
 
 def _iformer(model: Any) -> Stages:
     return above_convolutions(model.stages, model.feature_info, SHMABlock, whole_step)
+
+
+def _efficient_former(model: Any) -> Stages:
+    reduction = model.feature_info[-1]["reduction"]
+    return in_stages(lambda *size: merged(size, reduction), [of_kind(model, MetaBlock1d)], whole_step)
+
+
+def _visformer_stages(model: Any) -> list[list[nn.Module]]:
+    stages = (model.stage1, model.stage2, model.stage3)
+    return [[block for block in stage if block.attn is not None] for stage in stages]
+
+
+def _visformer(model: Any) -> Stages:
+    stages, embeddings = _visformer_stages(model), (model.patch_embed1, model.patch_embed2, model.patch_embed3)
+    lowest = next(index for index, blocks in enumerate(stages) if blocks)
+    found = in_stages(
+        lambda *size: merged(size, model.feature_info[lowest]["reduction"]),
+        stages[lowest:],
+        whole_step,
+        merging=[partial(Pooling.convolved, by=each.proj) for each in embeddings[lowest + 1 :]],
+    )
+    return replace(found, channels_first=True)
 
 
 def _davit_step(block: Any, grid: Grid) -> Step:
@@ -92,6 +119,8 @@ FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, PoolingVisionTransformer), _pit),
     (_is_coatnet, _coatnet),
     (lambda model: isinstance(model, IFormer) and bool(of_kind(model, SHMABlock)), _iformer),
+    (lambda model: isinstance(model, EfficientFormer) and bool(of_kind(model, MetaBlock1d)), _efficient_former),
+    (lambda model: isinstance(model, Visformer) and not model.vit_stem and any(_visformer_stages(model)), _visformer),
     (lambda model: isinstance(model, DaVit) and bool(of_kind(model, SpatialBlock)), _davit),
     (lambda model: isinstance(model, Nest), _nest),
 )

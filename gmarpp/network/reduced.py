@@ -52,6 +52,7 @@ def above_convolutions(
     features: Sequence[dict[str, Any]],
     kind: type[nn.Module],
     step: Callable[[Any, Grid], Step],
+    part: type[nn.Module] = nn.Module,
 ) -> Stages:
     """Describe a network whose upper stages attend.
 
@@ -60,8 +61,9 @@ def above_convolutions(
         features: timm's information on them, the last for the last stage.
         kind: that of the blocks that attend.
         step: describes such a block on its grid.
+        part: what such a block holds, if others of the kind do not attend.
     """
-    attending = [of_kind(stage, kind) for stage in stages]
+    attending = [[block for block in of_kind(stage, kind) if of_kind(block, part)] for stage in stages]
     lowest = next(index for index, blocks in enumerate(attending) if blocks)
     reduction = features[lowest - len(stages)]["reduction"]
     # Blocks may pool their tokens themselves, so that the lowest ones are given those of the stage below.
@@ -86,6 +88,19 @@ def _pvt(model: Any) -> Stages:
     return by_convolutions(
         [each.proj for each in embeddings], [list(stage.blocks) for stage in model.stages], _pvt_step
     )
+
+
+def _hugging_face_pvt_step(block: Any, grid: Grid) -> Step:
+    attention = block.attention
+    if attention.linear_attention:
+        return replace(whole_step(block, grid), keys=Pooling.adaptive(grid, (attention.pool.output_size,) * 2))
+    return _reduced_by(getattr(attention, "spatial_reduction", None), block, grid)
+
+
+def _hugging_face_pvt(model: Any) -> Stages:
+    layers = model.encoder.layers
+    embeddings = [layer.patch_embedding.proj for layer in layers]
+    return by_convolutions(embeddings, [list(layer.blocks) for layer in layers], _hugging_face_pvt_step)
 
 
 def _segformer_step(block: Any, grid: Grid) -> Step:
@@ -150,6 +165,7 @@ def _mobile_net(model: Any) -> Stages:
 
 FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, PyramidVisionTransformerV2), _pvt),
+    (lambda model: type(model).__name__ == "PvtV2Model", _hugging_face_pvt),
     (lambda model: type(model).__name__ == "SegformerModel", _segformer),
     (lambda model: isinstance(model, Twins), _twins),
     (lambda model: isinstance(model, NextViT), _next_vit),

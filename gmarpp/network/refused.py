@@ -16,20 +16,28 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "SwiftFormer",
         "SwiftFormerModel",
         "MobileViTV2Model",
+        "MobileVitV2Block",
     ),
     "mixes places by sequences of states, and not by attention": ("EfficientViM", "Sequencer2d", "MambaOut"),
     "attends one head after the other, each to what the one before it has found": ("EfficientVitMsra",),
     "attends in two branches of different patches, which exchange their class tokens": ("CrossVit",),
-    "attends in windows to queries that all windows share": ("GlobalContextVit",),
     "mixes the heads of its attention in several stages, with fewer queries than keys between them": (
         "EfficientFormerV2",
     ),
-    "attends with a part of its channels, between convolutions over places": ("SHViT", "CSATv2"),
+    "attends with a part of its channels, between convolutions over places": ("CSATv2",),
+    "attends from blocks of places to wider ones, which overlap (HaloNet), or applies functions that are sums over all "
+    "places (LambdaNetworks)": ("SelfAttnBlock",),
+    "mixes places by one matrix of rows and one of columns, which are no shares of places": ("BatNonLocalAttn",),
+    "makes one grid of the tokens of two stages, above the last block that attends": ("MobileNetV5",),
+    "answers by the next word of a text, whose words attend to each other and to the image": (
+        "ShieldGemma2ForImageClassification",
+    ),
     "makes queries, keys and values of neighboring places by convolutions, with fewer keys from stage to stage": (
         "CvtModel",
     ),
+    "lets its class token in at the last of its stages, where tokens are merged already": ("PvtModel",),
     "attends inside patches too, and hands two streams of tokens from block to block": ("TNT",),
-    "attends to places that lie apart, one group after the other": ("MobileViTModel",),
+    "attends to places that lie apart, one group after the other": ("MobileViTModel", "MobileVitBlock"),
     "asks queries of its own about the pixels, so that its tokens are no places": ("PerceiverModel",),
     "predicts one pixel after the other, of a palette of colors, so that no image can be differentiated": (
         "ImageGPTModel",

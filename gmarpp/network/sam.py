@@ -1,14 +1,16 @@
-"""The image encoders of SAM: attention in windows, and over all tokens in some blocks, with relative positions.
+"""The image encoders of SAM, and ViTDet: attention in windows and, in some blocks, over all tokens.
 
-Each query adds its products with embeddings of the rows and columns between it and a key to the scores. As fused
-attention takes no such bias with a gradient, they are further channels of the query, which meet ones in the keys of
-their row or column.
+Relative positions: each query adds its products with embeddings of the rows and columns between it and a key to the
+scores. As fused attention takes no such bias with a gradient, they are further channels of the query, which meet ones
+in the keys of their row or column.
 
-Sources: Kirillov et al., "Segment Anything", ICCV 2023; Li et al., "MViTv2: Improved Multiscale Vision Transformers for
-Classification and Detection", CVPR 2022, for the positions.
+Sources: Kirillov et al., "Segment Anything", ICCV 2023; Li et al., "Exploring Plain Vision Transformer Backbones for
+Object Detection", ECCV 2022; Li et al., "MViTv2: Improved Multiscale Vision Transformers for Classification and
+Detection", CVPR 2022, for the positions.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,10 +55,11 @@ def attend_with_positions(
     met = F.pad(torch.cat([row_of_key, column_of_key], dim=1), (0, 0, prefix, 0)).expand(*key.shape[:2], -1, -1)
     query = torch.cat([query * scale, F.pad(added, (0, 0, prefix, 0))], dim=-1)
     key = torch.cat([key, met], dim=-1)
-    # Fast kernels want as many channels in the values.
+    # Fast kernels want as many channels in all three; zeros change no product.
     size = value.shape[-1]
-    attended = F.scaled_dot_product_attention(query, key, F.pad(value, (0, rows + columns)), scale=1.0)
-    return attended[..., :size]
+    channels = max(size, query.shape[-1])
+    query, key, value = (F.pad(each, (0, channels - each.shape[-1])) for each in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :size]
 
 
 def _timm_attention(attention: Any) -> Callable[[Tensor], Tensor]:
@@ -68,7 +71,7 @@ def _timm_attention(attention: Any) -> Callable[[Tensor], Tensor]:
         if attention.rope is not None:
             rope = attention.rope.get_embed()
             query, key = (apply_rot_embed_cat(each, rope).type_as(value) for each in (query, key))
-        return _attended(attention, query, key, value, tokens, get_rel_pos)
+        return _attended(attention, query, key, value, tokens, get_rel_pos if attention.use_rel_pos else None)
 
     return forward
 
@@ -78,7 +81,19 @@ def _hugging_face_attention(attention: Any) -> Callable[..., tuple[Tensor, None]
 
     def forward(hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
         query, key, value = _projected(attention, hidden_states, attention.num_attention_heads)
-        return _attended(attention, query, key, value, hidden_states, attention.get_rel_pos), None
+        embeddings = attention.get_rel_pos if attention.use_rel_pos else None
+        return _attended(attention, query, key, value, hidden_states, embeddings), None
+
+    return forward
+
+
+def _vit_det_attention(attention: Any) -> Callable[..., tuple[Tensor]]:
+    """Return the same for an attention module of ViTDet, which has windows and heads in the batch."""
+
+    def forward(hidden_state: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
+        query, key, value = _projected(attention, hidden_state, attention.num_heads)
+        embeddings = get_rel_pos if attention.use_relative_position_embeddings else None
+        return (_attended(attention, query, key, value, hidden_state, embeddings),)
 
     return forward
 
@@ -89,11 +104,11 @@ def _projected(attention: Any, tokens: Tensor, heads: int) -> Tensor:
 
 
 def _attended(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor, embeddings: Callable[..., Tensor]
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, tokens: Tensor, embeddings: Callable[..., Tensor] | None
 ) -> Tensor:
     """Return the output of an attention module, in the layout of its tokens, (B, h, w, D)."""
     height, width = tokens.shape[1:3]
-    if attention.use_rel_pos:
+    if embeddings is not None:
         by_row = embeddings(height, height, attention.rel_pos_h)
         by_column = embeddings(width, width, attention.rel_pos_w)
         attended = attend_with_positions(query, key, value, attention.scale, by_row, by_column)
@@ -113,9 +128,17 @@ def _hugging_face(model: Any) -> Stages:
     return along(by_convolution(model.patch_embed.projection), model.layers, _step, fused)
 
 
+def _vit_det(model: Any) -> Stages:
+    layers = model.encoder.layer
+    fused = {layer.attention: _vit_det_attention(layer.attention) for layer in layers}
+    found = along(by_convolution(model.embeddings.projection), layers, _step, fused)
+    return replace(found, channels_first=True)
+
+
 # Copies of one encoder.
 _TWINS = ("SamVisionEncoder", "SamHQVisionEncoder", "GotOcr2VisionEncoder", "DeepseekOcr2SamVisionEncoder")
 FAMILIES = (
     (lambda model: isinstance(model, VisionTransformerSAM), _timm),
     (lambda model: type(model).__name__ in _TWINS, _hugging_face),
+    (lambda model: type(model).__name__ == "VitDetModel", _vit_det),
 )

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from timm.models.fastvit import AttentionBlock as FastVitAttention
 from timm.models.fastvit import FastVit
+from timm.models.gcvit import GlobalContextVit
 from timm.models.maxxvit import MaxxVit, MaxxVitBlock
 from timm.models.metaformer import Attention as MetaFormerAttention
 from timm.models.metaformer import MetaFormer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.tiny_vit import TinyVit
 from torch import nn
 from torchvision.models import MaxVit as TorchvisionMaxVit
@@ -92,6 +95,12 @@ def _timm_swin(model: Any) -> Stages:
     )
 
 
+def _timm_logarithmic_swin(model: Any) -> Stages:
+    stages, side = [list(stage.blocks) for stage in model.stages], model.patch_embed.patch_size
+    fused = {block.attn: swin.timm_logarithmic_attention(block.attn) for stage in stages for block in stage}
+    return in_stages(lambda *size: (size[0] // side[0], size[1] // side[1]), stages, swin.timm_step, fused)
+
+
 def _torchvision_swin(model: Any) -> Stages:
     # An embedding, and then, by turns, the blocks of a stage and what merges tokens.
     embedding, *layers = model.features
@@ -164,8 +173,20 @@ def _timm_caformer(model: Any) -> Stages:
     )
 
 
+def _timm_global_context(model: Any) -> Stages:
+    # Whatever the queries of a window are made of, the window's own places are what it takes values from.
+    return in_stages(
+        lambda *size: merged(size, 4),
+        [list(stage.blocks) for stage in model.stages],
+        hybrid.window_step,
+        merging=[partial(Pooling.convolved, by=stage.downsample.reduction) for stage in model.stages[1:]],
+    )
+
+
 FAMILIES: tuple[Family, ...] = (
     (lambda model: isinstance(model, SwinTransformer | SwinTransformerV2), _timm_swin),
+    (lambda model: isinstance(model, SwinTransformerV2Cr), _timm_logarithmic_swin),
+    (lambda model: isinstance(model, GlobalContextVit), _timm_global_context),
     (lambda model: isinstance(model, TorchvisionSwinTransformer), _torchvision_swin),
     (lambda model: type(model).__name__ in _HUGGING_FACE_SWIN and hasattr(model, "encoder"), _hugging_face_swin),
     (_is_timm_maxvit, _timm_maxvit),

@@ -54,6 +54,16 @@ def timm_cosine_attention(attention: Any) -> Callable[..., Tensor]:
     return forward
 
 
+def timm_logarithmic_attention(attention: Any) -> Callable[..., Tensor]:
+    """Return the same for the other version 2 of timm, whose bias is made of logarithms of distances."""
+
+    def forward(windows: Tensor, mask: Tensor | None = None) -> Tensor:
+        by_position, apart = attention._relative_positional_encodings(), None if mask is None else mask[:, None]
+        return attended(attention, windows, attention.qkv.bias, by_position, apart)
+
+    return forward
+
+
 def torchvision_step(block: Any, grid: Grid) -> Step:
     """Describe the windows of a block of torchvision, which pads its tokens before it shifts them."""
     window = block.attn.window_size
@@ -123,7 +133,8 @@ def attended(
     query, key, value = torch.unflatten(projected, 2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scale = None
     if hasattr(attention, "logit_scale"):
-        query = F.normalize(query, dim=-1) * attention.logit_scale.clamp(max=math.log(100)).exp()
+        factor = attention.logit_scale.clamp(max=math.log(100)).exp()
+        query = F.normalize(query, dim=-1) * factor.view(-1, 1, 1)
         key, scale = F.normalize(key, dim=-1), 1.0
     mask = by_position
     if by_position is not None and apart is not None:

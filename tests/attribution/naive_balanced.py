@@ -106,13 +106,11 @@ def margin_of(target):
 def watch_addition(block, added):
     """Collect the tokens behind the addition of attention, which are given to the module that comes next."""
     kind = type(block).__name__
-    if "Parallel" in kind or kind == "MobileAttention":  # attention and MLP are added together, or there is no MLP
+    # Attention and MLP are added together, or there is no MLP.
+    if "Parallel" in kind or kind == "MobileAttention" or kind.startswith("Levit"):
         return block.register_forward_hook(lambda _, args, output: added.append(output))
-    names = (
-        ("mlp",)
-        if "Post" in kind
-        else ("projection", "norm2", "layernorm_after", "layer_norm2", "ln_2", "local_conv", "mlp", "mlp_layer")
-    )
+    norms = ("projection", "norm2", "layernorm_after", "layer_norm2", "layer_norm_2", "ln_2", "local_conv")
+    names = ("mlp",) if "Post" in kind else (*norms, "mlp", "mlp_layer", "act")
     following = next(getattr(block, name) for name in names if hasattr(block, name))
     return following.register_forward_pre_hook(lambda _, args: added.append(args[0]))
 

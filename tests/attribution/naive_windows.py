@@ -12,25 +12,28 @@ from naive_attribution import layer_matrix
 
 
 @contextlib.contextmanager
-def softmax_collected():
-    """Give the list that collects the attention matrices, in forward order."""
-    collected, original, fused = [], F.softmax, F.scaled_dot_product_attention
+def softmax_collected(owner=F, share=1.0):
+    """Give the list that collects the attention matrices, in forward order; scores get a share of their gradient.
 
-    def softmax(*args, **options):
-        collected.append(original(*args, **options))
+    `owner` is `torch.Tensor` for networks that call the method. The function calls it too.
+    """
+    collected, original, fused = [], owner.softmax, F.scaled_dot_product_attention
+
+    def softmax(scores, *args, **options):
+        collected.append(original(share * scores + (1 - share) * scores.detach(), *args, **options))
         return collected[-1]
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
         assert dropout_p == 0
         assert not is_causal
         scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        return softmax(scores if attn_mask is None else scores + attn_mask, dim=-1) @ value
+        return F.softmax(scores if attn_mask is None else scores + attn_mask, dim=-1) @ value
 
-    F.softmax, F.scaled_dot_product_attention = softmax, attend
+    owner.softmax, F.scaled_dot_product_attention = softmax, attend
     try:
         yield collected
     finally:
-        F.softmax, F.scaled_dot_product_attention = original, fused
+        owner.softmax, F.scaled_dot_product_attention = original, fused
 
 
 def places_of(block, grid):
@@ -61,7 +64,7 @@ def window_and_shift(block, grid):
         return [block.window_size] * 2, (0, 0), True
     if hasattr(block, "layernorm_before"):  # transformers, which changes the block by what it was given last
         return [block.window_size] * 2, [block.shift_size] * 2, True
-    if hasattr(block, "input_resolution"):  # timm
+    if hasattr(block, "input_resolution") or hasattr(block, "feat_size"):  # timm
         return block.window_size, block.shift_size, False
     whole = [-(-side // length) * length for side, length in zip(grid, block.attn.window_size, strict=True)]
     sides = zip(block.attn.shift_size, block.attn.window_size, whole, strict=True)
@@ -85,9 +88,9 @@ def merging(fine, coarse):
     return matrix / matrix.sum(1, keepdim=True)
 
 
-def whole_matrices(model, images, score, blocks, grids):
-    """Give lists of A and G, (B, H, N, N), lowest layer first."""
-    with softmax_collected() as collected:
+def whole_matrices(model, images, score, blocks, grids, owner=F):
+    """Give lists of A and G, (B, H, N, N), lowest layer first; see `softmax_collected` for the owner."""
+    with softmax_collected(owner) as collected:
         output = model(images.clone().requires_grad_())
         gradients = torch.autograd.grad(score(output).sum(), collected)
     layers = zip(collected, gradients, blocks, grids, strict=True)

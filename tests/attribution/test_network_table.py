@@ -35,7 +35,11 @@ def made_rows():
     return [match.groups() for match in map(ROW.fullmatch, made.splitlines()) if match]
 
 
-@pytest.mark.parametrize("kind", ["Cait", "ConVit", "EdgeNeXt", "ViTForImageClassification", "BlipVisionModel"])
+OF_TIMM = ("Cait", "ConVit", "EdgeNeXt", "EfficientFormer")
+OF_TRANSFORMERS = ("ViTForImageClassification", "BlipVisionModel", "Siglip2VisionModel")
+
+
+@pytest.mark.parametrize("kind", [*OF_TIMM, *OF_TRANSFORMERS])
 def test_rows_say_what_becomes_of_the_network(networks, kind):
     (row,) = [row for row in made_rows() if row[0] == kind]
     _, library, _, outcome, tried = row

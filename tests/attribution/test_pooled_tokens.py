@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from naive_attribution import layer_matrix
 from naive_balanced import balanced_run, margin_of
 from naive_windows import assembled, softmax_collected
-from pooled_networks import FROM_FEWER, NETWORKS, every_second, two_by_two
+from pooled_networks import COARSE, FROM_FEWER, NETWORKS, two_by_two, two_by_two_padded
 from test_families import images, relative_error
 from test_transport import BALANCED, PRODUCTS, TARGET, ByMatrix, logit, logits_of
 
@@ -35,13 +35,21 @@ def layers_of(net):
             if isinstance(step, int):
                 yield grid, None, SimpleNamespace(partition_block=True, partition_size=(step, step))
             else:
-                yield grid, None if step in (None, FROM_FEWER) else pooling(grid, step), None
+                pool = COARSE.get(step, step)
+                yield grid, None if pool in (None, FROM_FEWER) else pooling(grid, pool), None
 
 
-def whole(net, matrices, batch=2):
-    """Give matrices over all tokens, (B, H, N, N), or (B, H, N, K) where keys are fewer."""
-    found = []
-    for each, (grid, _, window) in zip(matrices, layers_of(net), strict=True):
+def whole(net, matrices, batch=2, are_gradients=False):
+    """Give matrices over all tokens, (B, H, N, N), or (B, H, N, K) where keys are fewer.
+
+    Tokens that attend together have the same attention, and share its gradient.
+    """
+    found, steps = [], [step for steps in net.steps for step in steps]
+    for each, step, (grid, _, window) in zip(matrices, steps, layers_of(net), strict=True):
+        each = each.unflatten(0, (batch, -1)) if each.dim() == 3 else each
+        if step in COARSE:
+            shares = pooling(grid, two_by_two_padded)
+            each = (shares if are_gradients else (shares > 0).float()).T @ each
         if window is not None:
             each = each.movedim(1, 2) if each.dim() == 5 and net is NETWORKS["Nest"] else each
             each = assembled(each, batch, window, grid)
@@ -79,29 +87,15 @@ def naive_map(name, net, attentions, gradients, image):
     return (readout(net) @ product)[net.prefix :].view(net.grids[0])
 
 
-@contextlib.contextmanager
-def attention_collected(net):
-    """Give the list that collects the network's own attention matrices, in forward order."""
-    with softmax_collected() as collected, pytest.MonkeyPatch.context() as patch:
-        if any(step is FROM_FEWER for steps in net.steps for step in steps):
-
-            def softmax(scores, dim):
-                collected.append(torch.softmax(scores, dim))
-                return collected[-1]
-
-            patch.setattr(torch.Tensor, "softmax", softmax)
-        yield collected
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_maps_are_the_product_of_all_blocks_and_poolings(name):
     net = NETWORKS[name]
     model, batch = net.make(), images(net.size)
     found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
     torch.testing.assert_close(found.logits, logits_of(model(batch)), rtol=1e-4, atol=1e-4)
-    with attention_collected(net) as collected:
+    with softmax_collected(torch.Tensor if net.written else F) as collected:
         gradients = torch.autograd.grad(logit(model(batch.clone().requires_grad_())).sum(), collected)
-    attentions, gradients = whole(net, [each.detach() for each in collected]), whole(net, gradients)
+    attentions, gradients = whole(net, [each.detach() for each in collected]), whole(net, gradients, are_gradients=True)
     for method, image in itertools.product(PRODUCTS, range(2)):
         expected = naive_map(method, net, attentions, gradients, image)
         assert relative_error(found.maps[method][image], expected) < 1e-4, method
@@ -121,8 +115,9 @@ def flat(net, tokens):
         side = math.isqrt(tokens.shape[1])
         parts = tokens.unflatten(2, (4, 4)).unflatten(1, (side, side)).transpose(2, 3)
         return parts.flatten(3, 4).flatten(1, 2).flatten(1, 2)
-    is_image = tokens.dim() == 4
-    return tokens.flatten(2).mT if is_image else tokens
+    if net is NETWORKS["GCViT"]:
+        return tokens.flatten(1, 2)
+    return tokens.flatten(2).mT if tokens.dim() == 4 else tokens
 
 
 def given_to(block, model, batch):
@@ -237,10 +232,8 @@ def test_the_balanced_methods_are_those_of_all_blocks_on_the_finest_grid(name):
         to_finest(net),
         list(layers_of(net)),
     )
-    # The reference shares out fused attention; that it computes the same is seen by the logits above.
-    for module, forward in gmarpp.architecture_of(model).fused.items() if net.merging is every_second else ():
-        module.forward = forward
-    run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
+    with softmax_collected(torch.Tensor, share=0.25) if net.written else contextlib.nullcontext(()) as written:
+        run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks, written=written)
     expected = 0
     for x, dx, (grid, _, _), matrix in zip(run.x, run.dx, layers, down, strict=True):
         relevance = relevance_of(net, x, dx, grid)
@@ -248,7 +241,10 @@ def test_the_balanced_methods_are_those_of_all_blocks_on_the_finest_grid(name):
     assert relative_error(found["token_relevance"], expected[:, net.prefix :].view(2, *net.grids[0])) < 1e-4
     if not net.adds:
         return
-    attentions, gradients = (whole(net, [each.detach() for each in all_]) for all_ in (run.attentions, run.gradients))
+    attentions, gradients = (
+        whole(net, [each.detach() for each in all_], are_gradients=all_ is run.gradients)
+        for all_ in (run.attentions, run.gradients)
+    )
     stages = [stage for stage, steps in enumerate(net.steps) for _ in steps]
     for image in range(2):
         row, total = readout(net), 0
@@ -277,3 +273,21 @@ def test_what_does_not_hold_is_refused(name, method, message):
     net = NETWORKS[name]
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=message):
         gmarpp.explain(net.make(), images(net.size), method, TARGET)
+
+
+def test_legrad_asks_the_head_where_one_stage_attends():
+    net = NETWORKS["EfficientFormer"]
+    model, batch, left = net.make(), images(net.size), []
+    (blocks,) = net.blocks(model)
+    hooks = [block.register_forward_hook(lambda _, args, output: left.append(output)) for block in blocks]
+    with softmax_collected(torch.Tensor) as attentions:
+        model(batch.clone().requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    expected = 0
+    for tokens, attention in zip(left, attentions, strict=True):
+        score = logit(model.forward_head(model.norm(tokens))).sum()
+        gradient = torch.autograd.grad(score, attention, retain_graph=True)[0]
+        expected = expected + gradient.clamp(min=0).mean((1, 2)) / len(blocks)
+    found = gmarpp.explain(model, batch, ("legrad", "gmarpp_l1"), TARGET).maps["legrad"]
+    assert relative_error(found, expected.view(2, 7, 7)) < 1e-4

@@ -1,4 +1,4 @@
-"""Hiera and the image encoders of SAM and SAM 2 in transformers: the same weights give the same maps as in timm."""
+"""Hiera, ViTDet and the encoders of SAM and SAM 2 in transformers: the same weights give the same maps as in timm."""
 
 import pytest
 import torch
@@ -45,6 +45,16 @@ def transformers_sam():
     return model, Features(timm_sam()), names | {"layer_norm": "norm"}
 
 
+def transformers_vit_det():
+    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"mlp_ratio": 2, "window_size": 3, "window_block_indices": [0, 2], "pretrain_image_size": 32}
+    model = transformers.VitDetModel(transformers.VitDetConfig(**sizes, use_relative_position_embeddings=True))
+    names = {"encoder.layer.": "blocks.", "attention.": "attn.", "embeddings.projection": "patch_embed.proj"}
+    twin = timm_sam()
+    twin.neck = torch.nn.Identity()
+    return model, Features(twin), names | {"embeddings.position_embeddings": "pos_embed"}
+
+
 class Features(torch.nn.Module):
     """What a network of timm makes before its head, in place of the network."""
 
@@ -83,7 +93,7 @@ def test_copies_of_the_encoder_of_sam_give_the_same_maps(kind, methods):
     assert all(relative_error(ours[method], theirs[method]) < 1e-4 for method in ours)
 
 
-@pytest.mark.parametrize("make", [transformers_hiera, transformers_sam2, transformers_sam])
+@pytest.mark.parametrize("make", [transformers_hiera, transformers_sam2, transformers_sam, transformers_vit_det])
 def test_weights_of_transformers_give_the_same_maps_in_timm(make):
     source, model, names = make()
     state = {}
@@ -92,7 +102,8 @@ def test_weights_of_transformers_give_the_same_maps_in_timm(make):
     for key, value in source.state_dict().items():
         for old, new in names.items():
             key = key.replace(old, new)
-        state[key] = value
+        # ViTDet has a place for a class token, and its places in a row.
+        state[key] = value[:, 1:].unflatten(1, (8, 8)) if make is transformers_vit_det and key == "pos_embed" else value
     missing = getattr(model, "model", model).load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
     assert all(key.startswith("head.") for key in missing.missing_keys)
@@ -101,7 +112,9 @@ def test_weights_of_transformers_give_the_same_maps_in_timm(make):
         output = getattr(output, "logits", getattr(output, "last_hidden_state", output))
         return output.flatten(1)[:, 1::3].tanh().sum(1)
 
-    methods = [*PRODUCTS, *BALANCED, *(["legrad"] if make is transformers_sam else [])]
+    # ViTDet adds its attention in another layout than that in which its blocks are given tokens.
+    also = {transformers_sam: (*BALANCED, "legrad"), transformers_vit_det: ("token_relevance", "legrad")}
+    methods = (*PRODUCTS, *also.get(make, BALANCED))
     ours, theirs = (gmarpp.explain(each.eval(), images(), methods, score) for each in (model, source))
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-4)
     for method, maps in ours.maps.items():

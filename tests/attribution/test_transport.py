@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from naive_balanced import balanced_run, margin_of
 from naive_windows import assembled, merging, naive_row, softmax_collected, whole_matrices
@@ -15,6 +16,7 @@ from test_families import images, relative_error, sharpened
 from timm.models.fastvit import AttentionBlock, FastVit
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.tiny_vit import TinyVit
 from torchvision.models import MaxVit, SwinTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
@@ -49,6 +51,12 @@ def timm_second_version(size, window):
         torch.nn.init.ones_(block.norm1.weight)
         torch.nn.init.ones_(block.norm2.weight)
     return sharpened(model)
+
+
+def timm_logarithmic(size, window):
+    torch.manual_seed(0)
+    given = {"img_size": size, "window_size": window, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2)}
+    return sharpened(timm.create_model("swinv2_cr_tiny_ns_224", num_classes=5, init_values=1.0, **given))
 
 
 def transformers_swin(window, kind="Swin"):
@@ -112,6 +120,7 @@ NETWORKS = {
     "torchvision, shift and padding, odd sizes": (lambda: torchvision_swin(3), (28, 36), [(7, 9), (4, 5)]),
     "torchvision, sizes that patches do not divide": (lambda: torchvision_swin(4), (31, 43), [(7, 10), (4, 5)]),
     "timm, version 2": (lambda: timm_second_version((28, 36), 3), (28, 36), [(7, 9), (4, 5)]),
+    "timm, version 2 with logarithms": (lambda: timm_logarithmic((28, 36), 3), (28, 36), [(7, 9), (4, 5)]),
     "transformers": (lambda: transformers_swin(3), (32, 32), [(8, 8), (4, 4)]),
     "transformers, one window above, sizes that patches do not divide": (
         lambda: transformers_swin(4), (31, 43), [(8, 11), (4, 6)],
@@ -146,13 +155,18 @@ def blocks_and_grids(model, stages):
             [each for layer in stage for each in (layer.window_attention, layer.grid_attention)] for stage in layers
         ]
     elif hasattr(model, "stages"):
-        found = [stage.blocks for stage in model.stages[1:]]
+        found = [stage.blocks for stage in model.stages[-len(stages) :]]
     elif hasattr(model, "features"):
         found = model.features[1::2]
     else:
         encoder = model.base_model.encoder if hasattr(model, "base_model") else model
         found = [stage.blocks for stage in encoder.layers]
     return [(block, grid) for stage, grid in zip(found, stages, strict=True) for block in stage]
+
+
+def owner_of_softmax(model):
+    """Give what has the softmax that a network calls."""
+    return torch.Tensor if isinstance(model, SwinTransformerV2Cr) else F
 
 
 def by_token(tokens, block):
@@ -169,7 +183,7 @@ def test_maps_are_the_product_of_all_blocks_and_mergings(name):
     blocks, grids = zip(*blocks_and_grids(model, stages), strict=True)
     found = gmarpp.explain(model, batch, PRODUCTS, TARGET)
     torch.testing.assert_close(found.logits, logits_of(model(batch)), rtol=1e-4, atol=1e-4)
-    attentions, gradients = whole_matrices(model, batch, logit, blocks, grids)
+    attentions, gradients = whole_matrices(model, batch, logit, blocks, grids, owner_of_softmax(model))
     for method, image in itertools.product(PRODUCTS, range(2)):
         expected = naive_row(method, attentions, gradients, grids, image).view(stages[0])
         assert relative_error(found.maps[method][image], expected) < 1e-4, method
@@ -190,7 +204,7 @@ def test_a_changed_cell_changes_the_tokens_that_attend_to_it(name):
         block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
         for block, _ in blocks
     ]
-    with torch.no_grad(), softmax_collected() as collected:
+    with torch.no_grad(), softmax_collected(owner_of_softmax(model)) as collected:
         model(batch)
         attentions = list(collected)
         for hook in hooks:
@@ -211,6 +225,7 @@ def test_a_changed_cell_changes_the_tokens_that_attend_to_it(name):
 
 WITHOUT_RULE = {
     "timm, version 2": "no rule for operations of this network: Div",
+    "timm, version 2 with logarithms": "no rule for operations of this network: Div",
     "transformers, version 2": "no rule for operations of this network: Div",
     "torchvision, version 2": "no rule for operations of this network: Div",
     "timm, CAFormer": "expected block 0 to add its attention to its tokens in one place",
