@@ -1,17 +1,21 @@
 """Time, peak memory and the machine they belong to, for the other benchmarks."""
 
 import argparse
+import cProfile
 import datetime
 import math
 import multiprocessing
 import os
 import platform
+import pstats
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -58,6 +62,11 @@ def machine(device: torch.device | None = None) -> dict[str, object]:
 def add_device(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
     """Add the option `--device`, which every benchmark takes."""
     parser.add_argument("--device", type=torch.device, default=torch.device(default), help="for example cpu or cuda:0")
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--profile`, of the benchmarks of the three loops."""
+    parser.add_argument("--profile", action="store_true", help="also print what takes the time, host and device")
 
 
 def trainer_device(device: torch.device) -> dict[str, object]:
@@ -207,3 +216,86 @@ def gpu_peak(run: Callable[[], object], device: torch.device) -> float:
     run()
     synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+class Profile(Protocol):
+    """What is measured between its beginning and its end."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class HostProfile:
+    """The functions of the main thread that take the longest, by themselves."""
+
+    def __enter__(self) -> "HostProfile":
+        self._profile = cProfile.Profile()
+        self._profile.enable()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._profile.disable()
+
+    def report(self, top: int) -> dict[str, object]:
+        """Return calls and seconds by function."""
+        found: Any = pstats.Stats(self._profile)
+        # By file, line and name: calls, all and not recursive, and seconds, by itself and with what it calls.
+        functions = sorted(found.stats.items(), key=lambda each: -each[1][2])[:top]
+        return {
+            "host, seconds": round(found.total_tt, 3),
+            "host, calls and seconds by function": {
+                f"{name} ({Path(file).name}:{line})": [calls, round(own, 4)]
+                for (file, line, name), (_, calls, own, *_) in functions
+            },
+        }
+
+
+class DeviceProfile:
+    """The kernels and copies of a GPU, and the share of time in which it has any."""
+
+    def __enter__(self) -> "DeviceProfile":
+        torch.cuda.synchronize()
+        self._trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._trace.__enter__()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.synchronize()
+        self._seconds = time.perf_counter() - self._start
+        self._trace.__exit__(None, None, None)
+
+    def report(self, top: int) -> dict[str, object]:
+        """Return milliseconds by kernel, and the share of time that the device is busy."""
+        kernels: Counter[str] = Counter()
+        busy = end = 0.0
+        spans = [
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in self._trace.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        ]
+        for start, stop, name in sorted(spans):
+            kernels[name] += stop - start
+            # What runs side by side counts once.
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        return {
+            "device, share of time busy": round(busy / 1e6 / self._seconds, 4),
+            "device, kernels": len(spans),
+            "device, milliseconds by kernel": {name[:120]: round(us / 1e3, 2) for name, us in kernels.most_common(top)},
+        }
+
+
+def profiled(run: Callable[[Profile], object], device: torch.device, top: int = 15) -> dict[str, object]:
+    """Run twice where there is a GPU, once for each profile, since the host's slows the host down.
+
+    Args:
+        run: enters and leaves the profile that it is given, around what counts.
+        device: where it runs.
+        top: most functions and kernels in the report.
+    """
+    report: dict[str, object] = {}
+    for profile in (DeviceProfile(), HostProfile()) if device.type == "cuda" else (HostProfile(),):
+        run(profile)
+        report |= profile.report(top)
+    return report

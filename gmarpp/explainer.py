@@ -66,7 +66,8 @@ class Explainer:
             with one output needs one of the latter two.
         mask: kept region of Average Drop, Increase and Gain: `topk` (top 25 % of the patches) or `soft`.
         normalize: rescale each curve by the score on the image minus the score on the baseline.
-        batch_size: images per forward pass of the perturbed images, which bounds the memory.
+        batch_size: images per forward pass of the perturbed images, which bounds the memory; when not given, 128, and
+            on a GPU as many as have 2**25 values.
         recompute: keep only the inputs of blocks, and run each block again in the backward pass.
         architecture: token layout of a network that is not found by itself, or a function from the network to it; by
             name: the path of such a function, or the module of a known family inside the network.
@@ -89,7 +90,7 @@ class Explainer:
     score: Score | None = None
     mask: KeptMask = "topk"
     normalize: bool = False
-    batch_size: int = 128
+    batch_size: int | None = None
     recompute: bool = False
     architecture: str | Architecture | Callable[[nn.Module], Architecture] | None = None
     _needs: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
@@ -117,7 +118,7 @@ class Explainer:
             if value not in choices:
                 known = ", ".join(filter(None, choices))
                 raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {known}")
-        if self.steps < 1 or self.batch_size < 1:
+        if self.steps < 1 or (self.batch_size is not None and self.batch_size < 1):
             given = f"{self.steps} and {self.batch_size}"
             raise ValueError(f"explain.steps and explain.batch_size: expected at least 1, got {given}")
         needs = {name for metric in self.metrics for name in metric_inputs(metric)}

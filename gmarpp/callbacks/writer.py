@@ -256,14 +256,15 @@ class ExplanationWriter(BasePredictionWriter):
 
     def _draw(self, tasks: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
         """Have the processes that draw share a batch."""
-        images = pixels(explained.images)
         maps = {method: maps.numpy() for method, maps in explained.maps.items()} if self.overlays else {}
         indices = (explained.index // explained.rows_per_image).tolist()
         size = -(-len(files) // tasks.processes)
         for start in range(0, len(files), size):
             some = slice(start, start + size)
             some_maps = {method: attributions[some] for method, attributions in maps.items()}
-            tasks.submit(Pictures.write, files[some], indices[some], images[some], some_maps)
+            # A share at a time: the pixels of a whole large batch would pass through fresh memory.
+            images = pixels(explained.images[some])
+            tasks.submit(Pictures.write, files[some], indices[some], images, some_maps)
 
     def _flush(self, trainer: L.Trainer, tasks: BackgroundTasks) -> None:
         """Have all finished images published when their pictures are written."""

@@ -14,7 +14,7 @@ from gmarpp.maps import check_maps, minmax, rank_patches
 from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.baselines import BASELINES, Baseline, TokenDrop, baseline_images
-from gmarpp.perturbation.jobs import Render, composite, score_intervals, score_weighted
+from gmarpp.perturbation.jobs import Render, composite, images_per_pass, score_intervals, score_weighted
 from gmarpp.perturbation.masks import patch_extent, pixel_to_patch, step_counts
 from gmarpp.perturbation.objective import Score, objective_of
 
@@ -104,7 +104,7 @@ def score_perturbations(
     score: Score = "probability",
     mask: KeptMask = "topk",
     normalize: bool = False,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     curves: bool = True,
     kept: bool = True,
 ) -> PerturbationScores:
@@ -136,8 +136,9 @@ def score_perturbations(
             which over `black` is the E * x of Grad-CAM++ (Chattopadhyay et al. 2018).
         normalize: rescale each curve by (full - empty); a curve is NaN where the image scores no higher than its
             baseline, and metrics leave that image out. `kept`, `full` and `empty` stay as they are.
-        batch_size: most images per forward pass; bounds the memory. A target that is a function, and none of
-            `gmarpp.targets`, is given all B images at a time.
+        batch_size: most images per forward pass; bounds the memory. When not given, 128, and on a GPU, which waits for
+            Python in small passes, as many as have 2**25 values: 222 of 224 x 224 pixels. A target that is a function,
+            and none of `gmarpp.targets`, is given all B images at a time.
         curves: score insertion and deletion.
         kept: score kept regions.
 
@@ -151,6 +152,7 @@ def score_perturbations(
     ranks = rank_patches(stacked)
     counts = step_counts(ranks.shape[-1], steps)
     intervals = _intervals(counts, curves, kept and mask == "topk")
+    batch_size = images_per_pass(images, batch_size)
     network = BoundNetwork(model, images, inputs or {})
     with evaluation_mode(model), torch.no_grad():
         objective = objective_of(network, images, target, score, batch_size)
@@ -183,7 +185,7 @@ def perturbation_curves(
     baseline: Baseline = "blur",
     score: Score = "probability",
     normalize: bool = False,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Curves:
     """Compute insertion and deletion curves of one map per image (Petsiuk et al. 2018, by whole patches).
@@ -197,7 +199,7 @@ def perturbation_curves(
         baseline: `blur`, `mean`, `black` or `drop`.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
         normalize: rescale by (full - empty), see `score_perturbations`.
-        batch_size: most images per forward pass.
+        batch_size: most images per forward pass, see `score_perturbations`.
         inputs: further arguments of the network's forward, by name.
     """
     scores = score_perturbations(

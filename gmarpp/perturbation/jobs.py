@@ -1,5 +1,6 @@
 """Scoring of many partly removed images in few large batches."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,21 @@ Render = Callable[[Tensor, Tensor], Any]
 """Runs the network on perturbed images: from their positions (n,) and what to keep (n, h * w) to its output."""
 
 _WORD = 62
+_IMAGES, _VALUES_ON_GPU = 128, 2**25
+
+
+def images_per_pass(images: Tensor, batch_size: int | None) -> int:
+    """Return how many perturbed images are scored at a time.
+
+    It follows from the images' size alone, so that a run's values do not depend on how much memory was free.
+
+    Args:
+        images: (B, ...).
+        batch_size: where it is asked for.
+    """
+    if batch_size is not None:
+        return batch_size
+    return max(1, _VALUES_ON_GPU // math.prod(images.shape[1:])) if images.is_cuda else _IMAGES
 
 
 def composite(network: BoundNetwork, images: Tensor, baseline: Tensor, to_patch: Tensor) -> Render:

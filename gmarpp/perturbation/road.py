@@ -12,7 +12,7 @@ from gmarpp.maps import check_maps, rank_patches
 from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.imputation import noisy_linear_imputation
-from gmarpp.perturbation.jobs import score_intervals
+from gmarpp.perturbation.jobs import images_per_pass, score_intervals
 from gmarpp.perturbation.masks import patch_extent, pixel_to_patch
 from gmarpp.perturbation.objective import Score, objective_of
 
@@ -45,7 +45,7 @@ def road_scores(
     score: Score = "probability",
     noise: float = 0.01,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> RoadScores:
     """Remove patches in both orders, fill them by noisy linear imputation, and score (Rong et al. 2022).
 
@@ -60,7 +60,7 @@ def road_scores(
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
         noise: standard deviation of the noise on imputed pixels, in units of the normalized image.
         seed: of the noise, one field for all images, so that no score depends on the batch it was computed in.
-        batch_size: most images per forward pass.
+        batch_size: most images per forward pass; see `score_perturbations`.
 
     Raises:
         ValueError: as `score_perturbations`, or fractions outside (0, 1), or a map of one patch.
@@ -72,6 +72,7 @@ def road_scores(
     if patches < 2:
         raise ValueError(f"maps: expected at least 2 patches, of which imputation needs one, got {patches}")
     counts = [min(max(round(fraction * patches), 1), patches - 1) for fraction in fractions]
+    batch_size = images_per_pass(images, batch_size)
     network = BoundNetwork(model, images, inputs or {})
     size = (images.shape[2], images.shape[3])
     to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))

@@ -15,7 +15,7 @@ from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.baselines import BASELINES, Baseline
 from gmarpp.perturbation.curves import renderer
-from gmarpp.perturbation.jobs import score_weighted
+from gmarpp.perturbation.jobs import images_per_pass, score_weighted
 from gmarpp.perturbation.objective import Score, objective_of
 
 NOISE = 0.02
@@ -111,7 +111,7 @@ def square_removals(
     baseline: Baseline = "blur",
     score: Score = "probability",
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> SquareRemovals:
     """Remove random squares of patches and score what is left: infidelity with square removal (Yeh et al. 2019).
 
@@ -128,7 +128,7 @@ def square_removals(
         baseline: what replaces a removed patch, see `score_perturbations`.
         score: `probability`, `sigmoid` or `logit`, see `score_perturbations`.
         seed: of the squares.
-        batch_size: most images per forward pass.
+        batch_size: most images per forward pass; see `score_perturbations`.
 
     Raises:
         ValueError: as `score_perturbations`, or for no samples.
@@ -139,6 +139,7 @@ def square_removals(
     if baseline not in BASELINES:
         raise ValueError(f"unknown baseline {baseline!r}: choose from {', '.join(BASELINES)}")
     squares = _squares(grid, samples, seed).to(images.device)
+    batch_size = images_per_pass(images, batch_size)
     network = BoundNetwork(model, images, inputs or {})
     kept = torch.cat([torch.zeros_like(squares[:1]), squares]).logical_not().flatten(1)
     with evaluation_mode(model), torch.no_grad():

@@ -4,8 +4,10 @@ import pytest
 import torch
 from small_networks import CLASS_1, ONES, TRUE_MAP, WEIGHTS, PatchSum, batch, vit
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gmarpp.perturbation import perturbation_curves, score_perturbations
+from gmarpp.perturbation.jobs import images_per_pass
 
 
 class TestJobs:
@@ -121,3 +123,18 @@ def test_scores_that_are_not_finite_are_not_left_out():
         perturbation_curves(Overflow(), images, maps["method_0"], 0, 4, "mean", score="logit")
     with pytest.raises(ValueError, match="NaN or infinite scores"):
         score_perturbations(Overflow(), 0.1 * images, maps, 0, mask="soft", score="logit", curves=False)
+
+
+@pytest.mark.parametrize(("side", "images"), [(112, 891), (224, 222), (8192, 1)])
+def test_passes_on_a_gpu_are_as_large_as_the_images_allow(side, images):
+    with FakeTensorMode():
+        on_gpu, on_cpu = (torch.empty(8, 3, side, side, device=device) for device in ("cuda", "cpu"))
+    assert images_per_pass(on_gpu, None) == images
+    assert images_per_pass(on_gpu, 7) == 7
+    assert images_per_pass(on_cpu, None) == 128
+
+
+def test_without_a_batch_size_a_cpu_scores_128_images_at_a_time():
+    model, images = PatchSum(WEIGHTS), torch.rand(33, 3, 4, 4)
+    score_perturbations(model, images, {"a": torch.rand(33, 2, 2)}, 1, steps=4, baseline="mean")
+    assert max(map(len, model.seen)) == 128
