@@ -154,6 +154,8 @@ class BalancedRule(TorchFunctionMode):
                 return self._layer_norm(function, *args, **options)
             if function in (F.rms_norm, torch.rms_norm):
                 return self._rms_norm(function, *args, **options)
+            if function is F.normalize and options.get("out") is None:
+                return self._normalize(*args, **options)
             if function in _ACTIVATIONS or function in _IN_PLACE:
                 return self._activation(function, *args, **options)
         return function(*args, **options)
@@ -204,6 +206,11 @@ class BalancedRule(TorchFunctionMode):
         added = torch.finfo(tokens.dtype).eps if eps is None else eps
         output = function(tokens, normalized_shape, weight, eps)
         return self._norm(output, tokens, weight, scale, len(dims), is_centered=False)
+
+    def _normalize(self, tokens: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_: Any) -> Tensor:
+        # As the function itself computes it, which it does out of this rule's sight.
+        norm = torch.linalg.vector_norm(tokens, p, dim, keepdim=True).clamp_min(eps)
+        return torch.div(*self._with_constant(torch.div, (tokens, norm)))
 
     def _norm(
         self,

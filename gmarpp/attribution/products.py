@@ -94,8 +94,8 @@ class RowProducts:
         added = self._added if residual is self._alpha else torch.where(self._normalized, residual, 1.0)
         total = torch.addcmul(added, self._share_of_sum, sums)
         if self._may_be_empty or not layer.has_residual:
-            # A row without relevance and residual passes unchanged.
-            empty = total == 0
+            # A row without relevance and residual passes unchanged; a smaller sum would divide it to infinity.
+            empty = total < torch.finfo(total.dtype).tiny
             total = total.masked_fill(empty, 1)
             residual = torch.where(empty, torch.ones_like(residual), residual)
         shares = rows / total

@@ -38,6 +38,10 @@ def rms_norm(x, shape, weight=None, eps=None):
     return x if weight is None else x * weight
 
 
+def normalize(x, p=2.0, dim=1, eps=1e-12):
+    return x / x.norm(p, dim, keepdim=True).clamp_min(eps).detach()
+
+
 def shared(x, share):
     return share * x + (1 - share) * x.detach()
 
@@ -59,7 +63,8 @@ def constants_held(share=0.25):
         return attention @ value
 
     replaced = {name: held(getattr(F, name)) for name in ACTIVATIONS}
-    replaced |= {"layer_norm": layer_norm, "rms_norm": rms_norm, "scaled_dot_product_attention": attend}
+    replaced |= {"layer_norm": layer_norm, "rms_norm": rms_norm, "normalize": normalize}
+    replaced["scaled_dot_product_attention"] = attend
     kept, fast_path = {name: getattr(F, name) for name in replaced}, torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, function in replaced.items():
@@ -110,7 +115,9 @@ def watch_addition(block, added):
     if "Parallel" in kind or kind == "MobileAttention" or kind.startswith("Levit"):
         return block.register_forward_hook(lambda _, args, output: added.append(output))
     norms = ("projection", "norm2", "layernorm_after", "layer_norm2", "layer_norm_2", "ln_2", "local_conv")
-    names = ("mlp",) if "Post" in kind else (*norms, "mlp", "mlp_layer", "act")
+    # Norms behind attention and MLP: the MLP is given the tokens themselves.
+    is_post_norm = "Post" in kind or ("Swin" in kind and "v2" in kind.lower())
+    names = ("mlp", "intermediate") if is_post_norm else (*norms, "mlp", "mlp_layer", "act")
     following = next(getattr(block, name) for name in names if hasattr(block, name))
     return following.register_forward_pre_hook(lambda _, args: added.append(args[0]))
 

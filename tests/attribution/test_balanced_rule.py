@@ -83,6 +83,10 @@ NORMS = {
     "torch": (lambda x, w, b: torch.layer_norm(x, (48,), w, b, 1e-5, False), centered),
     "root mean square by hand": (rms_norm_by_hand, not_centered),
     "root mean square by norm": (rms_norm_by_norm, lambda x, w, b: naive_balanced.rms_norm(x, (48,), w, 0.0)),
+    "root mean square by normalize": (
+        lambda x, w, b: F.normalize(x, dim=-1, eps=1e-6) * (48**0.5 * w),
+        lambda x, w, b: naive_balanced.rms_norm(x, (48,), w, 0.0),
+    ),
     "root mean square function": (lambda x, w, b: F.rms_norm(x, (48,), w, 1e-5), not_centered),
 }
 ACTIVATIONS = {

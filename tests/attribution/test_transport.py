@@ -1,5 +1,6 @@
 """Windows and merged tokens against explicit N x N matrices."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -224,10 +225,6 @@ def test_a_changed_cell_changes_the_tokens_that_attend_to_it(name):
 
 
 WITHOUT_RULE = {
-    "timm, version 2": "no rule for operations of this network: Div",
-    "timm, version 2 with logarithms": "no rule for operations of this network: Div",
-    "transformers, version 2": "no rule for operations of this network: Div",
-    "torchvision, version 2": "no rule for operations of this network: Div",
     "timm, CAFormer": "expected block 0 to add its attention to its tokens in one place",
     "torchvision, MaxViT": "expected block 0 to add its attention to its tokens in one place",
 }
@@ -240,28 +237,35 @@ def test_where_the_balanced_rule_does_not_hold_it_is_refused(name):
         gmarpp.explain(make(), images(size), BALANCED, TARGET)
 
 
-# Its attention is written out, which the reference does not share out.
-WITHOUT_REFERENCE = (*WITHOUT_RULE, "transformers, Donut")
+# What writes its attention out.
+WRITTEN = (
+    "timm, version 2",
+    "timm, version 2 with logarithms",
+    "transformers, version 2",
+    "torchvision, version 2",
+    "transformers, Donut",
+)
 
 
-def balanced_reference(model, batch, stages):
+def balanced_reference(model, batch, stages, is_written):
     """Give blocks, grids, the merging of each grid from the finest, and what the balanced methods are made of."""
     blocks, grids = zip(*blocks_and_grids(model, stages), strict=True)
     # The reference shares out fused attention; that it computes the same is seen by the logits above.
     for module, forward in gmarpp.architecture_of(model).fused.items():
         module.forward = forward
-    run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks)
+    with softmax_collected(share=0.25) if is_written else contextlib.nullcontext(()) as written:
+        run = balanced_run(model, batch, lambda output: margin_of(TARGET)(logits_of(output)), blocks, written=written)
     run.x, run.dx = ([by_token(each, blocks[0]) for each in all_] for all_ in (run.x, run.dx))
     to_finest = [torch.eye(math.prod(grid)) if grid == grids[0] else merging(grids[0], grid) for grid in grids]
     return blocks, grids, to_finest, run
 
 
-@pytest.mark.parametrize("name", [*(name for name in NETWORKS if name not in WITHOUT_REFERENCE), "torchvision, MaxViT"])
+@pytest.mark.parametrize("name", [*(name for name in NETWORKS if name not in WITHOUT_RULE), "torchvision, MaxViT"])
 def test_token_relevance_is_that_of_all_blocks_on_the_finest_grid(name):
     make, size, stages = NETWORKS[name]
     model, batch = make(), images(size)
     found = gmarpp.explain(model, batch, "token_relevance", TARGET).maps["token_relevance"]
-    _, _, to_finest, run = balanced_reference(model, batch, stages)
+    _, _, to_finest, run = balanced_reference(model, batch, stages, name in WRITTEN)
     expected = 0
     for x, dx, down in zip(run.x, run.dx, to_finest, strict=True):
         relevance = (x * dx).sum(-1)
@@ -269,12 +273,12 @@ def test_token_relevance_is_that_of_all_blocks_on_the_finest_grid(name):
     assert relative_error(found, expected.view(2, *stages[0])) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_REFERENCE])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_RULE])
 def test_the_balanced_rollout_is_the_sum_over_all_blocks_on_the_finest_grid(name):
     make, size, stages = NETWORKS[name]
     model, batch = make(), images(size)
     found = gmarpp.explain(model, batch, "gmarpp_balanced", TARGET).maps["gmarpp_balanced"]
-    blocks, grids, to_finest, run = balanced_reference(model, batch, stages)
+    blocks, grids, to_finest, run = balanced_reference(model, batch, stages, name in WRITTEN)
     attentions, gradients = (
         [assembled(each, 2, block, grid) for each, block, grid in zip(all_, blocks, grids, strict=True)]
         for all_ in ([each.detach() for each in run.attentions], run.gradients)
@@ -294,7 +298,9 @@ def test_the_balanced_rollout_is_the_sum_over_all_blocks_on_the_finest_grid(name
             matrix[empty] = torch.eye(len(matrix))[empty]
             row = row @ (matrix / matrix.sum(1, keepdim=True))
             total = total + row @ to_finest[index]
-        assert relative_error(found[image], total.view(stages[0])) < 1e-4
+        # In networks with norms behind attention some rows are sums of rounding errors, and divided by these.
+        tolerance = 1e-2 if "version 2" in name else 1e-4
+        assert relative_error(found[image], total.view(stages[0])) < tolerance
 
 
 def test_weights_of_torchvision_give_the_same_maps_in_timm():
