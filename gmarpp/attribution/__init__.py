@@ -11,7 +11,7 @@ four through ReLU(G) ⊙ A.
 3. Inside, it calls `scaled_dot_product_attention` with q, k, v (B, 16, 197, 64). The `seam` hands the call to
    `forward.ForwardPass`, which records it and answers with the fused function's output, O (B, 16, 197, 64), behind a
    node in the graph (`attend`). Nothing else is kept that autograd would not keep.
-4. The tokens leave. The last block's are where `head.readout_of` finds, by the score's gradient, which tokens the head
+4. The tokens leave. The last block's are where `readout.Readout` finds, by the score's gradient, which tokens the head
    reads: r (B, 197), here 1 for the class token. `relevance.Relevance` starts with r for each method.
 5. `own_scores.OwnScores` runs the block's tail once more, for the class token alone: its row of O, (B, 16, 1, 64), is
    the answer to the attention call. The head's score of the tail's output, (B, 1, 1024), is differentiated with
@@ -31,6 +31,9 @@ backward pass runs its tail again for the class token, which yields one row of d
 
 Without gradients from block to block (`rollout`, `legrad`, `attention`) blocks run without a graph, q, k and v are
 kept, and the layers are visited from the top down when the forward pass is over; the rest is the same.
+
+What Python decides by numbers on a GPU - whether scores are finite, whether tails are those of the blocks - it asks for
+in `decisions`, once before the backward pass and once after it, so that the GPU seldom waits.
 
 Methods that make their maps themselves run after all that, each by itself (`own_maps`).
 
