@@ -38,7 +38,8 @@ class GraphedExplain:
     `explain` starts thousands of kernels, and for small batches the GPU waits for Python. A replay starts them all at
     once. Weights may change in place between calls, as an optimizer changes them. For anything else that changes - the
     network's code, hooks, the autocast context, the shape or type of images - make a new one. What is unusual in a
-    batch, such as logits that are not finite, is noticed after the replay, and `explain` itself then decides.
+    batch, such as logits that are not finite, is noticed after the replay; `explain` itself then decides, in the
+    autocast context of the capture.
 
     The memory of the captured call, about what `explain` needs at its peak, is kept as long as this object is.
 
@@ -81,6 +82,8 @@ class GraphedExplain:
             raise ValueError(f"GraphedExplain: {own} make their maps themselves, with code that may not be captured")
         with torch.inference_mode(False):
             self._images = images.detach().clone()
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        self._autocast = torch.autocast("cuda", dtype, enabled=enabled)
         self._graph = torch.cuda.CUDAGraph()
         with one_at_a_time, self._request.running():
             expected = self._warm_up()
@@ -142,14 +145,15 @@ class GraphedExplain:
             self._images.copy_(images)
         self._graph.replay()
         if not bool(self._is_usual):
-            return explain(
-                self._model,
-                images,
-                self._request.selected,
-                self._target,
-                architecture=self._architecture,
-                recompute=self._recompute,
-            )
+            with self._autocast:
+                return explain(
+                    self._model,
+                    images,
+                    self._request.selected,
+                    self._target,
+                    architecture=self._architecture,
+                    recompute=self._recompute,
+                )
         # The next replay overwrites what the graph has made.
         found = self._scores
         scores = replace(found, logits=found.logits.clone(), indices=found.indices.clone(), values=found.values.clone())
