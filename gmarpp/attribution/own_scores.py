@@ -40,14 +40,19 @@ class OwnScores:
         self._alike: Tensor | None = None
 
     def _quick_head(self) -> tuple[Head | None, Tensor | None]:
-        """Return the architecture's head, and whether it is the network's, if it reads prefix tokens alone."""
-        passed, described = self._passed, self._passed.plan.layout.head
-        if described is None or not passed.reads_prefix:
+        """Return the architecture's head, if it may read prefix tokens alone, and whether these make the output."""
+        described = self._passed.plan.layout.head
+        if described is None or not self._passed.reads_prefix:
             return None, None
-        assert passed.last_tokens is not None
         head = DescribedHead(described, self._output)
+        return head, self._of_prefix(head)
+
+    def _of_prefix(self, head: Head) -> Tensor | None:
+        """Return whether a head makes the network's output, of every image, from the last prefix tokens alone."""
+        assert self._passed.last_tokens is not None
         with torch.no_grad():
-            return head, agreement(head(passed.last_tokens.detach()), self._output)
+            prefix = self._passed.last_tokens.detach()[:, : self._passed.plan.layout.prefix_at(0)]
+            return agreement(head(prefix), self._output)
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
@@ -88,7 +93,10 @@ class OwnScores:
         if self._known is None:
             head = head_of(passed, self._output, self._replay)
             prefix = passed.plan.layout.prefix_at(0)
-            self._known = head, self._tails_may_run and reads_prefix(head, passed.last_tokens, prefix)
+            by_prefix = self._tails_may_run and reads_prefix(head, passed.last_tokens, prefix)
+            # The head may read the patch tokens of other images than the first.
+            agrees = self._of_prefix(head) if by_prefix else None
+            self._known = head, agrees is not None and decide(agrees)[0]
         head, by_prefix = self._known
         if by_prefix:
             found = self._by_prefix_tails(head, score, scale)

@@ -354,3 +354,30 @@ def test_other_threads_run_their_networks_untouched(same):
         thread.join()
     assert not errors
     assert max(runs) < 1e-4 * expected.abs().max()
+
+
+def gated(model, threshold):
+    """Let a head read patch tokens beside the class token where there is much in them."""
+
+    def forward_head(tokens, pre_logits=False):
+        size = tokens[:, 1:].abs().sum((1, 2)) / (16 * tokens.shape[2])
+        return model.head(tokens[:, 0] + torch.relu(size - threshold)[:, None] * torch.linspace(-1, 1, tokens.shape[2]))
+
+    model.forward_head = forward_head
+    return model
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_head_that_reads_the_patches_of_some_images_has_them_in_its_scores(position):
+    model, batch = vit(depth=3), images(3)
+    sizes = model.forward_features(batch)[:, 1:].abs().mean((1, 2)).detach()
+    order = sizes.argsort().tolist()
+    others = list(order[:-1])
+    batch = batch[[order[-1], *others] if position == 0 else [*others, order[-1]]]
+    model = gated(model, float(sizes.sort().values[-2:].mean()))
+    layout = dataclasses.replace(gmarpp.architecture_of(model), head=None)
+    found = gmarpp.explain(model, batch, "legrad", 0).maps["legrad"]
+    # Without tails for the prefix tokens alone, all of the graph is differentiated.
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    expected = gmarpp.explain(model, batch, "legrad", 0, architecture=layout).maps["legrad"]
+    assert relative_error(found, expected) < 1e-5
