@@ -15,7 +15,7 @@ from torch import Tensor
 from gmarpp.attribution.call import AttentionCall
 from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.forward import ForwardPass
-from gmarpp.attribution.head import DescribedHead, Head, agreement, head_of, reads_prefix
+from gmarpp.attribution.head import DescribedHead, Head, agreement, head_of
 from gmarpp.attribution.scores import Scores
 from gmarpp.attribution.tail import alike, prefix_tail, whole_tail
 from gmarpp.attribution.target import Score
@@ -50,9 +50,14 @@ class OwnScores:
     def _of_prefix(self, head: Head) -> Tensor | None:
         """Return whether a head makes the network's output, of every image, from the last prefix tokens alone."""
         assert self._passed.last_tokens is not None
-        with torch.no_grad():
-            prefix = self._passed.last_tokens.detach()[:, : self._passed.plan.layout.prefix_at(0)]
-            return agreement(head(prefix), self._output)
+        tokens, prefix = self._passed.last_tokens.detach(), self._passed.plan.layout.prefix_at(0)
+        try:
+            with torch.no_grad():
+                return agreement(head(tokens[:, :prefix]), self._output) if prefix else None
+        except Exception:
+            # For example, the head may arrange the patch tokens in a grid; as its code is not ours, it may fail by any
+            # error. One that all tokens cause is raised where the head is needed (`head_of`).
+            return None
 
     def gradients(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
@@ -91,12 +96,11 @@ class OwnScores:
         assert passed.last_tokens is not None
         self._agrees = None
         if self._known is None:
-            head = head_of(passed, self._output, self._replay)
-            prefix = passed.plan.layout.prefix_at(0)
-            by_prefix = self._tails_may_run and reads_prefix(head, passed.last_tokens, prefix)
-            # The head may read the patch tokens of other images than the first.
-            agrees = self._of_prefix(head) if by_prefix else None
-            self._known = head, agrees is not None and decide(agrees)[0]
+            agrees = self._of_prefix(self._replay) if self._tails_may_run else None
+            if agrees is not None and decide(agrees)[0]:
+                self._known = self._replay, True
+            else:
+                self._known = head_of(passed, self._output, self._replay), False
         head, by_prefix = self._known
         if by_prefix:
             found = self._by_prefix_tails(head, score, scale)
