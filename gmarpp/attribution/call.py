@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gmarpp.attribution.decisions import decide
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.transport import Step
@@ -67,7 +68,7 @@ def warn_of_memory() -> None:
 
 def require_shares(weights: Tensor, blind: Sequence[str]) -> None:
     """Refuse methods that take attention as it is where some of it is negative; `blind` are their names."""
-    if blind and bool((weights < 0).any()):
+    if blind and decide((weights < 0).any())[0]:
         raise UnsupportedNetworkError(
             "some attention of this network is negative, as where its heads are mixed after the softmax (CaiT): "
             f"{', '.join(blind)} would take it for shares. Ask for methods of products with the gradient (gmarpp_l1, "
@@ -168,7 +169,7 @@ def _require_known_blocks(calls: Sequence[AttentionCall], blocks: int) -> None:
 def require_no_prefix(key: Tensor, tokens: Tensor, prefix: int) -> None:
     """Refuse a pool with fewer keys than there are tokens, unless the prefix tokens are those that it leaves out."""
     read = gradient_of(key.float().square().sum(), tokens)
-    if read is None or read[:, :prefix].any() or not read[:, prefix:].any(dim=2).all():
+    if read is None or not decide(~read[:, :prefix].any() & read[:, prefix:].any(dim=2).all())[0]:
         raise UnsupportedNetworkError(
             f"an attention-pool head attends to {key.shape[-2]} keys, and the blocks to {tokens.shape[1]}: only the "
             f"{prefix} prefix tokens may be left out, one key for each of the others"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gmarpp.attribution.layer import HeadNorm
+from gmarpp.attribution.precision import tf32_is_allowed
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 if _HAS_TRITON:
@@ -87,11 +88,9 @@ def _arguments(
         strides |= _strides(tensor, name, "image", "head", "token")
     unit = math.gcd(16, *strides.values())
     block, value_block = _power_of_two(size), _power_of_two(value_size)
-    precision = "tf32" if _tf32_is_allowed() else "ieee"
+    # Matrix units compute no IEEE products; three of tf32 keep all but the last two or three bits of float32.
+    precision = "tf32" if tf32_is_allowed() else "tf32x3"
     tile = _tile(max(block * query.element_size(), value_block * value.element_size()), query.device)
-    if precision == "ieee" and torch.float32 in (query.dtype, value.dtype):
-        # Matrix units do not compute IEEE products, and larger tiles would not fit into the registers.
-        tile = min(tile, 32)
     return {
         **tensors,
         **{name: stride // unit for name, stride in strides.items()},
@@ -183,6 +182,11 @@ def _tile(bytes_per_token: int, device: torch.device) -> int:
     return next((tile for tile in (64, 32) if 2 * 6 * tile * bytes_per_token <= memory), 16)
 
 
+def _is_short(keys: int) -> bool:
+    """Return whether so few keys come in fewer steps of small tiles: measured on an H100, for 197 keys and 1,370."""
+    return keys <= 256
+
+
 def _shared_memory(device: torch.device) -> int:
     """Return a multiprocessor's shared memory in bytes; 0 in the interpreter, which then takes the smallest tiles."""
     return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
@@ -191,12 +195,6 @@ def _shared_memory(device: torch.device) -> int:
 def _launching_on(device: torch.device) -> AbstractContextManager[None]:
     """Make a tensor's device current: Triton launches kernels on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _tf32_is_allowed() -> bool:
-    matmul = torch.backends.cuda.matmul
-    # PyTorch 2.9 has a new setting, and raises an error when the old one is read after the new one was set.
-    return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
 def statistics(
@@ -227,6 +225,8 @@ def statistics(
     """
     layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
     batch, heads, queries, _ = query.shape
+    if _is_short(key.shape[2]) or query.dtype == torch.float32:
+        layer["KEYS"] = min(layer["KEYS"], 32)
     blocks = -(-queries // layer["QUERIES"])
     log_sum_exp = query.new_empty((batch, heads, queries), dtype=torch.float32)
     norms = query.new_full((), float("nan"), dtype=torch.float32).expand(4, batch, heads)
@@ -289,10 +289,10 @@ def carry(
     layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
     batch, heads, _, _ = query.shape
     keys = key.shape[2]
-    # Float32 rows need registers: with half as many queries in a tile, three programs fit beside each other, not two.
-    layer["QUERIES"] = min(layer["QUERIES"], 32)
+    # Float32 rows need registers: with fewer queries in a tile, more programs fit beside each other.
+    layer["QUERIES"] = min(layer["QUERIES"], 16 if _is_short(keys) and query.dtype != torch.float32 else 32)
     # What comes of half-precision scores has fewer digits than one tf32 product keeps.
-    layer["ROW_PRECISION"] = "tf32x3" if layer["PRECISION"] == "ieee" and query.dtype == torch.float32 else "tf32"
+    layer["ROW_PRECISION"] = layer["PRECISION"] if query.dtype == torch.float32 else "tf32"
     counts = [0 if each is None else each.shape[2] for each in kinds.values()]
     by_head = query.new_empty((batch, heads, sum(counts), keys), dtype=torch.float32)
     for (name, each), count in zip(kinds.items(), counts, strict=True):

@@ -9,9 +9,6 @@ from typing_extensions import override
 from gmarpp.attribution import fused
 from gmarpp.attribution.layer import AttentionLayer, HeadNorm, share
 
-_FEW_ROWS = 16
-"""Up to so many rows of a matrix are made by one product, which starts sooner than a kernel of our own."""
-
 
 def is_fused(tensor: Tensor) -> bool:
     """Return whether layers of such tensors are fused: on CUDA with Triton, unless GMARPP_FUSED=0."""
@@ -56,10 +53,7 @@ class FusedLayer(AttentionLayer):
     def local_key_sums(self) -> Tensor | None:
         if self.local is None:
             return None
-        rows = self.local.shape[2]
-        if rows <= _FEW_ROWS:
-            return super().local_key_sums()
-        mask = self.mask
+        rows, mask = self.local.shape[2], self.mask
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., :rows, :]
         ones = self.local.new_ones((*self.local.shape[:2], 1, rows), dtype=torch.float32)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gmarpp.attribution.decisions import Decisions, deciding
 from gmarpp.attribution.explain import Request, explain
 from gmarpp.attribution.explanation import Explanation
-from gmarpp.attribution.head import close
 from gmarpp.attribution.method import AttributionMethod
+from gmarpp.attribution.precision import close
 from gmarpp.attribution.seam import one_at_a_time
 from gmarpp.attribution.target import ClassTarget, Contrast, Score, Target, class_indices
 from gmarpp.network.architecture import Architecture

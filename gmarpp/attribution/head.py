@@ -14,6 +14,7 @@ from gmarpp.attribution.call import gradient_of
 from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.plan import of_one_layer
+from gmarpp.attribution.precision import close
 from gmarpp.attribution.seam import answered_by
 from gmarpp.network.errors import UnsupportedNetworkError
 
@@ -60,22 +61,6 @@ class DescribedHead(Head):
 _DESCRIBE_HEAD = (
     "describe what follows the last block: dataclasses.replace(gmarpp.architecture_of(net), head=lambda tokens: ...)"
 )
-
-
-def rounding(*results: Tensor) -> float:
-    """Return the relative rounding error of results, which under autocast may exceed that of their own dtype."""
-    device = results[0].device.type
-    dtypes = [each.dtype for each in results if each.is_floating_point()]
-    if torch.is_autocast_enabled(device):
-        dtypes.append(torch.get_autocast_dtype(device))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-def close(found: Tensor, expected: Tensor) -> Tensor:
-    """Return whether two results of the same computation agree, up to rounding in the precision that it ran in."""
-    tolerance = max(1e-4, 8 * rounding(found, expected))
-    found, expected = found.detach().float(), expected.detach().float()
-    return (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def tensors_of(output: Any) -> list[Tensor]:

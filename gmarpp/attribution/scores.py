@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmarpp.attribution.decisions import decide
 from gmarpp.attribution.target import (
     NO_CLASS,
     ClassTarget,
@@ -67,6 +68,8 @@ class Scores:
 
     def require_finite(self) -> None:
         """Raise `ValueError`, naming the images, unless all are."""
+        if decide(self.are_finite())[0]:
+            return
         check_finite(self.logits, "logits" if self.of_classes else "scores")
         check_finite(self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None], "scores")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmarpp.attribution.attend import Inputs
 from gmarpp.attribution.forward import BlockRun, tokens_of
-from gmarpp.attribution.head import rounding
+from gmarpp.attribution.precision import rounding
 from gmarpp.attribution.seam import answered_by
 
 
