@@ -5,7 +5,8 @@
 Weights are random: neither time nor memory depends on them. Without --network, a GPU is measured on several. Peak
 memory is above weights and images: on a CPU the resident set of a fresh process in float32 (Linux), on a GPU what
 PyTorch allocates, in the row's precision. On a GPU the kernels of a call are counted, too, beside the plain gradient's,
-and each call is also timed as a CUDA graph (`gmarpp.GraphedExplain`), by the same forward pass, which is none.
+and each call is also timed as a CUDA graph (`gmarpp.GraphedExplain`), by the same forward pass, which is none, beside
+that pass as a graph.
 """
 
 import argparse
@@ -72,6 +73,17 @@ class Measured:
         with autocast(self.precision, self.device):
             return gmarpp.GraphedExplain(self.model, self.images, methods, 0)
 
+    def graphed_forward(self) -> Callable[[], None]:
+        """Capture the forward pass."""
+        stream, graph = torch.cuda.Stream(self.device), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self.forward()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self.forward()
+        return graph.replay
+
     def kernels(self, job: str) -> tuple[int, float]:
         """Count the kernels of a job, and the milliseconds that they keep the GPU busy."""
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -114,7 +126,8 @@ def calls() -> dict[str, tuple[str, ...]]:
 
 def graphed_times(measured: Measured, repeats: int) -> dict[str, str]:
     """Return medians of the ratios of calls captured as CUDA graphs, one after the other as each keeps its memory."""
-    found = {}
+    forward = alternate({"": measured.graphed_forward()}, measured.forward, repeats, device=measured.device)[""]
+    found = {"forward, graphed": f"{statistics.median(run.seconds / run.forward for run in forward):.2f}"}
     for name, methods in calls().items():
         call = measured.graphed(*methods)
         runs = alternate({name: partial(call, measured.images)}, measured.forward, repeats, device=measured.device)

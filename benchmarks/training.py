@@ -96,6 +96,7 @@ class Batches:
 
     batches: list[dict[str, torch.Tensor]]
     number: int
+    batch_size: int
 
     @classmethod
     def of(cls, module: ViTClassifier, batch_size: int, number: int, device: torch.device) -> "Batches":
@@ -110,6 +111,7 @@ class Batches:
                 for _ in range(2)
             ],
             number,
+            batch_size,
         )
 
     def __len__(self) -> int:
