@@ -324,6 +324,7 @@ def test_it_can_be_imported_without_triton(monkeypatch):
 
 
 @needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(4, 16, 197, 64), (1, 6, 1370, 64), (2, 4, 257, 80), (1, 2, 300, 256)], ids=str)
 def test_layers_of_real_networks(layers, shape, dtype):
@@ -332,6 +333,7 @@ def test_layers_of_real_networks(layers, shape, dtype):
 
 
 @needs_cuda
+@pytest.mark.cuda
 def test_the_sum_over_heads_does_not_vary(layers):
     query, key, value, outer = (each.cuda() for each in layer(4, 16, 197, 197, 64))
     found = layers.statistics(query, key, value, outer, scale=0.125)
