@@ -12,7 +12,7 @@ from functools import partial
 
 import timm
 import torch
-from measure import add_device, alternate, machine
+from measure import add_device, alternate, machine, run_job
 from torch import Tensor, nn
 
 import gmarpp
@@ -28,12 +28,6 @@ def supported(model: nn.Module, images: Tensor) -> tuple[str, ...]:
             continue
         found.append(name)
     return tuple(found)
-
-
-def gradient(model: nn.Module, images: Tensor) -> None:
-    """Compute the plain gradient of the images."""
-    wanted = images.clone().requires_grad_()
-    torch.autograd.grad(model(wanted)[:, 0].sum(), wanted)
 
 
 @torch.no_grad()
@@ -61,7 +55,7 @@ def main() -> None:
         plain = tuple(method for method in methods if method in gmarpp.METHODS)
         calls = {f"{len(plain)} methods": plain, f"all {len(methods)}": methods}
         calls |= {each: (each,) for each in ("gmarpp_l1", "rollout", "token_relevance") if each in methods}
-        jobs = {"gradient": partial(gradient, model, images)}
+        jobs = {"gradient": partial(run_job, "gradient", model, images)}
         jobs |= {label: partial(gmarpp.explain, model, images, each, 0) for label, each in calls.items()}
         timings = alternate(jobs, partial(forward, model, images), options.repeats, device=options.device)
         seconds = statistics.median(run.forward for runs in timings.values() for run in runs)

@@ -7,9 +7,9 @@ registers. Each is a product of two blocks of tokens: scores are `scale · q k�
 
 An example: a head of a ViT with 197 tokens and d = 64, in bfloat16 on an H100. `statistics_kernel` runs four programs,
 for queries 0 to 63, 64 to 127, 128 to 191 and 192 to 196. Each keeps its q and outer, (64, 64), and goes over the keys
-in four steps: it loads k and v, (64, 64), and adds up what the tiles hold. `carry_kernel` runs four programs, too, of
-64 keys each: they keep k and v, go over the queries in seven steps of 32, and multiply the tiles by the rows that the
-caller gives, (16, 32). So up to 16 methods pass through one tile.
+in seven steps: it loads k and v, (32, 64), and adds up what the tiles hold. `carry_kernel` runs four programs, too, of
+64 keys each: they keep k and v, go over the queries in thirteen steps of 16, and multiply the tiles by the rows that
+the caller gives, (16, 16). So up to 16 methods pass through one tile.
 
 Shapes in comments are those of tiles; `q` and `n` are the positions of a tile's queries and keys. Positions beyond the
 end load zeros. Offsets are 64 bits wide, for tensors of more than 2³¹ entries. Exponentials are powers of two, which is
