@@ -2,7 +2,7 @@
 
     python examples/multilabel_digits.py data/several_digits
 
-Needs scikit-learn (`pip install 'gmarpp[demo]'`); ten to fifteen minutes on two CPU cores, no network.
+Needs scikit-learn (`pip install 'gmarpp[demo]'`); seven and a half minutes on two CPU cores, no network.
 """
 
 import csv

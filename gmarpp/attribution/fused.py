@@ -40,15 +40,15 @@ class Statistics:
     """What methods need to know of a layer before their rows pass through it; all float32.
 
     `G = outer vᵀ / gradient_scale` where a query attends to a key, and 0 elsewhere. A query that attends to no key
-    has no attention. Without `outer` there is no gradient, and all but the log-sum-exp are NaN.
+    has no attention. Without `outer` there is no gradient, and all but the logarithms are NaN.
 
     Attributes:
-        log_sum_exp: of `scale · q kᵀ + mask` over the keys, (B, H, Q); -inf for a query that attends to nothing.
+        log_sums: `log₂ Σ_j exp(scale · q kᵀ + mask)` over the keys, (B, H, Q); inf for a query that attends to nothing.
         norms: of heads, in the order of `NORMS`: `Σ|G|`, `Σ ReLU(G)`, `sqrt Σ G²`, `sqrt Σ ReLU(G)²`, (4, B, H).
         product_rows: row sums `Σ_j ReLU(G)_ij A_ij`, (B, H, Q).
     """
 
-    log_sum_exp: Tensor
+    log_sums: Tensor
     norms: Tensor
     product_rows: Tensor
 
@@ -138,8 +138,8 @@ def _check_rows(
         raise ValueError(f"{', '.join(given)}: expected the output's gradient, got outer=None")
     if statistics is None and given.keys() != {"gradient_rows"}:
         raise ValueError(f"{', '.join(given)}: expected the layer's statistics, got None")
-    if statistics is not None and statistics.log_sum_exp.shape != query.shape[:3]:
-        found = tuple(statistics.log_sum_exp.shape)
+    if statistics is not None and statistics.log_sums.shape != query.shape[:3]:
+        found = tuple(statistics.log_sums.shape)
         raise ValueError(f"statistics: expected those of queries {tuple(query.shape[:3])}, got {found}")
 
 
@@ -228,21 +228,21 @@ def statistics(
     if _is_short(key.shape[2]) or query.dtype == torch.float32:
         layer["KEYS"] = min(layer["KEYS"], 32)
     blocks = -(-queries // layer["QUERIES"])
-    log_sum_exp = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    log_sums = query.new_empty((batch, heads, queries), dtype=torch.float32)
     norms = query.new_full((), float("nan"), dtype=torch.float32).expand(4, batch, heads)
     product_rows = norms[0, ..., None].expand(batch, heads, queries)
     parts = None
     if outer is not None:
-        product_rows = torch.empty_like(log_sum_exp)
-        parts = log_sum_exp.new_empty((4, batch, heads, blocks))
+        product_rows = torch.empty_like(log_sums)
+        parts = log_sums.new_empty((4, batch, heads, blocks))
     with _launching_on(query.device):
         kernels.statistics_kernel[(batch * heads * blocks,)](
-            **layer, log_sum_exp=log_sum_exp, product_rows=product_rows, norms=parts
+            **layer, log_sums=log_sums, product_rows=product_rows, norms=parts
         )
     if parts is not None:
         norms = parts.sum(dim=-1)
         norms[2:].sqrt_()
-    return Statistics(log_sum_exp, norms, product_rows)
+    return Statistics(log_sums, norms, product_rows)
 
 
 def carry(
@@ -285,7 +285,7 @@ def carry(
     """
     kinds = {"attention_rows": attention_rows, "product_rows": product_rows, "gradient_rows": gradient_rows}
     _check_rows(kinds, query, outer, statistics)
-    log_sum_exp = None if statistics is None else statistics.log_sum_exp.contiguous()
+    log_sums = None if statistics is None else statistics.log_sums.contiguous()
     layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
     batch, heads, _, _ = query.shape
     keys = key.shape[2]
@@ -302,7 +302,7 @@ def carry(
     programs = batch * heads * -(-keys // layer["KEYS"])
     with _launching_on(query.device):
         kernels.carry_kernel[programs, -(-max(counts) // kernels.ROWS.value)](
-            **layer, log_sum_exp=log_sum_exp, output=by_head
+            **layer, log_sums=log_sums, output=by_head
         )
     attention, product, gradient = torch.split(by_head.sum(dim=1), counts, dim=1)
     return (

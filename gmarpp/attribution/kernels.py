@@ -70,16 +70,25 @@ def _bias(mask, query_stride, key_stride, q, n, queries, keys, CAUSAL: tl.conste
 
 
 @triton.jit
-def _scores(query, key, bias, scale, PRECISION: tl.constexpr):
-    """Return `log₂ e · (scale · q kᵀ + mask)`, (QUERIES, KEYS), float32."""
-    return tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E) + bias
+def _products(left, right, PRECISION: tl.constexpr):
+    """Return `left rightᵀ` of tokens, float32."""
+    return tl.dot(left, tl.trans(right), input_precision=PRECISION)
 
 
 @triton.jit
-def _gradient(outer, value, bias, factor, PRECISION: tl.constexpr):
-    """Return `factor · outer vᵀ`, (QUERIES, KEYS), float32; 0 where nothing is attended to."""
-    gradient = tl.dot(outer, tl.trans(value), input_precision=PRECISION) * factor
+def _where_attended(gradient, bias):
+    """Return 0 where nothing is attended to."""
     return tl.where(bias == float("-inf"), 0.0, gradient)
+
+
+@triton.jit
+def _row_sums(tile, BY_THREAD: tl.constexpr):
+    """Sum a tile's rows, (QUERIES,), or what each of four threads holds of a row, (QUERIES, 4): two of eight keys."""
+    if BY_THREAD:
+        sums = tl.sum(tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 8, 4, 2)), axis=3), axis=1)
+    else:
+        sums = tl.sum(tile, axis=1)
+    return sums
 
 
 @triton.jit
@@ -98,14 +107,14 @@ def _powers(scores, highest):
 
 
 @triton.jit
-def _store_norms(norms, l1, positive_l1, squares, positive_squares):
-    """Store a block's part of the norms, in the order of `statistics_kernel`."""
+def _store_norms(norms, l1, positive_l1, squares, positive_squares, factor):
+    """Store a block's part of the norms of `factor · G`, in the order of `statistics_kernel`."""
     norms += tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
-    tl.store(norms, tl.sum(l1))
-    tl.store(norms + programs, tl.sum(positive_l1))
-    tl.store(norms + 2 * programs, tl.sum(squares))
-    tl.store(norms + 3 * programs, tl.sum(positive_squares))
+    tl.store(norms, factor * tl.sum(l1))
+    tl.store(norms + programs, factor * tl.sum(positive_l1))
+    tl.store(norms + 2 * programs, factor * factor * tl.sum(squares))
+    tl.store(norms + 3 * programs, factor * factor * tl.sum(positive_squares))
 
 
 # Triton recompiles a kernel for each value that it is specialized on, and each pattern of divisibility.
@@ -118,7 +127,7 @@ _SIZES = [*_STRIDES, "mask_image", "mask_head", "mask_query", "heads", "queries"
 
 @triton.jit(do_not_specialize=_SIZES)
 def statistics_kernel(
-    query, key, value, outer, mask, log_sum_exp, product_rows, norms,
+    query, key, value, outer, mask, log_sums, product_rows, norms,
     query_image, query_head, query_token, key_image, key_head, key_token,
     value_image, value_head, value_token, outer_image, outer_head, outer_token,
     mask_image, mask_head, mask_query, mask_key,
@@ -126,13 +135,19 @@ def statistics_kernel(
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute log-sum-exps of scores and row sums of `ReLU(G) ⊙ A` for a block of queries, and its part of G's norms.
+    """Compute logarithms of sums of powers, row sums of `ReLU(G) ⊙ A`, and part of G's norms, for a block of queries.
 
     The maximum m of the scores so far moves while the keys pass, as in an online softmax:
     `sum ← sum · 2^(m - m') + Σ_j 2^(s_j - m')`, and the product's row sums likewise; their quotient is
-    `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the log-sum-exp. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
+    `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the logarithm. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
     Σ ReLU(G)².
+
+    Within the loop a thread adds up what it holds; to add up a tile's keys, threads would wait for each other in every
+    step. Nothing is masked but keys beyond the end where there is no mask, and the gradient's factor comes last.
     """
+    MASKED: tl.constexpr = (mask is not None) or CAUSAL
+    # With a mask, tiles are laid out among the threads as it is loaded.
+    BY_THREAD: tl.constexpr = not MASKED
     image_head, q = _place(queries, QUERIES)
     key += _head(key_image, key_head, image_head, heads, group, UNIT)
     if mask is not None:
@@ -140,54 +155,66 @@ def statistics_kernel(
     query += _head(query_image, query_head, image_head, heads, 1, UNIT)
     query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
     highest = tl.full([QUERIES], float("-inf"), tl.float32)
-    total, product = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
+    nothing = _row_sums(tl.zeros([QUERIES, KEYS], tl.float32), BY_THREAD)
+    total, product = nothing, nothing
     if outer is not None:
         value += _head(value_image, value_head, image_head, heads, group, UNIT)
         outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
         outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
-        l1, positive_l1 = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
-        squares, positive_squares = tl.zeros([QUERIES], tl.float32), tl.zeros([QUERIES], tl.float32)
+        l1, positive_l1, squares, positive_squares = nothing, nothing, nothing, nothing
     for start in range(0, keys, KEYS):
         n = start + tl.arange(0, KEYS)
-        bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
+        if MASKED:
+            bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
         key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
-        scores = _scores(query_tile, key_tile, bias, scale, PRECISION)
+        scores = _products(query_tile, key_tile, PRECISION) * (scale * LOG2_E)
+        if MASKED:
+            scores += bias
+        else:
+            scores = tl.where(n[None, :] < keys, scores, float("-inf"))
         highest, shrink, powers = _powers(scores, highest)
-        total = total * shrink + tl.sum(powers, axis=1)
+        if BY_THREAD:
+            shrink = shrink[:, None]
+        total = total * shrink + _row_sums(powers, BY_THREAD)
         if outer is not None:
             value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
-            gradient = _gradient(outer_tile, value_tile, bias, factor, PRECISION)
+            gradient = _products(outer_tile, value_tile, PRECISION)
+            if MASKED:
+                gradient = _where_attended(gradient, bias)
             positive = _relu(gradient)
-            product = product * shrink + tl.sum(positive * powers, axis=1)
-            l1 += tl.sum(tl.abs(gradient), axis=1)
-            positive_l1 += tl.sum(positive, axis=1)
-            squares += tl.sum(gradient * gradient, axis=1)
-            positive_squares += tl.sum(positive * positive, axis=1)
+            product = product * shrink + _row_sums(positive * powers, BY_THREAD)
+            l1 += _row_sums(tl.abs(gradient), BY_THREAD)
+            positive_l1 += _row_sums(positive, BY_THREAD)
+            squares += _row_sums(gradient * gradient, BY_THREAD)
+            positive_squares += _row_sums(positive * positive, BY_THREAD)
     row = image_head.to(tl.int64) * queries + q
-    tl.store(log_sum_exp + row, (highest + tl.log2(total)) / LOG2_E, mask=q < queries)
+    if BY_THREAD:
+        total, product = tl.sum(total, axis=1), tl.sum(product, axis=1)
+    tl.store(log_sums + row, tl.where(total == 0.0, float("inf"), highest + tl.log2(total)), mask=q < queries)
     if outer is not None:
-        tl.store(product_rows + row, product / tl.where(total == 0.0, 1.0, total), mask=q < queries)
-        _store_norms(norms, l1, positive_l1, squares, positive_squares)
+        sums = factor * product / tl.where(total == 0.0, 1.0, total)
+        tl.store(product_rows + row, sums, mask=q < queries)
+        _store_norms(norms, l1, positive_l1, squares, positive_squares, factor)
 
 
 @triton.jit
-def _log_sums(log_sum_exp, image_head, q, queries):
-    """Load log-sum-exps in units of log 2, (QUERIES,); inf for a query that attends to nothing: its attention is 0."""
-    sums = tl.load(log_sum_exp + image_head.to(tl.int64) * queries + q, mask=q < queries, other=float("-inf"))
-    return tl.where(sums == float("-inf"), float("inf"), sums * LOG2_E)
-
-
-@triton.jit
-def _times_rows(rows, stride, count, q, queries, relevance, carried, PRECISION: tl.constexpr):
+def _times_rows(rows, stride, count, start, queries, relevance, carried, PRECISION: tl.constexpr):
     """Add `relevanceᵀ rowsᵀ`, (KEYS, ROWS), to what is carried: ROWS of a head's rows (count, Q).
 
-    The relevance comes transposed, (KEYS, QUERIES).
+    The relevance comes transposed, (KEYS, QUERIES), for queries from `start` on. Of eight queries 0 … 7 four threads
+    hold two each as a result, 0 1 | 2 3 | 4 5 | 6 7, and as a factor in tf32, 0 4 | 1 5 | 2 6 | 3 7. A sum may be
+    taken in any order: what a thread holds of query 1 is called 4, and so on, and stays where it is.
     """
+    KEYS: tl.constexpr = relevance.shape[0]
+    QUERIES: tl.constexpr = relevance.shape[1]
+    pairs = tl.permute(tl.reshape(relevance, (KEYS, QUERIES // 8, 4, 2)), (0, 1, 3, 2))
+    place = tl.arange(0, QUERIES)
+    q = start + place // 8 * 8 + place % 4 * 2 + place % 8 // 4
     number = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     pointers = (rows + number.to(tl.int64) * stride)[:, None] + q[None, :]
     tile = tl.load(pointers, mask=(number[:, None] < count) & (q[None, :] < queries), other=0.0)
     # Three tf32 products keep what rows and tiles of float32 hold, to about 2⁻²¹.
-    return tl.dot(relevance, tl.trans(tile), carried, input_precision=PRECISION)
+    return tl.dot(tl.reshape(pairs, (KEYS, QUERIES)), tl.trans(tile), carried, input_precision=PRECISION)
 
 
 @triton.jit
@@ -200,13 +227,14 @@ def _store_rows(output, first, count, total, image_head, n, keys, tile):
 
 @triton.jit
 def _over_queries(
-    query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key, log_sum_exp,
+    query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key, log_sums,
     attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
     gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, ROW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return what a head's rows carry to a block of keys, by attention, product and gradient, (KEYS, ROWS) each."""
+    MASKED: tl.constexpr = (mask is not None) or CAUSAL
     ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
     DIFFERENTIATES: tl.constexpr = product_rows is not None or gradient_rows is not None
     if ATTENDS:
@@ -218,33 +246,42 @@ def _over_queries(
     by_gradient = tl.zeros([n.shape[0], ROWS], tl.float32)
     for start in range(0, queries, QUERIES):
         q = start + tl.arange(0, QUERIES)
-        bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
+        if MASKED:
+            bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
         if ATTENDS:
             query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
-            scores = _scores(key_tile, query_tile, bias, scale, PRECISION)
-            attention = tl.exp2(scores - _log_sums(log_sum_exp, image_head, q, queries)[None, :])
+            scores = _products(key_tile, query_tile, PRECISION) * (scale * LOG2_E)
+            if MASKED:
+                scores += bias
+            # No query beyond the end has any attention.
+            sums = tl.load(log_sums + image_head.to(tl.int64) * queries + q, mask=q < queries, other=float("inf"))
+            attention = tl.exp2(scores - sums[None, :])
         if DIFFERENTIATES:
             outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
-            positive = _relu(_gradient(value_tile, outer_tile, bias, factor, PRECISION))
+            gradient = _products(value_tile, outer_tile, PRECISION)
+            if MASKED:
+                gradient = _where_attended(gradient, bias)
+            positive = _relu(gradient)
         if attention_rows is not None:
             by_attention = _times_rows(
-                attention_rows, attention_row, attention_count, q, queries, attention, by_attention, ROW_PRECISION
+                attention_rows, attention_row, attention_count, start, queries, attention, by_attention, ROW_PRECISION
             )
         if product_rows is not None:
             product = positive * attention
             by_product = _times_rows(
-                product_rows, product_row, product_count, q, queries, product, by_product, ROW_PRECISION
+                product_rows, product_row, product_count, start, queries, product, by_product, ROW_PRECISION
             )
         if gradient_rows is not None:
             by_gradient = _times_rows(
-                gradient_rows, gradient_row, gradient_count, q, queries, positive, by_gradient, ROW_PRECISION
+                gradient_rows, gradient_row, gradient_count, start, queries, positive, by_gradient, ROW_PRECISION
             )
-    return by_attention, by_product, by_gradient
+    # Positive, the factor may as well come last.
+    return by_attention, factor * by_product, factor * by_gradient
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_ROWS])
 def carry_kernel(
-    query, key, value, outer, mask, log_sum_exp, attention_rows, product_rows, gradient_rows, output,
+    query, key, value, outer, mask, log_sums, attention_rows, product_rows, gradient_rows, output,
     query_image, query_head, query_token, key_image, key_head, key_token,
     value_image, value_head, value_token, outer_image, outer_head, outer_token,
     mask_image, mask_head, mask_query, mask_key, attention_image, attention_head, attention_row,
@@ -256,7 +293,7 @@ def carry_kernel(
 ):  # fmt: skip
     """Multiply rows by `A`, `ReLU(G) ⊙ A` and `ReLU(G)` of one head, for a block of keys; output (B, H, rows, N).
 
-    `A_ij = 2^(s_ij - lse_i)` with the log-sum-exp from `statistics_kernel`. All tiles are transposed, (KEYS,
+    `A_ij = 2^(s_ij - l_i)` with the logarithm l from `statistics_kernel`. All tiles are transposed, (KEYS,
     QUERIES), so that they are the left operand of the products with rows and stay in registers.
     """
     image_head, n = _place(keys, KEYS)
@@ -275,7 +312,7 @@ def carry_kernel(
         gradient_rows += _head(gradient_image, gradient_head, image_head, heads, 1, 1)
     by_attention, by_product, by_gradient = _over_queries(
         query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key,
-        log_sum_exp, attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
+        log_sums, attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
         gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
         CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, UNIT, PRECISION, ROW_PRECISION,
     )  # fmt: skip

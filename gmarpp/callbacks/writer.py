@@ -151,7 +151,8 @@ class ExplanationWriter(BasePredictionWriter):
                 "choose another output folder"
             )
         # A loader's own batch size may depend on the number of ranks; what is explained together must not.
-        batch_size = getattr(trainer.datamodule, "batch_size", loader.batch_size)  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batch_size: int = getattr(data, "predict_batch_size", getattr(data, "batch_size", loader.batch_size))
         # Lightning counts a rank's batches from where a run is resumed; the limit is meant from the data's beginning.
         if isinstance(trainer.limit_predict_batches, int):
             images = min(images, trainer.limit_predict_batches * batch_size * trainer.world_size)
@@ -226,8 +227,9 @@ class ExplanationWriter(BasePredictionWriter):
             expected = self._batches[batch_indices[0]]
             self._skipped += len(expected) - (0 if batch is None else len(batch["index"]))
             positions = [] if prediction is None else prediction.positions
+            explained = set(positions)
             # Unreadable images are left out, and so are those without any of the labels to explain.
-            if positions != [each for each in expected if each in positions]:
+            if positions != [each for each in expected if each in explained]:
                 raise ValueError(
                     f"index: expected the positions of the images in the data set, {expected}, got {positions}"
                 )

@@ -1,5 +1,6 @@
 """Images from any folder, with or without labels and masks."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,9 @@ class ImageFolder(ImageDataModule):
         self.labelled = labelled
         self.val_share = val_share
         self.masks = None if masks is None else expand_path(masks)
+        self._classes: list[str] = []
+        # What the classes were read from, for the split of the same folder, which is read next.
+        self._walked: tuple[Path, list[str]] | None = None
 
     def read_classes(self) -> tuple[Sequence[str], Sequence[str]]:
         """Return the sorted names of the class folders; none without labels."""
@@ -58,14 +62,16 @@ class ImageFolder(ImageDataModule):
             return (), ()
         has_training = find_split("train", self._folders()) is not None
         folder = self._split_folder("train" if has_training else "val")
+        self._walked = None
         paths = self._images(folder)
-        bare = next((path for path in paths if not Path(path).parent.name), None)
+        self._walked = folder, paths
+        bare = next((path for path in paths if not _parent(path)), None)
         if bare is not None:
             raise ValueError(
                 f"{folder / bare}: expected images in folders named by class, got one outside: move or remove it"
             )
-        classes = sorted({Path(path).parent.name for path in paths})
-        return classes, readable_names(classes)
+        self._classes = sorted(set(map(_parent, paths)))
+        return self._classes, readable_names(self._classes)
 
     def read_split(self, split: Split) -> tuple[Files, Labels]:
         """See `ImageDataModule`."""
@@ -76,8 +82,8 @@ class ImageFolder(ImageDataModule):
         if not self.labelled:
             labels = np.full(len(paths), -1)
         else:
-            classes = {name: number for number, name in enumerate(self.read_classes()[0])}
-            parents = [Path(path).parent.name for path in paths]
+            classes = {name: number for number, name in enumerate(self._classes or self.read_classes()[0])}
+            parents = list(map(_parent, paths))
             unknown = next((parent for parent in parents if parent not in classes), None)
             if unknown is not None:
                 raise ValueError(
@@ -88,8 +94,9 @@ class ImageFolder(ImageDataModule):
                 chosen = held_out(labels, self.val_share) != (split == "train")
                 paths, labels = [paths[row] for row in np.flatnonzero(chosen)], labels[chosen]
         masks = None if self.masks is None else _matched(paths, folder, self.masks)
-        root = self._base
-        return Files(root, [str((folder / path).relative_to(root)) for path in paths], masks=masks), labels
+        # Millions of objects of pathlib would take seconds.
+        above = "" if folder == self._base else f"{folder.relative_to(self._base)}{os.sep}"
+        return Files(self._base, [f"{above}{path}" for path in paths], masks=masks), labels
 
     @property
     def _base(self) -> Path:
@@ -128,10 +135,18 @@ class ImageFolder(ImageDataModule):
     def _images(self, folder: Path) -> list[str]:
         if self.root.is_file():
             return [self.root.name]
+        walked, self._walked = self._walked, None
+        if walked is not None and walked[0] == folder:
+            return walked[1]
         paths = files_below(folder, SUFFIXES, besides=self.masks)
         if not paths:
             raise ValueError(f"{folder.absolute()}: expected images (suffixes {' '.join(SUFFIXES)}), got none")
         return paths
+
+
+def _parent(path: str) -> str:
+    """Return the name of the folder that directly holds a file."""
+    return os.path.basename(os.path.dirname(path))  # noqa: PTH119, PTH120
 
 
 def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:

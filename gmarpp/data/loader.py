@@ -1,7 +1,7 @@
 """Samplers and loader whose order depends on seed and epoch only, on any number of ranks, also after a resume."""
 
 from collections.abc import Iterator, Sized
-from itertools import chain, count
+from itertools import chain, count, repeat
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class EpochSampler(DistributedSampler[Any]):
             order = torch.multinomial(self.weights, self.images, replacement=True, generator=generator)
         order = order[: self.total_size][self.rank :: self.num_replicas]
         start, self.start = self.start, 0
-        return iter([(index, self.epoch) for index in order[start:].tolist()])
+        return zip(order[start:].tolist(), repeat(self.epoch))
 
 
 def balancing_weights(labels: NDArray[Any]) -> Tensor:

@@ -1,6 +1,7 @@
 """Base of the data modules: preprocessing, numbering of classes, loaders."""
 
 import inspect
+import math
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gmarpp.data.batches import ChooseBatches, batch_loader
+from gmarpp.data.batches import BATCH_SIZE, ChooseBatches, batch_loader, predict_batch_size
 from gmarpp.data.dataset import ImageDataset, Source, Unreadable, collate_readable
 from gmarpp.data.loader import (
     EpochSampler,
@@ -73,7 +74,7 @@ class ImageDataModule(L.LightningDataModule):
     (sorted ids). Subclasses say what there is to read; `prepare_data` makes it available, `setup` only opens it.
 
     Args:
-        batch_size: images per batch and rank, at least 1.
+        batch_size: images per batch and rank, at least 1; None takes 32, and to explain on a GPU as many as suit it.
         num_workers: loader processes per rank; 0 loads in its own; None takes its share of the node's CPUs, up to 8.
         pin_memory: stage batches in page-locked memory, where there is an accelerator to copy them to.
         persistent_workers: keep loader processes over epochs.
@@ -91,12 +92,13 @@ class ImageDataModule(L.LightningDataModule):
             with one output, the latter of two classes, whose absence is the other.
         class_names: the same for people.
         preprocessing: the one in use, after `setup`.
+        predict_batch_size: images explained at a time, after `setup`.
         predict_batches: chooses the batches of `predict_dataloader`; None for all images in their order.
     """
 
     def __init__(
         self,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         num_workers: int | None = None,
         pin_memory: bool = True,
         persistent_workers: bool = True,
@@ -109,7 +111,9 @@ class ImageDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.batch_size = BATCH_SIZE if batch_size is None else batch_size
+        self.predict_batch_size = self.batch_size
+        self._follows_device = batch_size is None
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.persistent_workers = persistent_workers
@@ -156,6 +160,8 @@ class ImageDataModule(L.LightningDataModule):
                 if split == "train":
                     self.numbering.require_examples(dataset.labels, type(self).__name__)
             self.datasets["val" if split == "selection" else split] = dataset
+        if stage == "predict":
+            self.predict_batch_size = self._suitable_batch_size() if self._follows_device else self.batch_size
 
     def open_split(self, split: Split) -> Dataset[Any]:
         """Open one split, restricted to the chosen classes and number of images."""
@@ -240,9 +246,9 @@ class ImageDataModule(L.LightningDataModule):
     def _evaluation_loader(self, name: str) -> DataLoader[Any]:
         dataset = self.datasets[name]
         sampler = UnrepeatedSampler(dataset, self.world_size, self._rank)
-        batch_size = self.batch_size
+        batch_size = self.predict_batch_size
         if name != "predict":
-            batch_size = equal_batch_count(len(dataset), self.world_size, batch_size)
+            batch_size = equal_batch_count(len(dataset), self.world_size, self.batch_size)
         options = self._process_options()
         return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_readable, **options)
 
@@ -300,6 +306,16 @@ class ImageDataModule(L.LightningDataModule):
                     f"only_classes: the data has no class {name!r}; the closest of its ids is {close[0]!r}"
                 )
         return [name for name in ids if name in set(self.only_classes)]
+
+    def _suitable_batch_size(self) -> int:
+        """Return how many images the device explains at a time, the same on all ranks."""
+        assert self.preprocessing is not None
+        strategy = None if self.trainer is None else self.trainer.strategy
+        if strategy is None or strategy.root_device.type != "cuda":
+            return self.batch_size
+        memory = torch.cuda.get_device_properties(strategy.root_device).total_memory
+        size: int = strategy.broadcast(predict_batch_size(3 * math.prod(self.preprocessing.size), memory))
+        return size
 
     def _check_outputs(self) -> None:
         outputs = getattr(getattr(self._network, "model", None), "num_classes", None)

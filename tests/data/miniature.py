@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image
 
 from gmarpp.data import Preprocessing
@@ -52,6 +53,7 @@ def trainer(world_size: int = 1, rank: int = 0, **module: object) -> SimpleNames
         current_epoch=0,
         limit_train_batches=1.0,
         max_steps=-1,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=None)),
         lightning_module=SimpleNamespace(**module) if module else None,
     )

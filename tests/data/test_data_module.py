@@ -1,4 +1,5 @@
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,19 @@ def test_batch():
     assert batch["index"].tolist() == [0, 1, 2, 3]
     assert batch["path"] == ["0", "1", "2", "3"]
     assert set(batch) == {"image", "label", "index", "path"}
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"), [("cpu", None, 32), ("cuda", None, 2**24 // (3 * 16 * 16)), ("cuda", 4, 4)]
+)
+def test_a_gpu_explains_as_many_images_at_a_time_as_suit_it_unless_told(monkeypatch, device, given, expected):
+    gpu = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    strategy = SimpleNamespace(root_device=torch.device(device), broadcast=lambda size: size)
+    run = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0, num_devices=1, lightning_module=None)
+    data = points("predict", attached=run, batch_size=given)
+    assert data.predict_dataloader().batch_size == expected
+    assert data.batch_size == (given or 32)
 
 
 class CustomLoader(PointData):
