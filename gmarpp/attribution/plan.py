@@ -19,8 +19,9 @@ The balanced one is that of a class's margin, the plain one that of its logit.
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    # Asked of every module: `any` of a tuple takes three times as long, and a GPU waits.
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _by_rule(methods: Sequence[Method]) -> tuple[tuple[Method, ...], ...]:

