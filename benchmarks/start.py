@@ -3,9 +3,9 @@
     python benchmarks/start.py [--repeats 3] [--tree FOLDER]
 
 `gmarpp predict` explains photographs of noise with the shipped checkpoint, and `gmarpp fit` begins to fine-tune it on
-handwritten digits, whose data it makes once. Each run is a process of its own that ends with its first batch; files are
-in the system's cache after the first round, which does not count. `--tree` measures another working tree of the
-repository, by turns with this one. What takes long:
+handwritten digits, whose data it makes once; its first batch is one of the validation that comes before. Each run is a
+process of its own that ends with its first batch; files are in the system's cache after the first round, which does not
+count. `--tree` measures another working tree of the repository, by turns with this one. What takes long:
 
     python -X importtime explain.py predict --help_all 2>&1 >/dev/null | sort -t'|' -k1.13n | tail
 """
@@ -40,7 +40,8 @@ class FirstBatch(Callback):
         print(json.dumps([time.time() - float(os.environ["STARTED"]), cpu, len(sys.modules)]), flush=True)
         os._exit(0)
 
-    on_train_batch_start = on_predict_batch_start
+    # Lightning validates two batches before it trains.
+    on_validation_batch_start = on_predict_batch_start
 
 
 def run(tree: Path, arguments: list[str], folder: Path) -> list[float]:

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import lightning as L
+from typing_extensions import override
 
 from gmarpp.files import expand_path
 from gmarpp.options import Range, require_ranges
@@ -61,3 +62,9 @@ class Trainer(L.Trainer):
             raise ValueError(f"--trainer.devices {devices}, --trainer.max_time {time}: {error}") from error
         replace_checkpoint_io(self.strategy, AtomicCheckpointIO())
         replace_launcher(self.strategy, RankLauncher)
+
+    @property
+    @override
+    def log_dir(self) -> str | None:
+        # Loggers of databases and servers, such as MLflow's, have no folder, where Lightning would write the options.
+        return super().log_dir or self.default_root_dir

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from full_disk import no_file_larger_than
+from lightning.pytorch.loggers import Logger
 from noise import write_noise
 from PIL import Image
 from small_model import MODEL
@@ -223,6 +224,22 @@ def test_best_by_an_attribution_metric_in_a_table(folder):
     assert len(logged) == 2
     assert max(logged) == pytest.approx(best.item())
     assert (folder / "logs/version_0/checkpoints/best.ckpt").is_file()
+
+
+class Database(Logger):
+    """Without a folder, as MLflow's."""
+
+    name = version = "database"
+
+    def log_hyperparams(self, params): ...
+
+    def log_metrics(self, metrics, step=None): ...
+
+
+def test_logger_without_a_folder(folder):
+    train_main([*FIT, "--trainer.logger=test_cli.Database"])
+    assert "class_path: test_cli.Database" in (folder / "logs/config.yaml").read_text()
+    assert (folder / "logs/database/database/checkpoints/best.ckpt").is_file()
 
 
 def test_start_says_the_effective_batch_size_and_no_warning(caplog, recwarn):
