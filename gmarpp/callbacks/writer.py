@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from gmarpp.callbacks.progress import show_rate
 from gmarpp.callbacks.rank_zero import on_rank_zero
 from gmarpp.data.batches import pending_batches
+from gmarpp.data.chosen_batches import chosen_batches
 from gmarpp.data.dataset import Originals
-from gmarpp.data.module import chosen_batches
 from gmarpp.explained import ExplainedBatch
 from gmarpp.figures import FIGURE_FORMATS
 from gmarpp.files import expand_path, sync_disk

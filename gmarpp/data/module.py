@@ -5,8 +5,7 @@ import math
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -333,34 +332,3 @@ class ImageDataModule(L.LightningDataModule):
                 f"{type(self).__name__} has {images} images for {split}, fewer than the {self.world_size} ranks: "
                 "use fewer devices, or more images"
             )
-
-
-@contextmanager
-def chosen_batches(data: L.LightningDataModule, choose: ChooseBatches) -> Iterator[None]:
-    """Have a data module's `predict_dataloader` load chosen batches in this context.
-
-    An `ImageDataModule` has `predict_batches` for it. Any other module, and one whose class has a `predict_dataloader`
-    of its own, need not know about it: whatever it returns is handed to `choose`, and the chosen batches are loaded
-    from its data set in its way.
-    """
-    module: Any = data
-    name: str = "predict_batches"
-    value: Any = choose
-    if getattr(type(data), "predict_dataloader", None) is not ImageDataModule.predict_dataloader:
-        loader_of_all = module.predict_dataloader
-
-        def predict_dataloader() -> DataLoader[Any]:
-            loader = loader_of_all()
-            return batch_loader(loader, choose(loader))
-
-        name, value = "predict_dataloader", predict_dataloader
-    own = name in vars(module)
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(module, name, before)
-        else:
-            delattr(module, name)

@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 from miniature import PLAIN, tiny_imagenet, trainer
 
 from gmarpp.data import Augmentation, ImageDataModule, Preprocessing, TinyImageNet
+from gmarpp.data.chosen_batches import chosen_batches
 from gmarpp.data.dataset import Record
-from gmarpp.data.module import chosen_batches
 
 
 class Points:
