@@ -229,19 +229,17 @@ def statistics(
         layer["KEYS"] = min(layer["KEYS"], 32)
     blocks = -(-queries // layer["QUERIES"])
     log_sums = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    norms = query.new_full((), float("nan"), dtype=torch.float32).expand(4, batch, heads)
-    product_rows = norms[0, ..., None].expand(batch, heads, queries)
-    parts = None
-    if outer is not None:
-        product_rows = torch.empty_like(log_sums)
-        parts = log_sums.new_empty((4, batch, heads, blocks))
+    product_rows = None if outer is None else torch.empty_like(log_sums)
+    parts = None if outer is None else log_sums.new_empty((4, batch, heads, blocks))
     with _launching_on(query.device):
         kernels.statistics_kernel[(batch * heads * blocks,)](
             **layer, log_sums=log_sums, product_rows=product_rows, norms=parts
         )
-    if parts is not None:
-        norms = parts.sum(dim=-1)
-        norms[2:].sqrt_()
+    if parts is None or product_rows is None:
+        nothing = log_sums.new_full((), float("nan"))
+        return Statistics(log_sums, nothing.expand(4, batch, heads), nothing.expand(batch, heads, queries))
+    norms = parts.sum(dim=-1)
+    norms[2:].sqrt_()
     return Statistics(log_sums, norms, product_rows)
 
 

@@ -208,7 +208,7 @@ class LeGrad(Method):
         sums = layer.local_key_sums()
         if sums is None:
             return row
-        return row + sums / (layer.query.shape[1] * layer.queries * layer.depth)
+        return torch.add(row, sums, alpha=1 / (layer.query.shape[1] * layer.queries * layer.depth))
 
 
 @dataclass(frozen=True)
