@@ -165,6 +165,7 @@ def statistics_kernel(
     for start in range(0, keys, KEYS):
         n = start + tl.arange(0, KEYS)
         if MASKED:
+            # Made later, it would decide how all tiles are laid out, and the loop would be half as long again.
             bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
         key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
         scores = _products(query_tile, key_tile, PRECISION) * (scale * LOG2_E)
