@@ -233,6 +233,7 @@ class Descent:
                 depth=self.depth,
                 index=call.index if call.block is None else call.block,
                 residual=None if residual is None else residual[part] / self.gradient_scale,
+                norms=frozenset() if self.relevance is None else self.relevance.head_norms,
             )
             if step is not None:
                 layer = _of_all_tokens(layer, step, None if call.shares is None else call.shares[part])

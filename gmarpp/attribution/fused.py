@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ if _HAS_TRITON:
 
 _LARGEST_HEAD = 256
 NORMS: tuple[HeadNorm, ...] = ("gradient_l1", "positive_l1", "gradient_l2", "positive_l2")
+_FLAGS = dict(zip(NORMS, ("L1", "POSITIVE_L1", "L2", "POSITIVE_L2"), strict=True))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +46,8 @@ class Statistics:
 
     Attributes:
         log_sums: `log₂ Σ_j exp(scale · q kᵀ + mask)` over the keys, (B, H, Q); inf for a query that attends to nothing.
-        norms: of heads, in the order of `NORMS`: `Σ|G|`, `Σ ReLU(G)`, `sqrt Σ G²`, `sqrt Σ ReLU(G)²`, (4, B, H).
+        norms: of heads, those that were asked for of `Σ|G|`, `Σ ReLU(G)`, `sqrt Σ G²` and `sqrt Σ ReLU(G)²`, in this
+            order, that of `NORMS`; (k, B, H).
         product_rows: row sums `Σ_j ReLU(G)_ij A_ij`, (B, H, Q).
     """
 
@@ -207,6 +210,7 @@ def statistics(
     scale: float,
     gradient_scale: float = 1.0,
     is_causal: bool = False,
+    norms: Collection[HeadNorm] = NORMS,
 ) -> Statistics:
     """Return what methods need to know of a layer before their rows pass through it: one kernel and two reductions.
 
@@ -219,6 +223,7 @@ def statistics(
         scale: factor of the scores.
         gradient_scale: what `outer` was multiplied by.
         is_causal: whether query i attends to the keys up to i only.
+        norms: those that are wanted.
 
     Raises:
         ValueError: the shapes do not fit each other, or a head is too large.
@@ -230,17 +235,19 @@ def statistics(
     blocks = -(-queries // layer["QUERIES"])
     log_sums = query.new_empty((batch, heads, queries), dtype=torch.float32)
     product_rows = None if outer is None else torch.empty_like(log_sums)
-    parts = None if outer is None else log_sums.new_empty((4, batch, heads, blocks))
+    parts = None if outer is None else log_sums.new_empty((len(norms), batch, heads, blocks))
+    wanted = {_FLAGS[norm]: int(norm in norms) for norm in NORMS}
     with _launching_on(query.device):
         kernels.statistics_kernel[(batch * heads * blocks,)](
-            **layer, log_sums=log_sums, product_rows=product_rows, norms=parts
+            **layer, **wanted, log_sums=log_sums, product_rows=product_rows, norms=parts
         )
     if parts is None or product_rows is None:
         nothing = log_sums.new_full((), float("nan"))
-        return Statistics(log_sums, nothing.expand(4, batch, heads), nothing.expand(batch, heads, queries))
-    norms = parts.sum(dim=-1)
-    norms[2:].sqrt_()
-    return Statistics(log_sums, norms, product_rows)
+        return Statistics(log_sums, nothing.expand(len(norms), batch, heads), nothing.expand(batch, heads, queries))
+    sums = parts.sum(dim=-1)
+    if wanted["L2"] or wanted["POSITIVE_L2"]:
+        sums[wanted["L1"] + wanted["POSITIVE_L1"] :].sqrt_()
+    return Statistics(log_sums, sums, product_rows)
 
 
 def carry(

@@ -27,11 +27,21 @@ class FusedLayer(AttentionLayer):
 
     @override
     def head_norm(self, which: HeadNorm) -> Tensor:
-        return self._statistics.norms[fused.NORMS.index(which)]
+        place = self._place(which)
+        return self._statistics.norms[place]
 
     @override
     def head_share(self, which: HeadNorm) -> Tensor:
-        return self._shares[fused.NORMS.index(which)]
+        place = self._place(which)
+        return self._shares[place]
+
+    def _place(self, norm: HeadNorm) -> int:
+        """Return where a norm is among the statistics, which are computed anew if it was not expected."""
+        if norm not in self.norms:
+            self.norms = frozenset(fused.NORMS)
+            vars(self).pop("_statistics", None)
+            vars(self).pop("_shares", None)
+        return [each for each in fused.NORMS if each in self.norms].index(norm)
 
     @override
     def carry(self, attention_rows: Tensor | None, product_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -80,9 +90,10 @@ class FusedLayer(AttentionLayer):
             mask=self.mask,
             scale=self.scale,
             gradient_scale=self.gradient_scale,
+            norms=self.norms,
         )
 
     @cached_property
     def _shares(self) -> Tensor:
-        """Shares of all norms, (4, B, H); one computation for all takes fewer kernels."""
+        """Shares of the norms, (k, B, H); one computation for all takes fewer kernels."""
         return share(self._statistics.norms)

@@ -107,14 +107,10 @@ def _powers(scores, highest):
 
 
 @triton.jit
-def _store_norms(norms, l1, positive_l1, squares, positive_squares, factor):
-    """Store a block's part of the norms of `factor · G`, in the order of `statistics_kernel`."""
-    norms += tl.program_id(0)
+def _store_sum(norms, place: tl.constexpr, sums):
+    """Store a block's part of a norm, at its place among those that are wanted."""
     programs = tl.num_programs(0).to(tl.int64)
-    tl.store(norms, factor * tl.sum(l1))
-    tl.store(norms + programs, factor * tl.sum(positive_l1))
-    tl.store(norms + 2 * programs, factor * factor * tl.sum(squares))
-    tl.store(norms + 3 * programs, factor * factor * tl.sum(positive_squares))
+    tl.store(norms + place * programs + tl.program_id(0), tl.sum(sums))
 
 
 # Triton recompiles a kernel for each value that it is specialized on, and each pattern of divisibility.
@@ -134,13 +130,14 @@ def statistics_kernel(
     heads, group, queries, keys, scale, factor,
     CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    L1: tl.constexpr, POSITIVE_L1: tl.constexpr, L2: tl.constexpr, POSITIVE_L2: tl.constexpr,
 ):  # fmt: skip
     """Compute logarithms of sums of powers, row sums of `ReLU(G) ⊙ A`, and part of G's norms, for a block of queries.
 
     The maximum m of the scores so far moves while the keys pass, as in an online softmax:
     `sum ← sum · 2^(m - m') + Σ_j 2^(s_j - m')`, and the product's row sums likewise; their quotient is
-    `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the logarithm. Norms are (4, B, H, blocks): Σ|G|, Σ ReLU(G), Σ G²,
-    Σ ReLU(G)².
+    `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the logarithm. Norms are (k, B, H, blocks), the k that are wanted of Σ|G|,
+    Σ ReLU(G), Σ G² and Σ ReLU(G)²; the flags L1 to POSITIVE_L2 say which.
 
     Within the loop a thread adds up what it holds; to add up a tile's keys, threads would wait for each other in every
     step. Nothing is masked but keys beyond the end where there is no mask, and the gradient's factor comes last.
@@ -184,10 +181,14 @@ def statistics_kernel(
                 gradient = _where_attended(gradient, bias)
             positive = _relu(gradient)
             product = product * shrink + _row_sums(positive * powers, BY_THREAD)
-            l1 += _row_sums(tl.abs(gradient), BY_THREAD)
-            positive_l1 += _row_sums(positive, BY_THREAD)
-            squares += _row_sums(gradient * gradient, BY_THREAD)
-            positive_squares += _row_sums(positive * positive, BY_THREAD)
+            if L1:
+                l1 += _row_sums(tl.abs(gradient), BY_THREAD)
+            if POSITIVE_L1:
+                positive_l1 += _row_sums(positive, BY_THREAD)
+            if L2:
+                squares += _row_sums(gradient * gradient, BY_THREAD)
+            if POSITIVE_L2:
+                positive_squares += _row_sums(positive * positive, BY_THREAD)
     row = image_head.to(tl.int64) * queries + q
     if BY_THREAD:
         total, product = tl.sum(total, axis=1), tl.sum(product, axis=1)
@@ -195,7 +196,14 @@ def statistics_kernel(
     if outer is not None:
         sums = factor * product / tl.where(total == 0.0, 1.0, total)
         tl.store(product_rows + row, sums, mask=q < queries)
-        _store_norms(norms, l1, positive_l1, squares, positive_squares, factor)
+        if L1:
+            _store_sum(norms, 0, factor * l1)
+        if POSITIVE_L1:
+            _store_sum(norms, L1, factor * positive_l1)
+        if L2:
+            _store_sum(norms, L1 + POSITIVE_L1, factor * factor * squares)
+        if POSITIVE_L2:
+            _store_sum(norms, L1 + POSITIVE_L1 + L2, factor * factor * positive_squares)
 
 
 @triton.jit

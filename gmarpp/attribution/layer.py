@@ -38,6 +38,7 @@ class AttentionLayer:
         is_pool: whether the layer is an attention-pool head, whose queries are not tokens.
         depth: number of self-attention layers of the network, an attention-pool head not counted.
         index: position among them, from 0 at the input; of its block, if blocks are known.
+        norms: those of heads that the methods say they take; others can be asked for, too.
     """
 
     query: Tensor
@@ -53,6 +54,7 @@ class AttentionLayer:
     depth: int
     index: int
     residual: Tensor | None = None
+    norms: frozenset[HeadNorm] = frozenset()
 
     @property
     def queries(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm
 
 
 class AttributionMethod(ABC):
@@ -55,6 +55,11 @@ class Method(AttributionMethod):
     needs_tokens: ClassVar[bool] = False
     needs_residual: ClassVar[bool] = False
     gradient_rule: ClassVar[str] = "plain"
+
+    @property
+    def head_norms(self) -> tuple[HeadNorm, ...]:
+        """Norms of heads that it takes; on a GPU others are computed when they are asked for. By default none."""
+        return ()
 
     def start(self, readout: Tensor, images: Tensor, tokens: int) -> Tensor:
         """Return the row above the top layer, shape (B, Q); by default the readout, whose rows sum to 1."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.noise import noise
 from gmarpp.attribution.products import RowProduct
@@ -73,10 +73,15 @@ class GMAR(Rollout):
         super().__post_init__()
         _check_norm(self.name, self.norm, (1, 2))
 
+    @property
+    @override
+    def head_norms(self) -> tuple[HeadNorm, ...]:
+        return ("gradient_l1" if self.norm == 1 else "gradient_l2",)
+
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
         # Without any gradient the shares are equal, which is plain rollout.
-        return layer.head_share("gradient_l1" if self.norm == 1 else "gradient_l2")
+        return layer.head_share(*self.head_norms)
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,14 @@ class GMARPlusPlus(Rollout):
         super().__post_init__()
         _check_norm(self.name, self.norm, (1, 2, None))
 
+    @property
+    @override
+    def head_norms(self) -> tuple[HeadNorm, ...]:
+        return () if self.norm is None else ("positive_l1" if self.norm == 1 else "positive_l2",)
+
     @override
     def head_weights(self, layer: AttentionLayer) -> Tensor:
-        if self.norm is None:
-            return torch.ones_like(layer.equal_shares)
-        return layer.head_share("positive_l1" if self.norm == 1 else "positive_l2")
+        return layer.head_share(*self.head_norms) if self.head_norms else torch.ones_like(layer.equal_shares)
 
 
 @dataclass(frozen=True)

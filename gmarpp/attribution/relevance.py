@@ -20,6 +20,7 @@ class Relevance:
     Attributes:
         needs_tokens: whether a method takes the relevance of tokens that enter blocks.
         needs_residuals: whether a method takes the layers' `residual`.
+        head_norms: norms of heads that methods take.
 
     Args:
         methods: the methods that the rows belong to.
@@ -44,6 +45,7 @@ class Relevance:
         self._taps = dict(taps)
         self.needs_tokens = any(method.needs_tokens for method in methods)
         self.needs_residuals = any(method.needs_residual for method in methods)
+        self.head_norms = frozenset(norm for method in methods for norm in method.head_norms)
         products = sorted(
             (method for method in methods if isinstance(method, RowProduct)),
             key=lambda method: method.relevance != "attention",

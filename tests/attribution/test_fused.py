@@ -145,6 +145,16 @@ def test_an_outer_gradient_of_another_precision(layers):
     check(layers, query, key, value, outer.float() * 1e-6, scale=0.25)
 
 
+def test_norms_that_are_wanted_come_in_their_order(layers):
+    query, key, value, outer = (each.to(layers.device) for each in layer(batch=2))
+    whole = layers.statistics(query, key, value, outer, scale=0.25, gradient_scale=4.0)
+    for places in ((0,), (3,), (1, 2), (0, 1, 3), ()):
+        wanted = [fused.NORMS[place] for place in reversed(places)]
+        found = layers.statistics(query, key, value, outer, scale=0.25, gradient_scale=4.0, norms=wanted)
+        assert torch.equal(found.norms, whole.norms[list(places)])
+        assert torch.equal(found.product_rows, whole.product_rows)
+
+
 def test_more_rows_than_one_matrix_unit_takes(layers):
     check(layers, *layer(heads=1, queries=5, keys=5), rows=(1, 33, 16), scale=0.25)
 

@@ -3,6 +3,8 @@
 import importlib.util
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import gmarpp
 from gmarpp.attribution import Method, plan
 from gmarpp.attribution.fused_layer import FusedLayer
 from gmarpp.attribution.layer import AttentionLayer
+from gmarpp.attribution.methods import Rollout
 
 ALL = gmarpp.METHODS + gmarpp.VARIANTS
 NORMS = ("gradient_l1", "gradient_l2", "positive_l1", "positive_l2")
@@ -151,12 +154,25 @@ def test_grouped_queries_are_explained_as_if_each_head_had_its_keys(methods):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-8)
 
 
+@dataclass(frozen=True)
+class OwnNorms(Rollout):
+    """Heads by the product of two norms, of which it does not say that it takes them."""
+
+    name: str = "own_norms"
+    needs_gradient: ClassVar[bool] = True
+
+    def head_weights(self, layer):
+        return layer.head_share("gradient_l1") * layer.head_norm("gradient_l2")
+
+
 NETWORKS = {
     "class token": ({}, {}),
     "class token, recomputed": ({}, {"recompute": True}),
     "average pool, two classes": ({"global_pool": "avg"}, {"target": [[0, 3]]}),
     "without gradients": ({}, {"methods": ["rollout", "attention", "legrad"]}),
     "attention pool": ({"name": "vit_base_patch16_siglip_224"}, {}),
+    "no norm": ({}, {"methods": ["gmarpp_sum", "chefer"]}),
+    "norms that are not announced": ({}, {"methods": ["gmarpp_l1", OwnNorms()]}),
 }
 
 
