@@ -34,6 +34,12 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def _data_options(data: Any) -> dict[str, Any]:
+    options = dict(getattr(data, "options", getattr(data, "hparams", {})))
+    # Where nobody says, it is the device that chooses.
+    return options if (size := getattr(data, "predict_batch_size", None)) is None else options | {"batch_size": size}
+
+
 def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, Any]) -> dict[str, Any]:
     """Describe a predict run as JSON values.
 
@@ -74,7 +80,7 @@ def describe_run(trainer: Any, module: Any, dataset: Any, writer: Mapping[str, A
             "name": None if data is None else type(data).__name__,
             "images": len(dataset),
             "paths_sha256": None if paths is None else hashlib.sha256(paths.tobytes()).hexdigest(),
-            "options": dict(getattr(data, "options", getattr(data, "hparams", {}))),
+            "options": _data_options(data),
         },
         "trainer": {"precision": trainer.precision},
         "writer": dict(writer),

@@ -19,6 +19,7 @@ from squares import Squares
 from gmarpp import command
 from gmarpp.cli.explain import explain_main
 from gmarpp.cli.train import train_main
+from gmarpp.data import ImageDataModule
 from gmarpp.explainer import FAITHFULNESS_METRICS
 from gmarpp.network.load import load_model
 from gmarpp.network.save import save_weights
@@ -280,6 +281,15 @@ def test_a_wrong_option_leaves_no_folder_and_the_corrected_command_runs(checkpoi
     assert "replace it with overwrite" in failure(explain_main, predict, capsys)
     explain_main([*predict, "--overwrite", "--explain.target=class1"])
     assert load_explanations(folder / "out").rows[0]["target"] == 1
+
+
+def test_a_run_says_how_many_images_were_explained_at_a_time(checkpoint, folder, monkeypatch):
+    write_noise(folder / "noise")
+    monkeypatch.setattr(ImageDataModule, "_suitable_batch_size", lambda self: 5)
+    predict = ["predict", f"--ckpt_path={checkpoint}", "--data=ImageFolder", "--data.root=noise/train", *QUIET]
+    run = explain_main([*predict, "--data.num_workers=0", "--explain.methods=[rollout]", "--explain.metrics=[]"])
+    assert [len(batch["index"]) for batch in run.datamodule.predict_dataloader()] == [5, 5, 5, 5, 4]
+    assert json.loads((folder / "results/last/run.json").read_text())["data"]["options"]["batch_size"] == 5
 
 
 def test_masks_add_their_metrics_and_a_run_remembers_its_data(checkpoint, folder, capsys):
