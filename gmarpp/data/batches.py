@@ -18,25 +18,21 @@ BATCH_SIZE = 32
 _VALUES_ON_GPU, _BYTES_PER_VALUE = 2**24, 2**12
 
 
-def predict_batch_size(values: int, gpu_memory: int | None) -> int:
-    """Return how many images are explained at a time where nobody says.
+def predict_batch_size(values: int, gpu_memory: int) -> int:
+    """Return how many images are explained at a time on a GPU where nobody says.
 
-    On a GPU many, since Python starts as many kernels for one image as for a hundred: as many as have 2**24 values, and
-    on a smaller one a value for every 4 KiB of its memory, of which nine maps of a ViT-L/16 need 0.8 in bfloat16 and
-    1.2 in float32. It does not depend on how much of the memory is free, so that a run can be repeated.
+    Many, since Python starts as many kernels for one image as for a hundred: as many as have 2**24 values, and on a
+    smaller GPU a value for every 4 KiB of its memory, of which nine maps of a ViT-L/16 need 0.8 in bfloat16 and 1.2 in
+    float32. It does not depend on how much of the memory is free, so that a run can be repeated.
 
     Args:
         values: of an image, such as 3 * 224 * 224.
-        gpu_memory: bytes of the whole GPU; None without one.
+        gpu_memory: bytes of the whole GPU.
 
     Examples:
-        >>> predict_batch_size(3 * 224 * 224, None), predict_batch_size(3 * 224 * 224, 80 * 2**30)
-        (32, 111)
-        >>> predict_batch_size(3 * 224 * 224, 16 * 2**30)
-        27
+        >>> predict_batch_size(3 * 224 * 224, 80 * 2**30), predict_batch_size(3 * 224 * 224, 16 * 2**30)
+        (111, 27)
     """
-    if gpu_memory is None:
-        return BATCH_SIZE
     return max(1, min(_VALUES_ON_GPU, gpu_memory // _BYTES_PER_VALUE) // values)
 
 
