@@ -121,6 +121,55 @@ _ROWS = [
 _SIZES = [*_STRIDES, "mask_image", "mask_head", "mask_query", "heads", "queries", "keys"]
 
 
+@triton.jit
+def _over_keys(
+    query_tile, outer_tile, key, key_token, value, value_token, mask, mask_query, mask_key, q, queries, keys, scale,
+    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    L1: tl.constexpr, POSITIVE_L1: tl.constexpr, L2: tl.constexpr, POSITIVE_L2: tl.constexpr, BY_THREAD: tl.constexpr,
+):  # fmt: skip
+    """Return what a block of queries finds in all keys: the highest score, and the sums of `statistics_kernel`.
+
+    Within the loop a thread adds up what it holds; to add up a tile's keys, threads would wait for each other in every
+    step. Nothing is masked but keys beyond the end where there is no mask, and the gradient's factor comes last.
+    """
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    nothing = _row_sums(tl.zeros([QUERIES, KEYS], tl.float32), BY_THREAD)
+    total, product = nothing, nothing
+    l1, positive_l1, squares, positive_squares = nothing, nothing, nothing, nothing
+    for start in range(0, keys, KEYS):
+        n = start + tl.arange(0, KEYS)
+        if not BY_THREAD:
+            # Made later, it would decide how all tiles are laid out, and the loop would be half as long again.
+            bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
+        key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
+        scores = _products(query_tile, key_tile, PRECISION) * (scale * LOG2_E)
+        if BY_THREAD:
+            scores = tl.where(n[None, :] < keys, scores, float("-inf"))
+        else:
+            scores += bias
+        highest, shrink, powers = _powers(scores, highest)
+        if BY_THREAD:
+            shrink = shrink[:, None]
+        total = total * shrink + _row_sums(powers, BY_THREAD)
+        if outer_tile is not None:
+            value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
+            gradient = _products(outer_tile, value_tile, PRECISION)
+            if not BY_THREAD:
+                gradient = _where_attended(gradient, bias)
+            positive = _relu(gradient)
+            product = product * shrink + _row_sums(positive * powers, BY_THREAD)
+            if L1:
+                l1 += _row_sums(tl.abs(gradient), BY_THREAD)
+            if POSITIVE_L1:
+                positive_l1 += _row_sums(positive, BY_THREAD)
+            if L2:
+                squares += _row_sums(gradient * gradient, BY_THREAD)
+            if POSITIVE_L2:
+                positive_squares += _row_sums(positive * positive, BY_THREAD)
+    return highest, total, product, l1, positive_l1, squares, positive_squares
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def statistics_kernel(
     query, key, value, outer, mask, log_sums, product_rows, norms,
@@ -138,57 +187,25 @@ def statistics_kernel(
     `sum ← sum · 2^(m - m') + Σ_j 2^(s_j - m')`, and the product's row sums likewise; their quotient is
     `Σ_j ReLU(G)_ij A_ij`, `m' + log₂ sum` the logarithm. Norms are (k, B, H, blocks), the k that are wanted of Σ|G|,
     Σ ReLU(G), Σ G² and Σ ReLU(G)²; the flags L1 to POSITIVE_L2 say which.
-
-    Within the loop a thread adds up what it holds; to add up a tile's keys, threads would wait for each other in every
-    step. Nothing is masked but keys beyond the end where there is no mask, and the gradient's factor comes last.
     """
-    MASKED: tl.constexpr = (mask is not None) or CAUSAL
     # With a mask, tiles are laid out among the threads as it is loaded.
-    BY_THREAD: tl.constexpr = not MASKED
+    BY_THREAD: tl.constexpr = (mask is None) and not CAUSAL
     image_head, q = _place(queries, QUERIES)
     key += _head(key_image, key_head, image_head, heads, group, UNIT)
     if mask is not None:
         mask += _head(mask_image, mask_head, image_head, heads, 1, 1)
     query += _head(query_image, query_head, image_head, heads, 1, UNIT)
     query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
-    highest = tl.full([QUERIES], float("-inf"), tl.float32)
-    nothing = _row_sums(tl.zeros([QUERIES, KEYS], tl.float32), BY_THREAD)
-    total, product = nothing, nothing
+    outer_tile = None
     if outer is not None:
         value += _head(value_image, value_head, image_head, heads, group, UNIT)
         outer += _head(outer_image, outer_head, image_head, heads, 1, UNIT)
         outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
-        l1, positive_l1, squares, positive_squares = nothing, nothing, nothing, nothing
-    for start in range(0, keys, KEYS):
-        n = start + tl.arange(0, KEYS)
-        if MASKED:
-            # Made later, it would decide how all tiles are laid out, and the loop would be half as long again.
-            bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
-        key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
-        scores = _products(query_tile, key_tile, PRECISION) * (scale * LOG2_E)
-        if MASKED:
-            scores += bias
-        else:
-            scores = tl.where(n[None, :] < keys, scores, float("-inf"))
-        highest, shrink, powers = _powers(scores, highest)
-        if BY_THREAD:
-            shrink = shrink[:, None]
-        total = total * shrink + _row_sums(powers, BY_THREAD)
-        if outer is not None:
-            value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)
-            gradient = _products(outer_tile, value_tile, PRECISION)
-            if MASKED:
-                gradient = _where_attended(gradient, bias)
-            positive = _relu(gradient)
-            product = product * shrink + _row_sums(positive * powers, BY_THREAD)
-            if L1:
-                l1 += _row_sums(tl.abs(gradient), BY_THREAD)
-            if POSITIVE_L1:
-                positive_l1 += _row_sums(positive, BY_THREAD)
-            if L2:
-                squares += _row_sums(gradient * gradient, BY_THREAD)
-            if POSITIVE_L2:
-                positive_squares += _row_sums(positive * positive, BY_THREAD)
+    highest, total, product, l1, positive_l1, squares, positive_squares = _over_keys(
+        query_tile, outer_tile, key, key_token, value, value_token, mask, mask_query, mask_key, q, queries, keys, scale,
+        CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, KEYS, UNIT, PRECISION,
+        L1, POSITIVE_L1, L2, POSITIVE_L2, BY_THREAD,
+    )  # fmt: skip
     row = image_head.to(tl.int64) * queries + q
     if BY_THREAD:
         total, product = tl.sum(total, axis=1), tl.sum(product, axis=1)
