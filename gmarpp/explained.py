@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gmarpp.perturbation import Curves
 
@@ -36,6 +37,7 @@ class ExplainedBatch:
             range where the network does not tell its normalization.
         boxes: float32 (B, 4), x0, y0, x1, y1 in pixels of that part, or `None`.
         masks: bool (B, H, W), or `None`.
+        rows_per_image: how many outputs of an image are explained at most.
     """
 
     index: Tensor
@@ -53,6 +55,10 @@ class ExplainedBatch:
     boxes: Tensor | None = None
     masks: Tensor | None = None
     rows_per_image: int = 1
+
+    def to(self, device: torch.device | str, **_: Any) -> Self:
+        """Return the batch as it is: Lightning moves the predictions that it gathers to the CPU, and it is there."""
+        return self
 
     @property
     def positions(self) -> list[int]:

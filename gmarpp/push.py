@@ -92,7 +92,7 @@ def save_for_timm(model: nn.Module, folder: Path) -> None:
     labels: dict[str, Any] = {}
     if network.classes:
         labels["label_names"] = list(network.classes)
-        labels["label_descriptions"] = dict(zip(network.classes, network.class_names, strict=True))
+        labels["label_descriptions"] = dict(zip(network.classes, network.class_names or network.classes, strict=True))
     save_for_hf(model, str(folder), model_config=labels, model_args=options, safe_serialization=True)
 
 

@@ -41,6 +41,39 @@ def test_cascade_decorrelates_what_depends_on_the_weights(network):
     assert torch.equal(again.correlations["gmarpp_l1"], check.correlations["gmarpp_l1"])
 
 
+class HeadOfTheRoot(torch.nn.Module):
+    """A network whose head is a parameter of the outermost module, as CLIP's projection is, and frozen."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.body, self.head = network, torch.nn.Parameter(network.head.weight.detach().clone(), requires_grad=False)
+        network.head = torch.nn.Identity()
+
+    def forward(self, images):
+        return self.body(images) @ self.head.T
+
+
+def test_the_head_is_what_comes_after_the_blocks_whatever_module_owns_it(network):
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    network.head.bias.data.zero_()
+    expected = sanity_check(network, images, ["gmarpp_l1"])
+    model, layout = HeadOfTheRoot(network), gmarpp.architecture_of(network)
+    found = sanity_check(model, images, ["gmarpp_l1"], architecture=layout)
+    assert found.stages == expected.stages
+    assert found.correlations["gmarpp_l1"][1].mean() < 0.95
+    assert found.blind_to_head() == expected.blind_to_head() == []
+    assert not model.head.requires_grad
+    assert all(each.requires_grad for each in network.parameters())
+
+
+def test_without_a_head_none_is_randomized(network):
+    network.head, network.norm = torch.nn.Identity(), torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    check = sanity_check(network, images, ["gmarpp_l1"])
+    assert check.stages == ("trained", "block 3", "block 2", "block 1", "embedding")
+    assert check.blind_to_head() == []
+
+
 def test_an_architecture_by_hand_is_randomized_and_restored(network):
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     before = {name: value.clone() for name, value in network.state_dict().items()}

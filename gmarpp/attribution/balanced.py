@@ -43,7 +43,8 @@ _IN_PLACE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **{F.elu_: F.elu, F.selu_: F.selu, F.celu_: F.celu, F.leaky_relu_: F.leaky_relu, F.hardtanh_: F.hardtanh},
 }
 _DIVISIONS = {torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.div_, Tensor.divide, Tensor.true_divide}
-_PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.mul_, Tensor.multiply} | _DIVISIONS
+_PRODUCTS_IN_PLACE: dict[Callable[..., Any], Callable[..., Tensor]] = {Tensor.mul_: torch.mul}
+_PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, *_PRODUCTS_IN_PLACE} | _DIVISIONS
 
 
 class _Norm(torch.autograd.Function):
@@ -148,7 +149,12 @@ class BalancedRule(TorchFunctionMode):
     ) -> Any:
         options = kwargs or {}
         if function in _PRODUCTS:
-            args = self._with_constant(function, args)
+            held = self._with_constant(function, args)
+            if function in _PRODUCTS_IN_PLACE and held[0] is not args[0]:
+                # Changed in place, the constant would leave the network's own tensor without a graph.
+                held = self._with_constant(function, (args[0].clone(), *args[1:]))
+                return args[0].copy_(_PRODUCTS_IN_PLACE[function](*held, **options))
+            args = held
         elif args and isinstance(args[0], Tensor) and args[0].requires_grad and torch.is_grad_enabled():
             if function in (F.layer_norm, torch.layer_norm):
                 return self._layer_norm(function, *args, **options)

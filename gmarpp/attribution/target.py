@@ -58,6 +58,15 @@ class Contrast:
     target: "ClassTarget | Score"
     other: "ClassTarget | Score"
 
+    def __str__(self) -> str:
+        return f"{_named(self.target)} against {_named(self.other)}"
+
+
+def _named(side: "ClassTarget | Score") -> str:
+    if callable(side):
+        return str(getattr(side, "__qualname__", type(side).__qualname__))
+    return "predicted" if side is None else str(side)
+
 
 ClassTarget: TypeAlias = "int | str | Tensor | Sequence[Any] | None"
 

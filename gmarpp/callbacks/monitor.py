@@ -49,8 +49,7 @@ class AttributionMonitor(L.Callback):
     where there are some, are explained.
 
     Args:
-        explainer: methods, target and metrics. By default the five faithfulness metrics of GMAR++, GMAR, Rollout and
-            LeGrad, with 14 steps.
+        explainer: methods, target and metrics. By default an `Explainer`'s, with 14 steps.
         images: size of the probe over all ranks; 0 switches the monitor off, `fast_dev_run` explains one per rank.
         every_n_epochs: validate the explanations at every n-th validation only.
         grid_images: images in the grid.

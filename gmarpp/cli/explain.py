@@ -16,7 +16,7 @@ from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.network.output import class_index
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.network_choice import NetworkChoice, load_chosen
-from gmarpp.training.pretrained import PretrainedClassifier
+from gmarpp.training.pretrained_classifier import PretrainedClassifier
 from gmarpp.training.trainer import Trainer
 
 # What segmentation masks add to the metrics that need none.

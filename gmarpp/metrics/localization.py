@@ -35,7 +35,7 @@ class PointingGame(MeanOverImages):
 
 
 class EnergyInside(MeanOverImages):
-    """Share of the map's positive relevance that lies on the object; see `gmarpp.metrics.functional.energy_inside`.
+    """Share of the min-max map's sum that lies on the object; see `gmarpp.metrics.functional.energy_inside`.
 
     As input to `forward` and `update`: `maps` (B, h, w), raw, and `masks` (B, H, W), true on the object.
     As output of `forward` and `compute`: a scalar, higher is better.

@@ -90,6 +90,8 @@ def _resized(config: Mapping[str, Any], image_size: tuple[int, int]) -> tuple[tu
         return final or image_size, 1.0, "squash"
     height, width = _edges("size", size)
     final = final or (height, width)
+    if final[0] * width != final[1] * height:
+        raise ValueError(f"crop_size: expected the shape of size {height}x{width}, got {final[0]}x{final[1]}")
     return final, final[0] / height, "squash"
 
 

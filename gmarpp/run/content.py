@@ -309,7 +309,7 @@ _ROW: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "path": (_is_text, "a text"),
     "file": (lambda value: _matches(value, _FILE_STEM), "a plain file name"),
     "label": (_is_label, "a class or -1"),
-    "target": (_is_index, "a class"),
+    "target": (_is_label, "a class or -1"),
     "predicted": (_is_label, "a class or -1"),
     "target_probability": (_is_probability, "a finite number or null"),
     "predicted_probability": (_is_probability, "a finite number or null"),

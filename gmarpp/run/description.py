@@ -125,7 +125,8 @@ def _compared(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    # One that has a text of its own, as a contrast of targets, is described by it.
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__str__ is object.__str__:
         return dataclasses.asdict(value)
     if isinstance(value, partial):
         return {"function": value.func, "arguments": value.args, "keywords": value.keywords}

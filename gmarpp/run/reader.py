@@ -159,7 +159,12 @@ class StoredRun:
                 }
 
     def class_name(self, number: int) -> str:
-        """Return the name of a class for people; its number where the run knows no names."""
+        """Return the name of a class for people, its number where the run knows no names; of -1, which is none, score.
+
+        A target of -1 is a score of its own, such as a function of the network's output.
+        """
+        if number < 0:
+            return "score"
         names = self.run["class_names"]
         return str(names[number]) if names else str(number)
 

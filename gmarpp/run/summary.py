@@ -1,5 +1,6 @@
 """Means with bootstrap intervals, and differences between methods that intervals can tell apart from none."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -159,15 +160,17 @@ class CurveSum:
         self.squares = np.zeros_like(self.fractions)
 
     def add(self, curves: Array) -> None:
-        """Add curves of some images, shape (n, S+1)."""
+        """Add curves of some images, shape (n, S+1); one that is not defined, as of no span to rescale, is left out."""
         curves = np.asarray(curves, dtype=np.float64)
+        curves = curves[np.isfinite(curves).all(axis=1)]
         self.n += len(curves)
         self.total += curves.sum(axis=0)
         self.squares += (curves**2).sum(axis=0)
 
     def mean(self) -> MeanCurve:
-        """Return the mean of all curves added."""
-        mean = self.total / self.n
-        variance = np.maximum(self.squares / self.n - mean**2, 0) / max(self.n - 1, 1)
+        """Return the mean of all curves added; NaN without any."""
+        count = self.n or math.nan
+        mean = self.total / count
+        variance = np.maximum(self.squares / count - mean**2, 0) / max(count - 1, 1)
         half = 1.96 * np.sqrt(variance)
         return MeanCurve(self.fractions, mean, mean - half, mean + half)

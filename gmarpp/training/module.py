@@ -1,13 +1,11 @@
 """The Lightning module that fine-tunes a timm Vision Transformer and, given an explainer, explains it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torch import Tensor
 from typing_extensions import Self, override
 
 from gmarpp.files import first_line
@@ -20,7 +18,7 @@ from gmarpp.network.weights import Weights
 from gmarpp.training.checkpoint_io import require_no_code
 from gmarpp.training.class_weights import class_weights as weights_of
 from gmarpp.training.classes import ClassList
-from gmarpp.training.evaluation import counted_images
+from gmarpp.training.classifier import Classifier
 from gmarpp.training.execution import Execution, require_whole_network
 from gmarpp.training.hyperparameters import GROUPS, arguments, classifier_options, plain, resolve_options
 from gmarpp.training.lightning_private import attached_trainer, restore_place_in_epoch
@@ -36,7 +34,7 @@ from gmarpp.training.weights_alone import average_weights_alone, require_whole_r
 DEFAULT_OPTIMIZER, DEFAULT_MIXING, DEFAULT_EXECUTION = Optimization(), Mixing(), Execution()
 
 
-class ViTClassifier(L.LightningModule):
+class ViTClassifier(Classifier):
     """Fine-tunes any timm Vision Transformer as a classifier, of one class or several labels, or for a regression.
 
     Start weights are loaded when a run starts without a checkpoint. A trained network is built by `from_weights` or
@@ -91,15 +89,12 @@ class ViTClassifier(L.LightningModule):
         self.save_hyperparameters(plain(optimizer=optimizer, mixing=mixing, execution=execution))
         self.task, self.mixing, self.execution = known_task(task), mixing, execution
         self.class_weights: Tensor | None = None
-        self.explainer: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
-        self.checkpoint_path: str | None = None
-        self.checkpoint_sha256: str | None = None
         self.stops_at_divergence = True
         self._step_loss: StepLoss | None = None
         self._seed = 0
         self.configure_network()
         self.mix = mixing.mixer(self.hparams["num_classes"])
-        self.configure_metrics()
+        self.configure_metrics(self.hparams["num_classes"])
 
     @classmethod
     def from_weights(cls, weights: Weights, /, **options: Any) -> Self:
@@ -148,12 +143,6 @@ class ViTClassifier(L.LightningModule):
         begins = options["pretrained"] or path is not None
         self._start = StartWeights(architecture, source) if begins else None
 
-    def configure_metrics(self) -> None:
-        """Set up the metrics of validation and test."""
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.val_metrics = self.task.collection(self.hparams["num_classes"], "val/")
-        self.test_metrics = self.val_metrics.clone(prefix="test/")
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return AdamW with layer-wise rates, and a schedule of warm-up and cosine per step."""
         self._load_start_weights()
@@ -176,13 +165,8 @@ class ViTClassifier(L.LightningModule):
         return Preprocessing.of(self.model)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Identifiers of the classes in the order of the outputs; empty before data or a checkpoint has told them."""
-        return ClassList.of(self.model).classes
-
-    @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes for people, in the same order."""
+        """Names of the classes for people, in the order of the outputs."""
         return ClassList.of(self.model).class_names
 
     @property
@@ -254,22 +238,6 @@ class ViTClassifier(L.LightningModule):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update val/loss and the task's metrics, such as val/accuracy."""
-        counted = counted_images(batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx)
-        self._evaluate(batch, counted, self.val_loss, self.val_metrics, "val/loss")
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the same metrics under test/."""
-        counted = counted_images(batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)
-        self._evaluate(batch, counted, self.test_loss, self.test_metrics, "test/loss")
-
-    def predict_step(self, batch: Mapping[str, Any] | None, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Return what the explainer says of the batch; logits (B, num_classes) when there is none."""
-        if batch is None:  # none of its images can be read
-            return None
-        return self(batch["image"]) if self.explainer is None else self.explainer(self.model, batch)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the classes, so that outputs can name them without the data, and the seed of the steps."""
         checkpoint["classes"], checkpoint["class_names"] = list(self.classes), list(self.class_names)
@@ -333,15 +301,3 @@ class ViTClassifier(L.LightningModule):
         if self._start is not None:
             start, self._start = self._start, None
             start.load_into(self.model, classes.classes, needs_head=not self.trainer.training)
-
-    def _evaluate(
-        self, batch: Mapping[str, Any], counted: Tensor, loss: MeanMetric, metrics: MetricCollection, loss_name: str
-    ) -> None:
-        logits = self(batch["image"]).float()
-        labels = self.task.labels(batch["label"], logits.shape[1])
-        if counted.any():
-            logits, labels = logits[counted], labels[counted]
-            loss.update(self.task.losses(logits, labels))
-            metrics.update(self.task.predictions(logits), labels)
-        self.log(loss_name, loss, prog_bar=True)
-        self.log_dict(metrics, prog_bar=True)

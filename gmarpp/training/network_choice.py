@@ -19,7 +19,7 @@ from gmarpp.network.pretrained import pretrained_network, require_network_name
 from gmarpp.network.state_dict import load_exactly
 from gmarpp.network.weights import content_digest
 from gmarpp.training.module import ViTClassifier
-from gmarpp.training.pretrained import PretrainedClassifier
+from gmarpp.training.pretrained_classifier import PretrainedClassifier
 from gmarpp.training.trained_network import network_in
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ def start_architecture(architecture: str | None, source: Weights) -> str:
     if architecture is None and source.path is not None and source.architecture is None:
         raise ValueError(f"{source.path} does not name its architecture: set --model.architecture to timm's name of it")
     architecture = architecture or source.architecture or DEFAULT_ARCHITECTURE
-    if source.architecture is not None and source.architecture != architecture.partition(".")[0]:
+    # What follows the point names timm's weights, which the file's replace.
+    if source.architecture is not None and source.architecture.partition(".")[0] != architecture.partition(".")[0]:
         raise ValueError(
             f"{source.path} holds a {source.architecture}, not a {architecture}: "
             f"set --model.architecture {source.architecture}"

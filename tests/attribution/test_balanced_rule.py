@@ -117,6 +117,10 @@ ACTIVATIONS = {
         lambda x: F.gelu(x.chunk(2, -1)[0]).repeat(1, 1, 2) * x.chunk(2, -1)[1].repeat(1, 1, 2),
         lambda x: F.gelu(x.chunk(2, -1)[0]).repeat(1, 1, 2).detach() * x.chunk(2, -1)[1].repeat(1, 1, 2),
     ),
+    "gate times values in place": (
+        lambda x: F.gelu(x).mul_(x.flip(-1)),
+        lambda x: F.gelu(x).detach() * x.flip(-1),
+    ),
     "gated by sigmoid": (lambda x: x.sigmoid() * x.flip(-1), lambda x: x.sigmoid().detach() * x.flip(-1)),
 }
 

@@ -58,6 +58,10 @@ def test_white_becomes_what_it_becomes_there(options, expected):
     ("options", "message"),
     [
         ({"size": {"height": 32}}, "size: expected one or two sides"),
+        (
+            {"size": {"height": 200, "width": 400}, "crop_size": 100, "do_center_crop": True},
+            "crop_size: expected the shape of size 200x400, got 100x100",
+        ),
         ({"size": {"shortest_edge": 32}}, "shortest_edge: expected an integer from 64"),
         ({"image_mean": [0.5]}, "image_mean: expected three numbers"),
         ({"image_std": [0, 1, 1]}, "image_std: expected positive numbers, got 0"),

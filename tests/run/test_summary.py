@@ -98,6 +98,19 @@ def test_curve_sum_gives_the_mean_over_all_batches():
     np.testing.assert_allclose(mean.low, mean.mean - half)
 
 
+def test_a_curve_that_is_not_defined_is_left_out_of_the_mean():
+    curves = np.array([[0.0, 0.5, 1.0], [np.nan, np.nan, np.nan], [0.2, 0.7, 0.8]])
+    total, rest = CurveSum(np.linspace(0, 1, 3)), CurveSum(np.linspace(0, 1, 3))
+    total.add(curves)
+    rest.add(curves[[0, 2]])
+    assert total.n == 2
+    for name in ("mean", "low", "high"):
+        np.testing.assert_array_equal(getattr(total.mean(), name), getattr(rest.mean(), name))
+    none = CurveSum(np.linspace(0, 1, 3))
+    none.add(curves[1:2])
+    assert np.isnan(none.mean().auc)
+
+
 def test_area_under_a_mean_curve_by_hand():
     total = CurveSum(np.array([0.0, 0.25, 1.0]))
     total.add(np.array([[0.0, 1.0, 1.0]]))

@@ -191,6 +191,19 @@ def test_start_weights_of_another_architecture(start_file):
         classifier(architecture="vit_tiny_patch16_224", weights=str(start_file))
 
 
+def test_start_weights_with_the_tag_of_the_weights_that_they_came_of(tmp_path):
+    save_weights(classifier(architecture="test_vit.r160_in1k").model, tmp_path / "tagged.safetensors")
+    for options in ({"architecture": None}, {"architecture": "test_vit.r160_in1k"}, {"architecture": "test_vit"}):
+        network = classifier(weights=str(tmp_path / "tagged.safetensors"), **options)
+        assert network.hparams["architecture"].partition(".")[0] == "test_vit"
+    run = trainer(tmp_path)
+    run.fit(classifier(architecture="test_vit.r160_in1k"), Squares())
+    run.save_checkpoint(tmp_path / "tagged.ckpt")
+    for options in ({"architecture": None}, {"architecture": "test_vit.r160_in1k"}, {"architecture": "test_vit"}):
+        network = classifier(weights=str(tmp_path / "tagged.ckpt"), **options)
+        assert network.hparams["architecture"].partition(".")[0] == "test_vit"
+
+
 def test_evaluating_pretrained_weights_needs_their_head(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "load_pretrained", lambda *_: False)
     with pytest.raises(ValueError, match=r"test_vit has no head for the data's 3 classes.*--ckpt_path"):
