@@ -1,7 +1,7 @@
 """Configuration files: read with limits, with errors that name the file and the line."""
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ _LARGEST_FILE = 2**20
 _MOST_VALUES = 100_000
 _DEEPEST_NESTING = 50
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_SECTIONS = ("trainer", "model", "explain", "write", "checkpoint", "last_checkpoint")
+SECTIONS = frozenset(("trainer", "model", "explain", "write", "checkpoint", "last_checkpoint"))
+"""Of a configuration, those that hold options."""
 
 
 def limit_yaml() -> None:
@@ -29,11 +30,12 @@ def _load_limited(text: str) -> Any:
     return _load_limited.load(text)  # type: ignore[attr-defined]
 
 
-def require_readable_configurations(arguments: Sequence[str]) -> None:
+def require_readable_configurations(arguments: Sequence[str], sections: Collection[str] = SECTIONS) -> None:
     """Check the files that `--config` names.
 
     Args:
         arguments: the command line.
+        sections: those that hold options and may not be empty.
 
     Raises:
         ValueError: naming the file, and the line where there is one.
@@ -46,7 +48,7 @@ def require_readable_configurations(arguments: Sequence[str]) -> None:
             yaml.load(text, _LOADER)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"--config {path}{_explain(error)}") from error
-        _require_sections(path, root)
+        _require_sections(path, root, sections)
 
 
 def _configurations(arguments: Sequence[str]) -> Iterator[str]:
@@ -116,7 +118,7 @@ def _require_unique(mapping: yaml.MappingNode) -> None:
             seen.add(key.value)
 
 
-def _require_sections(path: str, root: yaml.Node | None) -> None:
+def _require_sections(path: str, root: yaml.Node | None, sections: Collection[str]) -> None:
     if not isinstance(root, yaml.MappingNode):
         given = "nothing" if root is None else f"a {root.id}"
         raise ValueError(f"--config {path}: expected sections such as trainer, model and data, got {given}")
@@ -126,7 +128,7 @@ def _require_sections(path: str, root: yaml.Node | None) -> None:
             raise ValueError(f"--config {path}, line {line}: expected the name of an option, got {key.value!r}")
         empty = value.tag == "tag:yaml.org,2002:null"
         if (
-            key.value in _SECTIONS
+            key.value in sections
             and not isinstance(value, yaml.MappingNode)
             and (empty or not value.tag.endswith("str"))
         ):

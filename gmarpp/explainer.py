@@ -19,7 +19,7 @@ from gmarpp.network.architecture import Architecture
 from gmarpp.network.extent import fit_to_extent
 from gmarpp.network.families import resolve_architecture
 from gmarpp.network.task import score_of, task_of
-from gmarpp.options import Name
+from gmarpp.options import Name, Range, require_ranges
 from gmarpp.perturbation import (
     BASELINES,
     SCORES,
@@ -108,6 +108,10 @@ class Explainer:
                 methods.setdefault(name, name)
         object.__setattr__(self, "methods", tuple(methods.values()))
         object.__setattr__(self, "metrics", tuple(dict.fromkeys(self.metrics)))
+        if isinstance(self.target, Sequence) and not isinstance(self.target, str):
+            if not self.target:
+                raise ValueError("explain.target: expected at least one class, got none")
+            object.__setattr__(self, "target", list(dict.fromkeys(self.target)))
         for metric in self.metrics:
             require_metric(metric)
         for option, value, choices in (
@@ -118,9 +122,7 @@ class Explainer:
             if value not in choices:
                 known = ", ".join(filter(None, choices))
                 raise ValueError(f"explain.{option}: unknown {option} {value!r}: choose from {known}")
-        if self.steps < 1 or (self.batch_size is not None and self.batch_size < 1):
-            given = f"{self.steps} and {self.batch_size}"
-            raise ValueError(f"explain.steps and explain.batch_size: expected at least 1, got {given}")
+        require_ranges(vars(self), {"steps": Range(1), "batch_size": Range(1)}, "explain.")
         needs = {name for metric in self.metrics for name in metric_inputs(metric)}
         if "kept" in needs and self.mask == "soft" and self.baseline == "drop":
             raise ValueError(

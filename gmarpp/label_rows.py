@@ -50,7 +50,9 @@ class LabelRows:
         images: Tensor = batch["image"]
         if not by_itself:
             classes = [target] if isinstance(target, str | int) else target
-            asked = torch.tensor([class_indices(each, model) for each in classes], device=images.device)
+            # A name and a number may mean one class.
+            indices = list(dict.fromkeys(class_indices(each, model) for each in classes))
+            asked = torch.tensor(indices, device=images.device)
             image, place = torch.ones(len(images), len(asked)).nonzero().T.to(images.device)
             return cls(task, image, asked[place], place, len(asked))
         with evaluation_mode(model), torch.no_grad():

@@ -1,5 +1,6 @@
 """Operations on raw maps: checks, scaling to [0, 1], ranks of patches."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,9 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
         raise ValueError("maps: expected maps (B, h, w) of at least one method, got none")
     grid: tuple[int, int] | None = None
     for method, batch in maps.items():
+        if not isinstance(batch, Tensor) or not batch.is_floating_point():
+            given = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"{method}: expected maps of floating point, a tensor, got {given}")
         if batch.ndim != 3 or len(batch) != len(images):
             raise ValueError(
                 f"{method}: expected maps of shape ({len(images)}, h, w) for {len(images)} images, got "
@@ -60,6 +64,12 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
             raise ValueError(f"{method}: NaN or infinite values in the maps of image positions {positions}")
     assert grid is not None
     return grid
+
+
+def stacked_maps(maps: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Return maps (B, h, w) of several methods as one tensor (M, B, h, w), in the widest of their types."""
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in maps.values()), torch.float32)
+    return torch.stack([each.to(device, dtype) for each in maps.values()])
 
 
 def rank_patches(maps: Tensor) -> Tensor:

@@ -94,6 +94,10 @@ def sanity_check(
     Raises:
         ValueError: as `gmarpp.explain` does, and for an architecture without blocks.
     """
+    if batch_size < 1 or not len(images):
+        raise ValueError(f"expected images and a batch_size of at least 1, got {len(images)} and {batch_size}")
+    if target is not None and (not isinstance(target, Tensor) or target.shape != images.shape[:1]):
+        raise ValueError(f"target: expected a tensor of one class per image, ({len(images)},), got {target!r:.80}")
     blocks = list((architecture or architecture_of(model)).blocks)
     if not blocks:
         raise ValueError("sanity checks need the network's blocks: pass them in gmarpp.Architecture(..., blocks=...)")

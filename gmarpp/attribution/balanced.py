@@ -243,7 +243,7 @@ class BalancedRule(TorchFunctionMode):
             return function(values, *args, **options)
 
         # On the CPU, for no GPU should wait for a number.
-        near_zero = float(apply(torch.tensor([_NEAR_ZERO], dtype=torch.float32)))
+        near_zero = float(apply(torch.tensor([_NEAR_ZERO], dtype=torch.float32, device="cpu")))
         # What is changed in place afterwards must not be what the backward pass needs.
         values = entered.clone() if is_in_place else entered
         output = apply(values)

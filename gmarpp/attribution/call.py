@@ -33,6 +33,7 @@ class AttentionCall:
         is_pool: whether the call is that of an attention-pool head, whose queries are not tokens.
         is_class: whether prefix tokens alone attend, to themselves and all others; `queries` counts all tokens.
         follows: whether gradients pass from the call to the layer below.
+        is_recorded: whether autograd recorded what the network did at the call.
         values: refers to its values, as long as these exist.
         inputs: query, key, value and mask; kept where no gradient passes from block to block.
         prefix: what the call returned for the prefix tokens, (B, H, P, d); kept for the layers' own scores.
@@ -53,6 +54,7 @@ class AttentionCall:
     step: Step | None = None
     shares: Tensor | None = None
     is_class: bool = False
+    is_recorded: bool = True
 
 
 @functools.cache

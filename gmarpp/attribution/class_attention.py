@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer, HeadNorm
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix
 
 
 class ClassLayer(AttentionLayer):
@@ -29,12 +29,12 @@ class ClassLayer(AttentionLayer):
     def queries(self) -> int:
         return self.value.shape[-2]
 
-    @cached_property
+    @Matrix
     @override
     def attention(self) -> Tensor:
         return self._with_others(self._prefix.attention)
 
-    @cached_property
+    @Matrix
     @override
     def gradient(self) -> Tensor:
         return self._with_others(self._prefix.gradient)

@@ -23,7 +23,7 @@ from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
-from gmarpp.attribution.seam import answered_by, intercepted, one_at_a_time
+from gmarpp.attribution.seam import answered_by, intercepted
 from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture
@@ -144,10 +144,9 @@ class Request:
 
     def maps(self, images: Tensor) -> tuple[dict[str, Tensor], Scores]:
         """Return the maps of the methods that take part in the pass, and the scores that are explained."""
-        with one_at_a_time:
-            if self.plan.names:
-                return _maps(self.network, images, self.plan, self.target)
-            return {}, _scores(self.network, images, self.target)
+        if self.plan.names:
+            return _maps(self.network, images, self.plan, self.target)
+        return {}, _scores(self.network, images, self.target)
 
     def explanation(self, images: Tensor, maps: Mapping[str, Tensor], scores: Scores) -> Explanation:
         """Return the explanation of images by all methods' maps."""
@@ -170,6 +169,11 @@ def _explained_errors() -> Iterator[None]:
             "activation checkpointing inside the network could not be switched off: switch it off for the explanation"
         ) from error
     except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise UnsupportedNetworkError(
+                f"the network changes a tensor in place that its gradients need ({str(error).partition(';')[0]}): "
+                "write x = x + y in place of x += y, or ask for methods that need no gradients (rollout, attention)"
+            ) from error
         if "Inference tensors cannot be saved for backward" not in str(error):
             raise
         raise ValueError(

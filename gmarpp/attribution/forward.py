@@ -54,7 +54,11 @@ class BlockRun:
 
 def tokens_of(output: Any) -> Tensor:
     """Return the tokens of a block's output, the first where there are several."""
-    tokens: Tensor = output[0] if isinstance(output, tuple) else output
+    tokens = output[0] if isinstance(output, tuple) else output
+    if not isinstance(tokens, Tensor):
+        raise UnsupportedNetworkError(
+            f"a block returns a {type(output).__name__}, expected its tokens, or a tuple that begins with them"
+        )
     return tokens
 
 
@@ -79,7 +83,6 @@ class ForwardPass:
         rests: what each block returned beside the tokens, if that was a tuple and these scores are wanted.
         reads_prefix: whether the architecture's head is known to read prefix tokens only.
         leaves_tokens: whether the block that ran last returned tokens alone.
-        is_written: whether the network writes attention out.
         last_tokens: what left the last block, (B, N, D), if the blocks are known.
         chain: the tokens between blocks, and what else reads them.
         read: positions of the blocks below the last one whose tokens the score reads directly.
@@ -102,7 +105,7 @@ class ForwardPass:
         self.rests: list[tuple[Any, ...] | None] = []
         self.entered: list[Tensor] = []
         self.left: list[Tensor] = []
-        self.reads_prefix = self.leaves_tokens = self.is_written = False
+        self.reads_prefix = self.leaves_tokens = False
         self.last_tokens: Tensor | None = None
         self.chain = Chain(plan.gradients)
         self.read: list[int] = []
@@ -242,6 +245,12 @@ class ForwardPass:
         first = self.calls[0].block
         above = [call for call in self.calls[1:] if first is None or call.block != first]
         cut = [call.index for call in above if not call.follows]
+        if first is None and not self.plan.gradients and any(self.calls[each - 1].is_recorded for each in cut):
+            raise UnsupportedNetworkError(
+                f"attention layer {cut[-1]} does not start from the one before it, as of two networks side by side or "
+                "of one that runs twice: explain one of them, or describe a chain of blocks in "
+                "gmarpp.Architecture(..., blocks=...)"
+            )
         if self.plan.gradients and cut:
             raise UnsupportedNetworkError(
                 f"no gradient passes from attention layer {cut[-1]} to the one below, which these methods need: {CUT}"
@@ -273,7 +282,6 @@ class ForwardPass:
         # There is a value for each key.
         query, key = inputs.query, inputs.value if inputs.key is None else inputs.key
         if inputs.key is None:
-            self.is_written = True
             warn_of_memory()
             require_shares(query, blind_to_sign(self.plan.groups))
         step = self.plan.steps[self._block] if self.plan.steps and self._block is not None else None
@@ -304,6 +312,7 @@ class ForwardPass:
             step=step,
             shares=self._shares,
             is_class=is_class,
+            is_recorded=torch.is_grad_enabled(),
         )
         if self._block is not None and self.calls and self.calls[-1].block == self._block:
             self._require_at_once(call, inputs)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,17 @@ from typing_extensions import override
 
 HeadNorm = Literal["gradient_l1", "gradient_l2", "positive_l1", "positive_l2"]
 """`‖G_h‖_1`, `‖G_h‖_2`, `‖ReLU(G_h)‖_1`, `‖ReLU(G_h)‖_2`."""
+
+
+class Matrix(cached_property[Tensor]):
+    """A matrix that is made when it is first asked for, of which its layer knows whether it was changed since."""
+
+    @override
+    def __get__(self, layer: Any, owner: Any = None) -> Tensor:  # type: ignore[override]
+        made: Any = super().__get__(layer, owner)
+        if layer is not None:
+            vars(layer).setdefault("_versions", {}).setdefault(self.attrname, made._version)
+        return made  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
@@ -71,7 +82,7 @@ class AttentionLayer:
         """Whether the network adds what the layer attends to to its tokens."""
         return True
 
-    @cached_property
+    @Matrix
     def attention(self) -> Tensor:
         """`A`, (B, H, Q, N); rows sum to 1."""
         assert self.key is not None
@@ -83,7 +94,7 @@ class AttentionLayer:
         # A row with every key forbidden has no attention.
         return attention.masked_fill(self._forbidden.all(dim=-1, keepdim=True), 0)
 
-    @cached_property
+    @Matrix
     def gradient(self) -> Tensor:
         """`G = dS/dA`, (B, H, Q, N)."""
         if self.outer is None:
@@ -100,15 +111,22 @@ class AttentionLayer:
         """`G ⊙ A`, (B, H, Q, N)."""
         return self.gradient * self.attention
 
-    @cached_property
+    @Matrix
     def positive_product(self) -> Tensor:
         """`ReLU(G ⊙ A)`, which is `ReLU(G) ⊙ A` where no attention is negative; (B, H, Q, N)."""
         return self.product.relu_()
 
+    def is_changed(self) -> bool:
+        """Return whether a matrix was changed in place, which all that is computed from it later would miss."""
+        versions: dict[str, int] = vars(self).get("_versions", {})
+        return any(vars(self)[name]._version != version for name, version in versions.items())
+
     @property
     def attention_rows(self) -> Tensor | None:
-        """Row sums of `A`, (B, H, Q); `None` where all are 1, as they are but where keys are left out."""
-        return None
+        """Row sums of `A`, (B, H, Q); `None` where all are 1, as they are but where all keys are left out."""
+        if self.mask is None:
+            return None
+        return (~self._forbidden.all(dim=-1)).float().expand(self.query.shape[:3])
 
     @cached_property
     def product_rows(self) -> Tensor:
@@ -203,7 +221,7 @@ class AttentionLayer:
 class WrittenLayer(AttentionLayer):
     """A layer whose attention the network writes out; its rows need not sum to 1, and it may be negative."""
 
-    @cached_property
+    @Matrix
     @override
     def attention(self) -> Tensor:
         return self.query.float()

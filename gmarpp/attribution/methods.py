@@ -3,6 +3,7 @@
 A method carries one row vector per image, shape (B, N), from the readout to the input tokens.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -39,9 +40,9 @@ class Rollout(RowProduct):
     needs_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
+        if not 0 <= self.alpha < math.inf:
             raise ValueError(f"{self.name}: alpha: expected 0 or more, got {self.alpha}")
-        if not self.start_layer >= 0:
+        if not isinstance(self.start_layer, int) or self.start_layer < 0:
             raise ValueError(f"{self.name}: start_layer: expected 0 or more, got {self.start_layer}")
 
     @override

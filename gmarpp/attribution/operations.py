@@ -37,8 +37,8 @@ _LINEAR = {
     # On grids of patches.
     *("ConstantPadNd", "ReflectionPad2D", "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle", "AvgPool2D"),
     *("AdaptiveAvgPool2D", "MaxPool2DWithIndices", "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D"),
-    # Where a graph starts.
-    "AccumulateGrad",
+    # Where a graph starts, and where a module's backward hook looks at it.
+    *("AccumulateGrad", "BackwardHookFunction"),
 }
 _FACTORS = {"Mul": (0, 1), "Div": (0, 1), "Addcmul": (1, 2)}
 _LAYERS = {"Mm": (0, 1), "Bmm": (0, 1), "Mv": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Addmv": (1, 2)} | {
@@ -100,7 +100,7 @@ def gating(tensor: Tensor) -> int:
 
 def next_sequence_number() -> int:
     """Return a number that autograd gives to no earlier node of this thread, and to none that is made later."""
-    node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    node: Any = torch.zeros((), requires_grad=True, device="cpu").clone().grad_fn
     return int(node._sequence_nr())
 
 

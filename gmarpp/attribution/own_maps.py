@@ -39,7 +39,7 @@ def own_maps(
     columns = (indices[:, None] if indices.dim() == 1 else indices).unbind(dim=1)
     maps: dict[str, Tensor] = {}
     for method in methods:
-        with _keeping_gradients(model):
+        with _restoring(model):
             made = [method.maps(model, images.clone().requires_grad_(), column.clone()) for column in columns]
         stacked = torch.stack([_on_grid(each, images, layout, method.name) for each in made], dim=1)
         maps[method.name] = stacked.view(*indices.shape, *stacked.shape[2:])
@@ -47,13 +47,17 @@ def own_maps(
 
 
 @contextmanager
-def _keeping_gradients(model: nn.Module) -> Iterator[None]:
-    """Give parameters the gradients back that other libraries clear."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+def _restoring(model: nn.Module) -> Iterator[None]:
+    """Give the network its modes and its parameters' gradients back, which other libraries change and clear."""
+    modes = [(module, module.training) for module in model.modules()]
+    kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         yield
     finally:
-        for parameter, gradient in kept:
+        for module, is_training in modes:
+            module.training = is_training
+        for parameter, is_trained, gradient in kept:
+            parameter.requires_grad_(is_trained)
             parameter.grad = gradient
 
 
@@ -66,6 +70,8 @@ def _on_grid(maps: Tensor, images: Tensor, layout: Architecture, name: str) -> T
     expected = f"{name}: expected maps of shape {(batch, *grid)}, or {of_pixels} of pixels, got"
     if not isinstance(maps, Tensor):
         raise ValueError(f"{expected} {type(maps).__name__}: return a tensor")
+    if maps.is_complex():
+        raise ValueError(f"{expected} {maps.dtype}: return real numbers")
     values = maps.detach().to(images.device, torch.float32)
     if values.dim() == len(of_pixels) + 1:
         values = values.mean(dim=1)

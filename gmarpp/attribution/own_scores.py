@@ -29,9 +29,11 @@ class OwnScores:
         output: of the network.
         scores: of the output.
         replay: the network with its blocks skipped, its head where the architecture describes no other.
+        may_be_written: whether it attended otherwise than through the seam.
     """
 
-    def __init__(self, passed: ForwardPass, output: Any, scores: Scores, replay: Head) -> None:
+    def __init__(self, passed: ForwardPass, output: Any, scores: Scores, replay: Head, may_be_written: bool) -> None:
+        self._may_be_written = may_be_written
         self._passed, self._output, self._scores, self._replay = passed, output, scores, replay
         by_token = all(run.is_by_token for run in passed.runs)
         self._tails_may_run = passed.plan.tails_again and passed.attends_once and by_token
@@ -123,7 +125,7 @@ class OwnScores:
         prefix = starts[0].shape[2]
         entered, left = ([each[:, :prefix].detach() for each in tokens] for tokens in (passed.entered, passed.left))
         for layer in zip(passed.runs, starts, entered, left, strict=True):
-            own = prefix_tail(*layer, passed.is_written)
+            own = prefix_tail(*layer, self._may_be_written)
             if own is None:
                 return None
             made.append(own)

@@ -148,6 +148,11 @@ class Plan:
             UnsupportedNetworkError: if the methods need blocks that the layout lacks, or the layers' own scores where
                 there are none.
         """
+        if len(set(layout.blocks)) < len(layout.blocks):
+            raise UnsupportedNetworkError(
+                "the same module is several of the network's blocks: leave blocks out, gmarpp.Architecture(grid, "
+                "prefix_tokens), and ask for methods that do not need them (gmarpp_l1, rollout)"
+            )
         local_scores = any(method.needs_local_gradient for method in methods)
         tails_again = not any(_is_hooked(module) for block in layout.blocks for module in block.modules())
         head_again = layout.head is not None and (local_scores or not any(map(_is_hooked, model.modules())))

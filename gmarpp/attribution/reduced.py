@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer, HeadNorm
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix
 from gmarpp.network.pooling import Pooling
 
 
@@ -25,12 +25,12 @@ class ReducedLayer(AttentionLayer):
         super().__init__(**vars(few))
         self._few, self._keys = few, keys
 
-    @cached_property
+    @Matrix
     @override
     def attention(self) -> Tensor:
         return self._keys.spread(self._few.attention)
 
-    @cached_property
+    @Matrix
     @override
     def gradient(self) -> Tensor:
         # A token counts in each of the keys that it is part of, in most networks in one.

@@ -91,13 +91,25 @@ class Relevance:
                 self._sums[part, summed] += carried[:, position]
         for method, (above, rows) in zip(self._others, self._other_rows, strict=True):
             if method.needs_attention:
-                row = method.step((above if layer.is_top or layer.pools_queries else rows)[part], layer)
-                if layer.pools_queries and row.shape[-1] != self._tokens:
-                    raise ValueError(
-                        f"{method.name}: expected a row of {self._tokens} tokens below layer {layer.index}, whose "
-                        f"{layer.queries} queries are pooled, got {row.shape[-1]}: what stays is layer.keep(row)"
-                    )
+                given = (above if layer.is_top or layer.pools_queries else rows)[part]
+                row = method.step(given, layer)
+                self._require_row(row, len(given), method, layer)
                 rows[part] = self._of_all_tokens(row)
+
+    def _require_row(self, row: Tensor, images: int, method: Method, layer: AttentionLayer) -> None:
+        # An attention-pool head may leave out prefix tokens.
+        tokens = {self._tokens, layer.value.shape[-2]} if layer.is_pool else {self._tokens}
+        if row.dim() != 2 or len(row) != images or row.shape[1] not in tokens:
+            pooled = f", whose {layer.queries} queries are pooled: what stays is layer.keep(row)"
+            raise ValueError(
+                f"{method.name}: expected rows of shape {(images, self._tokens)} below layer {layer.index}, got "
+                f"{tuple(row.shape)}{pooled if layer.pools_queries else ''}"
+            )
+        if layer.is_changed():
+            raise ValueError(
+                f"{method.name}: changed the matrices of layer {layer.index} in place, which others read after it: "
+                "change a copy, such as layer.gradient.clamp(min=0)"
+            )
 
     def _of_all_tokens(self, rows: Tensor) -> Tensor:
         """Give no relevance to prefix tokens that an attention-pool head leaves out: (..., N) of rows (..., K)."""

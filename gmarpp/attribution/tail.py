@@ -25,7 +25,7 @@ def alike(own: Sequence[Tensor], expected: Sequence[Tensor], tokens: Sequence[Te
 
 
 def prefix_tail(
-    run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor, is_written: bool = True
+    run: BlockRun, attended: Tensor, tokens: Tensor, left: Tensor, may_be_written: bool = True
 ) -> Tensor | None:
     """Run the tail for prefix tokens alone.
 
@@ -34,14 +34,14 @@ def prefix_tail(
         attended: rows (B, H, P, d) of the attention's output, the answer to its attention call.
         tokens: (B, P, D).
         left: what left the block for them when it ran for all tokens.
-        is_written: whether the block may write its attention out.
+        may_be_written: see `answered_by`.
 
     Returns:
         the tail's output, (B, P, D), which may be another than `left`; `None` if the block cannot run for these tokens
         alone.
     """
     try:
-        with answered_by(lambda *_, **__: attended, is_written):
+        with answered_by(lambda *_, **__: attended, may_be_written):
             own = tokens_of(run(tokens))
     except Exception:
         # For example, a convolution needs all tokens; as the block's code is not ours, it may say so by any error. What

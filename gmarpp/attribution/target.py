@@ -92,7 +92,12 @@ def resolve_target(target: ClassTarget, logits: Tensor, model: nn.Module) -> Ten
     batch, classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    indices = torch.as_tensor(class_indices(target, model))
+    try:
+        indices = torch.as_tensor(class_indices(target, model))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"targets: expected classes, by index or name, got {target!r:.80}") from error
+    if indices.numel() == 0:
+        raise ValueError("targets: expected a class for every image, got none")
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise ValueError(f"targets: expected class indices of an integer type, got {indices.dtype}")
     if indices.dim() == 0:

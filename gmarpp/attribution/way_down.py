@@ -51,7 +51,8 @@ class WayDown:
         self._written, self._scores = written, scores
         self._passed, self._output, self._images = passed, output, images
         self._end_of_network = next_sequence_number()
-        self._own_scores = OwnScores(passed, output, scores, replay) if passed.plan.local_scores else None
+        own = OwnScores(passed, output, scores, replay, written.is_needed) if passed.plan.local_scores else None
+        self._own_scores = own
 
     def rows(self, score: Score, margin: Score, last: bool) -> Rows:
         """Return the rows of all methods for a score and its margin; after the last one the graph is gone."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer, HeadNorm, share
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix, share
 from gmarpp.network.transport import Step
 
 
@@ -20,12 +20,12 @@ class _WithoutPadding(AttentionLayer):
         super().__init__(**vars(whole))
         self._whole, self._step = whole, step
 
-    @cached_property
+    @Matrix
     @override
     def attention(self) -> Tensor:
         return self._without_padding(self._whole.attention)
 
-    @cached_property
+    @Matrix
     @override
     def gradient(self) -> Tensor:
         return self._without_padding(self._whole.gradient)
@@ -79,12 +79,12 @@ class WindowedLayer(AttentionLayer):
     def has_residual(self) -> bool:
         return self._step.has_residual
 
-    @cached_property
+    @Matrix
     @override
     def attention(self) -> Tensor:
         return self._matrices(self._windows.attention)
 
-    @cached_property
+    @Matrix
     @override
     def gradient(self) -> Tensor:
         return self._matrices(self._windows.gradient)

@@ -18,8 +18,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gmarpp.network.errors import UnsupportedNetworkError
 
 Answer = Callable[..., Tensor | None]
-"""Takes the weights (B, H, Q, N), `None` and the values (B, H, N, d), and returns their product, or `None`."""
+"""Takes what `scaled_dot_product_attention` does; or the weights (B, H, Q, N), `None` and the values (B, H, N, d), and
+returns their product, or `None`."""
 
+# What networks have imported by name, before anything could be put in its place.
+_FUSED = F.scaled_dot_product_attention
+# Calls of `torch.ops`, among which are other libraries' kernels.
+_OPERATORS = (torch._ops.OpOverloadPacket, torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+_ATTENTION = re.compile("attention|attn|fmha", re.IGNORECASE)
+_FUSED_OPERATORS = frozenset(("aten.scaled_dot_product_attention", "aten.scaled_dot_product_attention.default"))
 _SOFTMAX = frozenset((torch.softmax, torch.special.softmax, torch.Tensor.softmax, F.softmax))
 _PRODUCTS = frozenset((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm))
 _EINSUM = re.compile(r"(\w+)(\w)(\w),\1\3(\w)->\1\2\4")
@@ -35,7 +42,8 @@ _RANDOM = frozenset(
         torch.normal,
     )
 )
-_WATCHED = _RANDOM | _SOFTMAX | {F.multi_head_attention_forward}
+_EXPONENTIALS = frozenset((torch.exp, torch.Tensor.exp, torch.log_softmax, torch.Tensor.log_softmax, F.log_softmax))
+_WATCHED = _RANDOM | _SOFTMAX | _EXPONENTIALS | {_FUSED, F.multi_head_attention_forward}
 _REMEDY = (
     "switch it to torch.nn.functional.scaled_dot_product_attention (model.set_attn_implementation('sdpa'), "
     "module.fused_attn = True, need_weights=False), or explain a network without it"
@@ -64,12 +72,18 @@ class WrittenAttention(TorchFunctionMode):
     Random numbers, by which networks shuffle or mask their patches, are refused at once: no token could be traced to
     its patch.
 
+    Fused attention comes here where a network calls it by a name that it imported before.
+
+    Attributes:
+        is_needed: whether any attention was answered here.
+
     Args:
         answer: gives what answers attention calls now; `None` if they are not followed.
     """
 
     def __init__(self, answer: Callable[[], Answer | None]) -> None:
         super().__init__()
+        self.is_needed = False
         self._answer = answer
         self._met: list[_Softmax] = []
         self._weights: MutableMapping[Tensor, list[_Softmax]] = WeakTensorKeyDictionary()
@@ -80,11 +94,17 @@ class WrittenAttention(TorchFunctionMode):
     ) -> Any:
         options = kwargs or {}
         # Most calls are none of these, and a GPU waits for each.
-        if not self._is_following and function not in _WATCHED:
+        if not self._is_following and function not in _WATCHED and not isinstance(function, _OPERATORS):
             return function(*args, **options)
         answer = self._answer()
         if answer is None:
             return function(*args, **options)
+        operator = str(function) if isinstance(function, _OPERATORS) else ""
+        if function is _FUSED or operator in _FUSED_OPERATORS:
+            self.is_needed = True
+            return answer(*args, **options)
+        if _ATTENTION.search(operator):
+            raise UnsupportedNetworkError(f"the network attends through {operator}, which is not followed: {_REMEDY}")
         if function in _RANDOM:
             raise UnsupportedNetworkError(
                 f"the network draws random numbers (torch.{function.__name__}) in eval mode, as networks that "
@@ -98,18 +118,21 @@ class WrittenAttention(TorchFunctionMode):
         result = function(*args, **options)
         if function is F.multi_head_attention_forward and options.get("need_weights", True):
             self._met.append(_Softmax(None, result[0].grad_fn))
-        if function in _SOFTMAX:
+        if function in _EXPONENTIALS:
+            # A softmax in pieces, where the matrix is not seen in whole.
+            self._note(result, -1, is_whole=False)
+        elif function in _SOFTMAX:
             self._note(result, args[1] if len(args) > 1 else options.get("dim"))
         elif given and factors is None and isinstance(result, Tensor) and result.numel() == given[0].numel():
             self._weights[result] = [met for each in given for met in self._weights[each]]
         return result
 
-    def _note(self, result: Tensor, dim: Any) -> None:
+    def _note(self, result: Tensor, dim: Any, is_whole: bool = True) -> None:
         # Scores of classes have two dimensions: images and classes.
         if isinstance(dim, int) and result.dim() > 2:
             met = _Softmax(result.shape[dim], result.grad_fn)
             self._met.append(met)
-            if dim % result.dim() == result.dim() - 1:
+            if is_whole and dim % result.dim() == result.dim() - 1:
                 self._weights[result] = [met]
                 self._is_following = True
 
@@ -125,6 +148,7 @@ class WrittenAttention(TorchFunctionMode):
             by_head = answer(weights[:, None], None, values[:, None])
             product = None if by_head is None else by_head[:, 0]
         if product is not None:
+            self.is_needed = True
             for met in origins:
                 met.is_followed = True
         return product
@@ -149,7 +173,7 @@ class WrittenAttention(TorchFunctionMode):
             what = (
                 "has an nn.MultiheadAttention that returns its weights (need_weights=True)"
                 if met.size is None
-                else f"takes a softmax over {met.size} tokens"
+                else f"takes a softmax over {met.size} tokens, or its exponentials"
             )
             raise UnsupportedNetworkError(
                 f"the network {what}: attention that does not pass through "

@@ -294,12 +294,15 @@ class AttributionMonitor(L.Callback):
 @contextmanager
 def _undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
     """Run a module in the trainer's precision so that neither its random numbers nor what it logs know of it."""
+    own = vars(pl_module).get("log")
     pl_module.log = lambda *values, **options: None  # type: ignore[method-assign]
     try:
         with isolate_rng(), trainer.precision_plugin.forward_context():
             yield
     finally:
         del pl_module.log
+        if own is not None:
+            pl_module.log = own  # type: ignore[method-assign]
 
 
 def _maps_figure(

@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 
+from gmarpp.training.trainer import is_watched
+
 
 class ProgressLines(Callback):
     """Prints how far fit, validate, test or predict is, at intervals, where there is no progress bar.
@@ -25,7 +27,7 @@ class ProgressLines(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out whether anybody would read it."""
-        self._prints = trainer.is_global_zero and trainer.progress_bar_callback is None and not sys.stdout.isatty()
+        self._prints = trainer.is_global_zero and trainer.progress_bar_callback is None and not is_watched()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count."""

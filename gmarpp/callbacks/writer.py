@@ -319,7 +319,7 @@ class ExplanationWriter(BasePredictionWriter):
             self._close()
             self.output.release()
             if trainer.is_global_zero and (self._opened or self._resumed):
-                logger.error("The run in %s is interrupted: continue it with resume", self.folder)
+                logger.error("The run in %s is interrupted: continue it with --resume", self.folder)
 
     def _close(self) -> None:
         if self._tasks is not None:

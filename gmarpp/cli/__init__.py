@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(args: list[str] | None = None) -> None:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
     arguments = sys.argv[1:] if args is None else args
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    name = arguments[0] if arguments else ""
     if name in ("", "-h", "--help"):
         _leave_with(overview(), status=0 if name else 2)
     if name == "--version":
@@ -38,14 +39,32 @@ def main(args: list[str] | None = None) -> None:
         close = "".join(f", close to {command}" for command in get_close_matches(name, known, n=1))
         sys.stderr.write(f"error: unknown command '{name}'{close}: choose from {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
+    given = _without_help(arguments, args)
+    # Lightning's parser warns where it is handed the command line that it would find by itself.
+    with _interruptible():
+        _RUN[name](given[1:], None if args is None else given)
+
+
+def _without_help(arguments: list[str], args: list[str] | None) -> list[str]:
+    """Leave with a command's page where help is asked for; have the command's parser print it where all of it is."""
+    name, *rest = arguments
     if {"-h", "--help"} & set(rest) or ("--help_all" in rest and not COMMANDS[name].every_option):
         _leave_with(page(name))
-    if "--help_all" in rest:
-        rest = ["--help"]
-        if args is None:
-            sys.argv[1:] = [name, *rest]
-    # Lightning's parser warns where it is handed the command line that it would find by itself.
-    _RUN[name](rest, None if args is None else [name, *rest])
+    if "--help_all" not in rest:
+        return arguments
+    if args is None:
+        sys.argv[1:] = [name, "--help"]
+    return [name, "--help"]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End with one line where the user interrupts imports, before the command itself answers signals."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by SIGINT\n")
+        raise SystemExit(130) from None
 
 
 def train_main(args: list[str] | None = None) -> "TrainCLI":
@@ -54,10 +73,7 @@ def train_main(args: list[str] | None = None) -> "TrainCLI":
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
-    _import_torchmetrics()
-    from gmarpp.cli import train
-
-    return train.train_main(args)
+    return _train(_asked(args, ("fit", "validate", "test")))
 
 
 def explain_main(args: list[str] | None = None) -> "ExplainCLI | EvaluationCLI | None":
@@ -66,27 +82,46 @@ def explain_main(args: list[str] | None = None) -> "ExplainCLI | EvaluationCLI |
     Args:
         args: command line without the program's name; `sys.argv`'s when `None`.
     """
-    arguments = sys.argv[1:] if args is None else args
-    if arguments[:1] == ["sanity"]:
-        _run_sanity(arguments[1:], args)
-        return None
-    _import_torchmetrics()
-    from gmarpp.cli import explain
+    return _explain(_asked(args, ("predict", "validate", "test", "sanity")))
 
-    evaluates = arguments[:1] in (["validate"], ["test"])
-    return explain.evaluate_main(args) if evaluates else explain.explain_main(args)
+
+def _asked(args: list[str] | None, commands: Sequence[str]) -> list[str] | None:
+    arguments = sys.argv[1:] if args is None else args
+    given = _without_help(arguments, args) if arguments[:1] and arguments[0] in commands else arguments
+    return None if args is None else given
+
+
+def _train(args: list[str] | None) -> "TrainCLI":
+    with _interruptible():
+        _import_torchmetrics()
+        from gmarpp.cli import train
+
+        return train.train_main(args)
+
+
+def _explain(args: list[str] | None) -> "ExplainCLI | EvaluationCLI | None":
+    arguments = sys.argv[1:] if args is None else args
+    with _interruptible():
+        if arguments[:1] == ["sanity"]:
+            _run_sanity(arguments[1:], args)
+            return None
+        _import_torchmetrics()
+        from gmarpp.cli import explain
+
+        evaluates = arguments[:1] in (["validate"], ["test"])
+        return explain.evaluate_main(args) if evaluates else explain.explain_main(args)
 
 
 def _run_training(_: list[str], args: list[str] | None) -> None:
-    train_main(args)
+    _train(args)
 
 
 def _run_evaluation(options: list[str], args: list[str] | None) -> None:
     """Evaluate what was trained here as it was configured, and what was not by its own description."""
     if any(option.partition("=")[0] == "--model" for option in options) or _is_hub_folder(options):
-        explain_main(args)
+        _explain(args)
     else:
-        train_main(args)
+        _train(args)
 
 
 def _is_hub_folder(options: list[str]) -> bool:
@@ -97,7 +132,7 @@ def _is_hub_folder(options: list[str]) -> bool:
 
 
 def _run_explanation(_: list[str], args: list[str] | None) -> None:
-    explain_main(args)
+    _explain(args)
 
 
 def _run_sanity(options: list[str], _: list[str] | None) -> None:

@@ -10,8 +10,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from gmarpp.callbacks.progress import ProgressLines
 from gmarpp.callbacks.termination import Termination
 from gmarpp.callbacks.writer import ExplanationWriter
-from gmarpp.cli.command_line import CommandLine, _parser_options
+from gmarpp.cli.command_line import CommandLine, parser_options
 from gmarpp.command import run_command
+from gmarpp.configuration import SECTIONS
 from gmarpp.explainer import FAITHFULNESS_METRICS, Explainer
 from gmarpp.network.output import class_index
 from gmarpp.training.module import ViTClassifier
@@ -26,6 +27,7 @@ MASK_METRICS = ("pixel_accuracy", "iou", "average_precision")
 class NetworkCLI(CommandLine):
     """A command line for any trained network, by its checkpoint, a name or a class, and for data and a trainer."""
 
+    sections = SECTIONS - {"model"}
     commands: tuple[str, ...]
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -41,7 +43,7 @@ class NetworkCLI(CommandLine):
             },
             seed_everything_default=0,
             save_config_callback=None,
-            parser_kwargs=_parser_options(*self.commands),
+            parser_kwargs=parser_options(*self.commands),
             auto_configure_optimizers=False,
             args=args,
         )
@@ -129,6 +131,8 @@ class ExplainCLI(NetworkCLI):
 
     def instantiate_classes(self) -> None:
         """Build the network, the data and the trainer."""
+        if self.config.predict.trainer.limit_predict_batches == 0:
+            raise ValueError("--trainer.limit_predict_batches is 0, so there is nothing to explain")
         options = self.parser.instantiate_classes(self.config)
         self.config_init = options
         self.datamodule = options.predict.data

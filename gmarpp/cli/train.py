@@ -12,7 +12,7 @@ from gmarpp.callbacks.model_card import ModelCardCheckpoint
 from gmarpp.callbacks.monitored import require_monitored_metrics
 from gmarpp.callbacks.progress import ProgressLines
 from gmarpp.callbacks.termination import Termination
-from gmarpp.cli.command_line import CommandLine, _parser_options
+from gmarpp.cli.command_line import CommandLine, parser_options
 from gmarpp.command import run_command
 from gmarpp.files import find_path
 from gmarpp.network.load import describe_weights
@@ -29,6 +29,10 @@ RESOLVED = ("image_size", "model_args", "preprocessing")
 DEFAULT_MONITOR = "val/accuracy"
 
 
+LOGS = "logs"
+"""Folder of logs and checkpoints where none is named."""
+
+
 class TrainCLI(CommandLine):
     """Fine-tunes and evaluates; a run logs to TensorBoard and keeps its best checkpoint, with a card, and its last."""
 
@@ -42,15 +46,15 @@ class TrainCLI(CommandLine):
             trainer_class=Trainer,
             trainer_defaults={
                 "callbacks": [ProgressLines(), Termination()],
-                "default_root_dir": "logs",
+                "default_root_dir": LOGS,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": "logs", "name": "", "default_hp_metric": False},
+                    "init_args": {"save_dir": LOGS, "name": "", "default_hp_metric": False},
                 },
             },
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=_parser_options("fit", "validate", "test"),
+            parser_kwargs=parser_options("fit", "validate", "test"),
             auto_configure_optimizers=False,
             args=args,
         )
@@ -73,7 +77,11 @@ class TrainCLI(CommandLine):
             if moved := moved_options(str(error)):
                 raise ArgumentError(None, f"{error}; {moved}") from error
             raise
-        model = self.config[self.config.subcommand].model
+        options = self.config[self.config.subcommand]
+        model, trainer = options.model, options.trainer
+        # The default logger keeps what it logs in the trainer's folder.
+        if trainer.default_root_dir != LOGS and getattr(trainer.logger, "init_args", {}).get("save_dir") == LOGS:
+            trainer.logger.init_args.save_dir = trainer.default_root_dir
         # As YAML reads a group whose options are all commented out.
         if empty := [group for group in GROUPS if model[group] is None]:
             raise ValueError(f"model.{empty[0]}: expected options of the group, got nothing: leave it out")

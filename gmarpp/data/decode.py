@@ -152,7 +152,8 @@ def _opened(source: str | Path | BinaryIO, name: str | None, kind: str) -> Itera
         raise FileNotFoundError(f"{kind} {called} does not exist") from error
     except _DAMAGED as error:
         raise ValueError(
-            f"{kind} {called} cannot be read ({error or type(error).__name__}): replace or remove it"
+            f"{kind} {called} cannot be read ({error or type(error).__name__}): replace or remove it, or leave such "
+            "images out with --data.on_error skip"
         ) from error
 
 

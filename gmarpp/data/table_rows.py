@@ -96,6 +96,8 @@ def _csv_columns(rows: Any, path: Path) -> dict[str, list[Any]]:
         if len(row) != len(names):
             raise ValueError(f"{path}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}")
         content.append(row)
+    if not content:
+        raise ValueError(f"{path} has no rows below its first line")
     return {name: [row[number] for row in content] for number, name in enumerate(names)}
 
 
@@ -114,7 +116,9 @@ def table_rows(columns: dict[str, list[Any]], names: Columns, classes: Sequence[
     wanted = [names.path, *names.labels, *names.values, *names.boxes, *([names.mask] if names.mask else [])]
     for name in wanted:
         if name not in columns:
-            raise ValueError(f"{origin}: unknown column {name!r}: choose from {', '.join(columns)}")
+            known = ", ".join(columns)
+            hint = ": separate columns by commas" if len(columns) == 1 and ";" in known else ""
+            raise ValueError(f"{origin}: unknown column {name!r}: choose from {known}{hint}")
     written = [_text(cell) for cell in columns[names.path]]
     if "" in written:
         raise ValueError(f"{origin}, row {written.index('') + 1}: expected a path in column {names.path!r}, got none")

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gmarpp.network.families import unwrapped
+
 
 class ImageEmbedding(NamedTuple):
     """What a network of images and texts makes of images: their embeddings, (B, D), as it returns them."""
@@ -59,6 +61,11 @@ class BoundNetwork:
         except TypeError as error:
             given = ", ".join(("the images", *self.inputs))
             raise ValueError(f"inputs: {type(self.model).__name__} cannot be called with {given}: {error}") from error
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself, inside what runs it: `DataParallel`, `torch.compile`."""
+        return unwrapped(self.model)
 
     def __call__(self, images: Tensor, rows: Tensor | slice = slice(None)) -> Any:
         """Return the network's output for images made of those at some positions of the batch; of all by default."""

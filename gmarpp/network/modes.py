@@ -23,19 +23,23 @@ _CHECKPOINT_OPTIONS = (
 )
 
 
+one_at_a_time = threading.RLock()
+"""Held while networks are changed for a time: threads that run the same one would restore it to each other's state."""
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, freeze every parameter, and switch off activation checkpointing.
 
-    All states are restored, even after an error. Checkpointed blocks would run a second time in the backward pass,
-    without the hooks of the first. Parameters and buffers that were made in inference mode, which autograd cannot save,
-    are temporarily replaced by copies.
+    All states are restored, even after an error, and threads take turns. Checkpointed blocks would run a second time in
+    the backward pass, without the hooks of the first. Parameters and buffers that were made in inference mode, which
+    autograd cannot save, are temporarily replaced by copies.
     """
-    # A network has hundreds of modules, and a GPU waits while they are looked at.
-    modules = list(model.modules())
-    training = [module for module in modules if module.training]
-    checkpointing: list[Any] = [module for module in modules if vars(module).get("grad_checkpointing", False)]
-    with ExitStack() as restored:
+    with one_at_a_time, ExitStack() as restored:
+        # A network has hundreds of modules, and a GPU waits while they are looked at.
+        modules = list(model.modules())
+        training = [module for module in modules if module.training]
+        checkpointing: list[Any] = [module for module in modules if vars(module).get("grad_checkpointing", False)]
         for module in training:
             restored.callback(setattr, module, "training", True)
         if training:

@@ -43,8 +43,8 @@ def check_finite(logits: Tensor, what: str = "logits") -> None:
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
     """Return the class names that a network carries: its attribute `class_names`, or Hugging Face's `id2label`."""
-    labels = getattr(getattr(model, "config", None), "id2label", None)
-    return tuple(labels[index] for index in sorted(labels)) if labels else tuple(getattr(model, "class_names", ()))
+    labels = getattr(getattr(model, "config", None), "id2label", None) or getattr(model, "class_names", None) or ()
+    return tuple(labels[index] for index in sorted(labels)) if isinstance(labels, Mapping) else tuple(labels)
 
 
 def class_index(name: str, model: nn.Module) -> int:
@@ -58,7 +58,7 @@ def class_index(name: str, model: nn.Module) -> int:
     """
     known: dict[str, set[int]] = {}
     label2id = getattr(getattr(model, "config", None), "label2id", None)
-    for names in (label2id or {}, getattr(model, "classes", ()), getattr(model, "class_names", ())):
+    for names in (label2id or {}, getattr(model, "classes", None) or (), class_names(model)):
         pairs = names.items() if isinstance(names, dict) else ((each, index) for index, each in enumerate(names))
         for each, index in pairs:
             known.setdefault(each, set()).add(int(index))

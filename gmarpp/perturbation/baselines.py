@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gmarpp.attribution import UnsupportedNetworkError, architecture_of
+from gmarpp.attribution.precision import close
 from gmarpp.network.preprocessing import normalization_of
 
 Baseline = Literal["blur", "mean", "black", "drop"]
@@ -82,7 +83,7 @@ class TokenDrop:
         grid: patch grid of the maps, which must be the network's own.
 
     Raises:
-        UnsupportedNetworkError: another kind of network.
+        UnsupportedNetworkError: another kind of network, or one that is changed from outside.
         ValueError: another patch grid.
     """
 
@@ -99,9 +100,21 @@ class TokenDrop:
         if grid != own_grid:
             raise ValueError(f"baseline 'drop': expected maps on the network's patch grid {own_grid}, got {grid}")
         self.model: Any = model
+        if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+            self._require_same(images[:1])
         self.tokens = torch.cat([self._embed(chunk) for chunk in torch.split(images, batch_size)])
         reads_prefix = self.model.global_pool == "token" or self.model.pool_include_prefix
         self.reads_prefix = bool(self.model.num_prefix_tokens) and reads_prefix
+
+    def _require_same(self, image: Tensor) -> None:
+        """Refuse a network whose output hooks change, or a forward in place of its own: here only its parts run."""
+        tokens = self.model.blocks(self._embed(image))
+        expected, found = self.model(image), self.model.forward_head(self.model.norm(tokens))
+        if not close(found, expected):
+            raise UnsupportedNetworkError(
+                f"baseline 'drop' runs the parts of {type(self.model).__name__}, and its hooks or its replaced forward "
+                "make something else of them: use baseline 'blur', 'mean' or 'black'"
+            )
 
     def _embed(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.model.norm_pre(self.model._pos_embed(self.model.patch_embed(images)))

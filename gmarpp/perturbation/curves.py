@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.target import Target
-from gmarpp.maps import check_maps, minmax, rank_patches
+from gmarpp.maps import check_maps, minmax, rank_patches, stacked_maps
 from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.baselines import BASELINES, Baseline, TokenDrop, baseline_images
@@ -81,10 +81,10 @@ def renderer(network: BoundNetwork, images: Tensor, baseline: str, grid: tuple[i
     if baseline == "drop":
         if network.inputs:
             raise ValueError("baseline 'drop' runs a network on its tokens, without inputs: use blur, mean or black")
-        return TokenDrop(network.model, images, grid, batch_size)
+        return TokenDrop(network.module, images, grid, batch_size)
     size = (images.shape[2], images.shape[3])
-    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(network.model, size, grid))
-    return composite(network, images, baseline_images(network.model, images, baseline), to_patch)
+    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(network.module, size, grid))
+    return composite(network, images, baseline_images(network.module, images, baseline), to_patch)
 
 
 def _rescaled(curves: Tensor, full: Tensor, empty: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def score_perturbations(
     """
     grid = check_maps(maps, images)
     _check_options(baseline, mask, kept)
-    stacked = torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()])
+    stacked = stacked_maps(maps, images.device)
     ranks = rank_patches(stacked)
     counts = step_counts(ranks.shape[-1], steps)
     intervals = _intervals(counts, curves, kept and mask == "topk")

@@ -141,7 +141,7 @@ def objective_of(network: BoundNetwork, images: Tensor, target: Target, score: s
             parts = torch.split(torch.arange(len(images), device=images.device), batch_size)
             predicted = [logits_of(network(images[part], part)).argmax(1) for part in parts]
             return ClassObjective(score, torch.cat(predicted))
-        return ClassObjective(score, _one_class_per_image(class_indices(of, network.model), images))
+        return ClassObjective(score, _one_class_per_image(class_indices(of, network.module), images))
 
     if isinstance(target, Contrast):
         return ContrastObjective(side(target.target), side(target.other))

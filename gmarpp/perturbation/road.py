@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gmarpp.attribution.target import Target
-from gmarpp.maps import check_maps, rank_patches
+from gmarpp.maps import check_maps, rank_patches, stacked_maps
 from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.perturbation.imputation import noisy_linear_imputation
@@ -75,7 +75,7 @@ def road_scores(
     batch_size = images_per_pass(images, batch_size)
     network = BoundNetwork(model, images, inputs or {})
     size = (images.shape[2], images.shape[3])
-    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(model, size, grid))
+    to_patch = pixel_to_patch(grid, size, images.device, patch_extent(network.module, size, grid))
     generator = torch.Generator().manual_seed(seed)
     field = noise * torch.randn(images.shape[1:], generator=generator, dtype=torch.float32).to(images.device)
 
@@ -83,7 +83,7 @@ def road_scores(
         known = keep[:, to_patch].view(len(keep), *images.shape[2:])
         return network(noisy_linear_imputation(images[image], known, field), image)
 
-    ranks = rank_patches(torch.stack([batch.to(images.device, torch.float32) for batch in maps.values()]))
+    ranks = rank_patches(stacked_maps(maps, images.device))
     intervals = [(count, patches) for count in counts] + [(0, patches - count) for count in counts]
     with evaluation_mode(model), torch.no_grad():
         objective = objective_of(network, images, target, score, batch_size)

@@ -94,7 +94,7 @@ def _killed_process_named() -> Iterator[None]:
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a process that draws pictures was killed, by hand or because the machine ran out of memory: continue the "
-            "run with resume"
+            "run with --resume"
         ) from error
 
 

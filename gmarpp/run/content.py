@@ -42,7 +42,7 @@ _OPTIONAL_FIELDS: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def damaged_file(path: Path, fault: str, remedy: str = "delete it and run again with resume") -> ValueError:
+def damaged_file(path: Path, fault: str, remedy: str = "delete it and run again with --resume") -> ValueError:
     """Return the error for a file of a run that does not hold what it should."""
     return ValueError(f"{path} is damaged ({fault:.300}): {remedy}")
 

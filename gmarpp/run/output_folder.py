@@ -52,9 +52,12 @@ class OutputFolder:
             raise FileExistsError(f"output folder {self.path} is not empty and holds no run: choose another one")
         begun = run["status"] == "complete" or shard_files(self.path / PARTS)
         if begun and not (self.resume or self.overwrite):
-            state = "a complete" if run["status"] == "complete" else "an interrupted"
+            is_complete = run["status"] == "complete"
+            state, goes_on = (
+                ("a complete", "read again what it skipped") if is_complete else ("an interrupted", "go on")
+            )
             raise FileExistsError(
-                f"output folder {self.path} holds {state} run: continue it with resume, replace it with overwrite, or "
+                f"output folder {self.path} holds {state} run: replace it with --overwrite, {goes_on} with --resume, or "
                 "choose another folder"
             )
 

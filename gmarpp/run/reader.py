@@ -242,7 +242,7 @@ def read_picture(path: Path, folder: Path) -> np.ndarray[Any, Any]:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = require_file(folder / MAPS / MAPS_INDEX, folder)
-    remedy = "delete it and run again with resume"
+    remedy = "delete it and run again with --resume"
     about = read_json(path, remedy)
     try:
         check_index(about)
@@ -267,5 +267,5 @@ def load_explanations(folder: str | Path) -> StoredRun:
         raise FileNotFoundError(f"{folder} holds no explanations: give the output folder of a predict run")
     # While images are added to a run, its maps are taken apart, and have no index until they are merged again.
     if run["status"] != "complete" or not (folder / MAPS / MAPS_INDEX).exists():
-        raise ValueError(f"the run in {folder} was interrupted: finish it by running it again with resume")
+        raise ValueError(f"the run in {folder} was interrupted: finish it by running it again with --resume")
     return StoredRun(folder, run)

@@ -145,7 +145,10 @@ def _image_data(explanations: StoredRun, agreement: Agreement) -> dict[str, Any]
     """Collect one column per fact about the images, which is several times smaller than one object per image."""
     rows = explanations.rows
     matrix = agreement.matrix()
-    used = sorted({row[role] for row in rows for role in ("label", "target", "predicted")})
+    roles = {role: {row[role] for row in rows} for role in ("label", "target", "predicted")}
+    used = sorted(
+        roles["target"] | {number for role in ("label", "predicted") for number in roles[role] if number >= 0}
+    )
     return {
         "classNames": {number: explanations.class_name(number) for number in used},
         **{key: [row[key] for row in rows] for key in ("index", "path", "file", "label", "target", "predicted")},

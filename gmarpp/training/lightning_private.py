@@ -107,6 +107,9 @@ def _begin_epoch(batches: Any) -> None:
 class ObservedCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that tells of each file, and that can be told to save."""
 
+    def before_save(self, trainer: L.Trainer) -> None:
+        """Act before a checkpoint is saved in place of an older one, on all ranks."""
+
     def on_file_saved(self, trainer: L.Trainer, filepath: str) -> None:
         """Act when a checkpoint has been saved, on all ranks."""
 
@@ -135,6 +138,7 @@ class ObservedCheckpoint(ModelCheckpoint):
 
     @override
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self.before_save(trainer)
         super()._save_checkpoint(trainer, filepath)
         self.on_file_saved(trainer, filepath)
 

@@ -13,6 +13,8 @@ def total_steps(trainer: L.Trainer) -> int:
     Raises:
         ValueError: nothing limits them.
     """
+    if trainer.limit_train_batches == 0:
+        raise ValueError("--trainer.limit_train_batches is 0, so there is nothing to train on")
     # By itself Lightning would do so here only for runs that epochs limit, and the batch size is needed for all.
     trainer.fit_loop.setup_data()
     total = trainer.estimated_stepping_batches

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from gmarpp.files import expand_path
@@ -22,6 +23,11 @@ TRAINER_RANGES = {
     "min_epochs": Range(0),
     "min_steps": Range(0),
 }
+
+
+def is_watched() -> bool:
+    """Return whether the standard output is a terminal; a process may have no standard output at all."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class Trainer(L.Trainer):
@@ -46,7 +52,7 @@ class Trainer(L.Trainer):
         root = kwargs.get("default_root_dir")
         if root is not None and "://" not in str(root):
             kwargs["default_root_dir"] = expand_path(root)
-        if kwargs.get("enable_progress_bar") is None and not sys.stdout.isatty():
+        if kwargs.get("enable_progress_bar") is None and not is_watched():
             kwargs["enable_progress_bar"] = False
         try:
             super().__init__(
@@ -57,6 +63,10 @@ class Trainer(L.Trainer):
                 limit_predict_batches=limit_predict_batches,
                 **kwargs,
             )
+        except MisconfigurationException as error:
+            if "backend found" not in str(error):
+                raise
+            raise ValueError(f"--trainer.accelerator {kwargs.get('accelerator')}: {error}") from error
         except TypeError as error:
             devices, time = kwargs.get("devices"), kwargs.get("max_time")
             raise ValueError(f"--trainer.devices {devices}, --trainer.max_time {time}: {error}") from error

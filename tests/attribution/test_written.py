@@ -12,6 +12,7 @@ from naive_balanced import balanced_run, margin_of, shared
 from test_families import images, relative_error, sharpened, timm_network
 from timm.models.volo import VOLO
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import _get_current_function_mode_stack
 
 import gmarpp
@@ -296,12 +297,31 @@ def test_written_out_or_fused_a_network_has_the_same_maps(kind):
             assert relative_error(found[method], expected[method]) < 1e-4, method
 
 
+def by_exponentials(query, key, value):
+    weights = (query @ key.mT / 4).exp()
+    return weights / weights.sum(-1, keepdim=True) @ value
+
+
+CALLED = {
+    "function": lambda *each: nn.functional.scaled_dot_product_attention(*each),
+    # Imported by name, as from torch.nn.functional import scaled_dot_product_attention.
+    "name": nn.functional.scaled_dot_product_attention,
+    "operator": torch.ops.aten.scaled_dot_product_attention,
+    "operator's overload": torch.ops.aten.scaled_dot_product_attention.default,
+    "kernel": lambda *each: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*each)[0],
+    "flexible": flex_attention,
+    "exponentials": by_exponentials,
+    "logarithms": lambda query, key, value: (query @ key.mT / 4).log_softmax(dim=-1).exp() @ value,
+}
+
+
 class ByHand(nn.Module):
     """A block that attends as code of one's own may do it."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, beside=False):
         super().__init__()
         torch.manual_seed(3)
+        self.beside = beside
         self.kind, self.heads = kind, 1 if kind == "one head" else 3
         self.norm, self.qkv, self.softmax = nn.LayerNorm(48), nn.Linear(48, 144), nn.Softmax(dim=-1)
 
@@ -310,6 +330,11 @@ class ByHand(nn.Module):
         if self.kind == "one head":
             weights = self.softmax(torch.bmm(query[:, 0], key[:, 0].mT) / 48**0.5)
             return tokens + torch.bmm(weights, value[:, 0])
+        if self.kind in CALLED:
+            attended = CALLED[self.kind](query, key, value)
+            if self.beside:
+                attended = attended + CALLED["function"](query, key, value)
+            return tokens + attended.transpose(1, 2).flatten(2)
         weights = self.softmax(query @ key.mT / 4)
         if self.kind == "einsum":
             attended = torch.einsum("b h i j, b h j d -> b h i d", weights, value)
@@ -326,9 +351,9 @@ class ByHand(nn.Module):
         return tokens + attended
 
 
-def vit_with(kind):
+def vit_with(kind, beside=False):
     model = timm_network("vit_tiny_patch16_224")
-    model.blocks[1] = sharpened(ByHand(kind))
+    model.blocks[1] = sharpened(ByHand(kind, beside))
     return model
 
 
@@ -352,6 +377,48 @@ def test_attention_of_ones_own_is_followed(kind):
             matrix = (weights[image] if weights.dim() == 4 else weights[image][None]).mean(0)
             row = row @ ((matrix + torch.eye(17)) / 2)
         assert relative_error(found[image], row[1:].view(4, 4)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["name", "operator", "operator's overload"])
+@pytest.mark.parametrize("methods", [ALL, ("rollout", "attention"), ("legrad", "random")], ids=len)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_attention_is_followed_by_whatever_name_it_is_called(kind, methods, recompute):
+    expected = gmarpp.explain(vit_with("function"), images(), methods, TARGET, recompute=recompute).maps
+    found = gmarpp.explain(vit_with(kind), images(), methods, TARGET, recompute=recompute).maps
+    for name in methods:
+        assert relative_error(found[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", ["kernel", "flexible", "exponentials", "logarithms"])
+@pytest.mark.parametrize("methods", ["gmarpp_l1", "rollout"])
+def test_attention_in_other_forms_beside_fused_attention_is_refused(kind, methods):
+    with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"attends through|softmax over 17 tokens|FlexAttention"):
+        gmarpp.explain(vit_with(kind, beside=True), images(), methods)
+
+
+def test_attention_after_the_blocks_is_followed_by_whatever_name_it_is_called():
+    class Pool(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            torch.manual_seed(0)
+            self.network, self.attend = (
+                timm_network("vit_tiny_patch16_224", num_classes=0, global_pool=""),
+                CALLED[kind],
+            )
+            self.query, self.pairs, self.head = (
+                nn.Parameter(torch.randn(1, 3, 1, 16)), nn.Linear(48, 96), nn.Linear(48, 7)
+            )  # fmt: skip
+
+        def forward(self, batch):
+            key, value = 3 * self.pairs(self.network(batch)).unflatten(2, (2, 3, 16)).permute(2, 0, 3, 1, 4)
+            attended = self.attend(self.query.expand(len(batch), -1, -1, -1), key, value)
+            return self.head(attended.transpose(1, 2).reshape(len(batch), 48))
+
+    methods = [name for name in ALL if name != "legrad"]
+    expected = gmarpp.explain(Pool("function").eval(), images(), methods, TARGET).maps
+    found = gmarpp.explain(Pool("name").eval(), images(), methods, TARGET).maps
+    for name in methods:
+        assert relative_error(found[name], expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", ["gate", "values first"])

@@ -87,6 +87,27 @@ def test_a_network_is_named_where_there_are_several(tmp_path):
             assert run.callback_metrics[tag].item() == pytest.approx(value, rel=1e-4), tag
 
 
+class OwnLog(foreign.OwnNet):
+    """Puts a function of its own in the place of `log`."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+        self.log = self.note
+
+    def note(self, name, value, **options):
+        self.logged.append(name)
+        return super().log(name, value, **options)
+
+
+def test_a_modules_own_log_is_left_to_it(tmp_path):
+    module, run = OwnLog(), trainer(tmp_path, monitor(), max_epochs=2, num_sanity_val_steps=0)
+    run.fit(module, loader(), loader())
+    assert module.logged.count("val/loss") == 2 * len(loader())
+    assert module.log == module.note
+    assert "attribution/rollout/average_drop" in run.callback_metrics
+
+
 class Unknown(nn.Module):
     """Of no known family."""
 

@@ -19,7 +19,7 @@ def test_a_damaged_part_is_named_and_its_images_are_explained_again(tmp_path, mo
     data = bytearray(part.read_bytes())
     data[-3] ^= 8
     part.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"{part.name} is damaged \(.*digest.*delete it and run again with resume"):
+    with pytest.raises(ValueError, match=rf"{part.name} is damaged \(.*digest.*delete it and run again with --resume"):
         predict(tmp_path / "run", resume=True)
     part.unlink()
     predict(tmp_path / "run", resume=True)
@@ -36,7 +36,7 @@ def test_a_full_disk_stops_the_run_and_it_resumes(tmp_path, monkeypatch, caplog,
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
     with pytest.raises(OSError, match=r"cannot write: File too large.*run/(images|overlays)"):
         predict(tmp_path / "run", module=Disturbed(6, fill))
-    assert "continue it with resume" in caplog.text
+    assert "continue it with --resume" in caplog.text
     assert not list((tmp_path / "run").rglob("*.tmp"))
     predict(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == reference
@@ -60,7 +60,7 @@ def test_a_killed_drawing_process_stops_the_run_and_it_resumes(tmp_path, monkeyp
             process.kill()
 
     monkeypatch.setattr(writer, "_FLUSH_SECONDS", 0)
-    with pytest.raises(ChildProcessError, match=r"was killed.*continue the run with resume"):
+    with pytest.raises(ChildProcessError, match=r"was killed.*continue the run with --resume"):
         predict(tmp_path / "run", module=Disturbed(6, kill))
     predict(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == reference

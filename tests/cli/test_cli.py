@@ -278,7 +278,7 @@ def test_a_wrong_option_leaves_no_folder_and_the_corrected_command_runs(checkpoi
         assert message in failure(explain_main, [*predict, option], capsys)
         assert not (folder / "out").exists()
     explain_main(predict)
-    assert "replace it with overwrite" in failure(explain_main, predict, capsys)
+    assert "replace it with --overwrite" in failure(explain_main, predict, capsys)
     explain_main([*predict, "--overwrite", "--explain.target=class1"])
     assert load_explanations(folder / "out").rows[0]["target"] == 1
 

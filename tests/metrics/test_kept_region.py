@@ -59,3 +59,11 @@ def test_shapes(kept):
 def test_unknown_reduction():
     with pytest.raises(ValueError, match="unknown reduction"):
         average_drop(FULL, KEPT, "sum")
+
+
+@pytest.mark.parametrize(("function", "full"), [(average_drop, [0.0, 0.5]), (average_gain, [1.0, 0.5])])
+def test_gradients_are_finite_where_the_value_is_0_by_definition(function, full):
+    scores = torch.tensor(full, requires_grad=True)
+    function(scores, torch.tensor([0.4, 0.7 if function is average_gain else 0.2])).backward()
+    assert scores.grad[0] == 0
+    assert scores.grad[1].abs() > 0

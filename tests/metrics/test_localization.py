@@ -189,3 +189,16 @@ def test_average_precision_does_not_depend_on_the_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [255.0, -1.0, math.nan, 0.3])
+def test_masks_of_other_values_than_0_and_1_are_refused(value):
+    masks = torch.tensor([[[1.0, value], [0.0, 0.0]]])
+    with pytest.raises(ValueError, match="masks: expected true or 1 on the object"):
+        pointing_game(torch.eye(2)[None], masks)
+
+
+@pytest.mark.parametrize("threshold", [2.0, -0.1, math.nan])
+def test_thresholds_are_shares_of_the_minmax_map(threshold):
+    with pytest.raises(ValueError, match=r"threshold: expected a number in \[0, 1\]"):
+        iou(torch.eye(2)[None], torch.eye(2)[None], threshold=threshold)

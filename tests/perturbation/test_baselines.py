@@ -92,6 +92,20 @@ class TestDropEndPoint:
         with pytest.raises(UnsupportedNetworkError, match=r"'drop'.*'blur', 'mean' or 'black'"):
             perturbation_curves(timm.create_model(name, **options), ONES, TRUE_MAP, CLASS_1, 2, "drop")
 
+    @pytest.mark.parametrize("change", ["hook", "forward"])
+    def test_networks_that_are_changed_from_outside_are_refused(self, change):
+        model, images, maps = vit(), torch.randn(2, 3, 32, 32), torch.rand(2, 4, 4)
+        looks = model.register_forward_hook(lambda *_: None)
+        perturbation_curves(model, images, maps, 1, 2, "drop")
+        looks.remove()
+        if change == "hook":
+            model.register_forward_hook(lambda _, args, output: 3 * output)
+        else:
+            own = model.forward
+            model.forward = lambda batch: 4 * own(batch)
+        with pytest.raises(UnsupportedNetworkError, match="its hooks or its replaced forward"):
+            perturbation_curves(model, images, maps, torch.tensor([1, 1]), 2, "drop")
+
     def test_torchvision_is_refused(self):
         model = torchvision.models.VisionTransformer(8, 4, 1, 1, 8, 8)
         with pytest.raises(UnsupportedNetworkError, match="VisionTransformer is not one"):

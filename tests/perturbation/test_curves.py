@@ -41,6 +41,25 @@ class TestExactCurves:
         curves = perturbation_curves(PatchSum(WEIGHTS), ONES, torch.zeros(1, 2, 2), CLASS_1, 4, "black", score="logit")
         assert curves.deletion.tolist() == [[10, 6, 5, 2, 0]]
 
+    @pytest.mark.parametrize(
+        "change", [lambda maps: maps * 1e-60, lambda maps: maps * 1e60, lambda maps: 1 + maps * 1e-9]
+    )
+    def test_maps_of_float64_are_ranked_as_they_are(self, change):
+        maps = change(TRUE_MAP.double())
+        curves = perturbation_curves(PatchSum(WEIGHTS), ONES, maps, CLASS_1, 4, "black", score="logit")
+        assert curves.insertion.tolist() == [[0, 4, 7, 9, 10]]
+
+    @pytest.mark.parametrize("baseline", ["blur", "mean", "black", "drop"])
+    @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+    def test_what_wraps_a_network_changes_no_curve(self, wrap, baseline):
+        images, maps, _ = batch(methods=1)
+        model, maps = vit(), maps["method_0"]
+        model.class_names = tuple("abcde")
+        with torch.compiler.set_stance("force_eager"):
+            expected = perturbation_curves(model, images, maps, "b", 4, baseline)
+            found = perturbation_curves(wrap(model), images, maps, "b", 4, baseline)
+        torch.testing.assert_close(found.insertion, expected.insertion)
+
     def test_normalized_curves_run_from_0_to_1(self):
         curves = perturbation_curves(
             PatchSum(WEIGHTS), ONES, TRUE_MAP, CLASS_1, 4, "black", score="logit", normalize=True

@@ -33,7 +33,7 @@ def average_drop(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
         tensor(25.)
     """
     full, kept = _check(full, kept)
-    drop = torch.where(full == 0, 0.0, 100 * (full - kept).relu() / full)
+    drop = torch.where(full == 0, 0.0, 100 * (full - kept).relu() / full.where(full != 0, 1.0))
     return reduce_images(torch.where((full < 0) | kept.isnan(), math.nan, drop), reduction)
 
 
@@ -78,5 +78,5 @@ def average_gain(full: Tensor, kept: Tensor, reduction: Reduction = "mean") -> T
         tensor(10.0000)
     """
     full, kept = _check(full, kept)
-    gain = torch.where(full == 1, 0.0, 100 * (kept - full).relu() / (1 - full))
+    gain = torch.where(full == 1, 0.0, 100 * (kept - full).relu() / (1 - full).where(full != 1, 1.0))
     return reduce_images(torch.where((full > 1) | kept.isnan(), math.nan, gain), reduction)

@@ -47,6 +47,8 @@ def _aligned(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     check_finite_maps(maps)
     if masks.ndim != 3 or len(masks) != len(maps):
         raise ValueError(f"masks: expected shape ({len(maps)}, H, W) for {len(maps)} maps, got {tuple(masks.shape)}")
+    if masks.dtype != torch.bool and not ((masks == 0) | (masks == 1)).all():
+        raise ValueError("masks: expected true or 1 on the object and false or 0 elsewhere, got other values")
     masks = masks.to(maps.device, torch.bool)
     scaled = minmax(maps.double())[:, None]
     upsampled = F.interpolate(scaled, size=masks.shape[1:], mode="bilinear", align_corners=False)
@@ -63,6 +65,8 @@ def _rounded(values: Tensor) -> Tensor:
 
 
 def _highlighted(maps: Tensor, threshold: float | None) -> Tensor:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number in [0, 1] or None, got {threshold}")
     return _rounded(maps) > (_rounded(maps.mean(1, keepdim=True)) if threshold is None else threshold)
 
 

@@ -18,10 +18,15 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         (n,) in [-1, 1]; 0 where one of the two is constant, NaN where one holds NaN.
 
+    Raises:
+        ValueError: shapes that differ.
+
     Examples:
         >>> rank_correlation(torch.tensor([[[1.0, 2.0, 9.0]]]), torch.tensor([[[5.0, 7.0, 6.0]]]))
         tensor([0.5000], dtype=torch.float64)
     """
+    if first.shape != second.shape:
+        raise ValueError(f"expected maps of one shape (n, h, w), got {tuple(first.shape)} and {tuple(second.shape)}")
     a, b = _centered_ranks(first), _centered_ranks(second)
     norms = a.norm(dim=1) * b.norm(dim=1)
     unordered = first.flatten(1).isnan().any(dim=1) | second.flatten(1).isnan().any(dim=1)
