@@ -101,8 +101,8 @@ def one_line(error: Exception) -> str | None:
         return message if message.startswith("Early stopping conditioned on metric") else None
     if message.startswith('Parser key "data"'):
         message += f"; this project's data modules are {', '.join(_data_modules())}"
-    message = re.sub(r"Expected a \S*Sequence\. Got value: (\w+)", r"Expected a list, '[\1]', got \1", message)
     message = re.sub(r"<class '(.*?)'>", r"\1", " ".join(_without_union(message).split()))
+    message = re.sub(r"Expected a \S*Sequence\. Got value: (\w+)", r"Expected a list, '[\1]', got \1", message)
     return message if len(message) <= _LONGEST_LINE else f"{message[:-200][:_LONGEST_LINE]} … {message[-200:]}"
 
 

@@ -165,8 +165,10 @@ def test_bad_options_are_named(model):
     assert Explainer(mask="soft", baseline="drop", metrics=["insertion_auc"]).mask == "soft"
     with pytest.raises(ValueError, match=r"explain.methods: expected at least one"):
         Explainer([])
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match=r"explain\.steps: expected a number of at least 1, got 0"):
         Explainer(steps=0)
+    with pytest.raises(ValueError, match=r"explain\.target: expected at least one class, got none"):
+        Explainer(target=[])
     with pytest.raises(ValueError, match="target is label, but y has none"):
         Explainer(target="label")(model, batch(label=torch.tensor([1, -1, 2])))
     with pytest.raises(ValueError, match="unknown class 'do': did you mean dog"):
