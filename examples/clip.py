@@ -13,6 +13,8 @@ from PIL import Image
 import gmarpp
 from gmarpp.targets import Text
 
+if len(sys.argv) < 4:
+    sys.exit(__doc__)
 photograph, name, *texts = sys.argv[1:]
 model = transformers.AutoModel.from_pretrained(name).eval()
 processor = transformers.AutoProcessor.from_pretrained(name)

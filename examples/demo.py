@@ -106,9 +106,9 @@ def main() -> None:
     for method in METHODS:
         insertion, deletion = summary[method, "insertion_auc"], summary[method, "deletion_auc"]
         print(f"  {labels[method]:30}{insertion:18.3f}{deletion:18.3f}")
-    print(f"\n  Digits: {scalars['val/accuracy']:.0%} of the validation images after a minute of fine-tuning")
+    print(f"\n  Digits: {scalars['val/accuracy']:.0%} of the validation images after fine-tuning")
     print("\nPictures")
-    print(f"  {RESULTS / 'two_classes.png'}            methods against classes: start here")
+    print(f"  {RESULTS / 'two_classes.png'}          methods against classes: start here")
     print(f"  {RESULTS / 'explained' / 'report.html'}   everything about the photographs; open it in a browser")
     print("\nTraining curves, attribution metrics and maps of every validation")
     print("  .venv/bin/tensorboard --logdir logs")

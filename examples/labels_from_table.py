@@ -15,6 +15,8 @@ from gmarpp.training.module import ViTClassifier
 
 CHECKPOINT = "checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors"
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 table, *labels = sys.argv[1:]
 data = Table(table, label_columns=labels, val_share=0.2, batch_size=8, num_workers=0)
 options = {"architecture": "vit_small_patch14_dinov2", "weights": CHECKPOINT}

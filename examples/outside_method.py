@@ -33,6 +33,8 @@ if __name__ == "__main__":
     for function in (integrated_gradients, gradient_shap):
         gmarpp.register_method(gmarpp.FunctionMethod(function.__name__, function, signed=True))
     model = gmarpp.load_model("checkpoints/vit_small_patch14_112.tiny_imagenet.safetensors")
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     photo = pil_to_tensor(Image.open(sys.argv[1]).convert("RGB"))
     images = EvaluationTransform(Preprocessing.of(model))(photo)["image"][None]
     explanation = gmarpp.explain(model, images, ["integrated_gradients", "gradient_shap", "gmarpp_l1"])

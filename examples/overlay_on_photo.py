@@ -12,6 +12,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import gmarpp
 from gmarpp.data import EvaluationTransform, Preprocessing
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 photo, folder = Image.open(sys.argv[1]).convert("RGB"), Path(sys.argv[3] if len(sys.argv) > 3 else "explained")
 model = gmarpp.load_model(sys.argv[2])
 preprocessing = Preprocessing.of(model)

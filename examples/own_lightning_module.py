@@ -42,6 +42,8 @@ class Classifier(L.LightningModule):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     folder = Path(sys.argv[1])
     module = Classifier(classes=len(list(folder.iterdir())))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module.net))

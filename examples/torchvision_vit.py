@@ -14,6 +14,8 @@ from PIL import Image
 import gmarpp
 
 weights = torchvision.models.ViT_B_16_Weights.DEFAULT
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 model = torchvision.models.vit_b_16(weights=weights if len(sys.argv) < 3 else None)
 if len(sys.argv) > 2:
     model.load_state_dict(torch.load(sys.argv[2], weights_only=True))

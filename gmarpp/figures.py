@@ -1,10 +1,12 @@
 """Figures for people: images beside their maps, and curves."""
 
 import io
-import textwrap
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
+from unicodedata import east_asian_width
 
 import matplotlib
 import numpy as np
@@ -24,8 +26,8 @@ from gmarpp.visualize import DEFAULT_STYLE, OVERLAY_SIDE, Backdrop, MapStyle, pi
 FIGURE_FORMATS = ("png", "pdf", "svg")
 
 
-_LABEL_POINTS = 8.5
-_CELL, _GAP, _BAR_SPACE, _BAR_GAP = 1.24, 0.05, 0.7, 0.2
+_LABEL_POINTS, _TITLE_COLUMNS = 8.5, 17
+_CELL, _GAP, _BAR_SPACE, _LONGEST_BAR = 1.24, 0.05, 0.7, 3.2
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,36 @@ def _scale(style: MapStyle, signed: bool) -> _Scale:
     return _Scale(matplotlib.colormaps[style.colormap], ((0, words[0]), (1, words[1])), words[2])
 
 
-def short_name(name: str, width: int = 17, lines: int = 2) -> str:
-    """Shorten a class name for a title: the first of its synonyms, wrapped.
+def short_name(name: str) -> str:
+    r"""Shorten a class name for a title: the first of its synonyms, in at most two lines.
 
     Examples:
         >>> short_name("German shepherd, German shepherd dog, alsatian")
         'German shepherd'
+        >>> short_name("Saccharomyces_cerevisiae_strain_288")
+        'Saccharomyces_cer\nevisiae_strain_2…'
     """
     first = name.split(",")[0].strip() or name
-    return "\n".join(textwrap.wrap(first, width, max_lines=lines, placeholder="…"))
+    lines = [""]
+    for word in first.split():
+        if lines[-1] and _columns(f"{lines[-1]} {word}") <= _TITLE_COLUMNS:
+            lines[-1] += f" {word}"
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if _columns(lines[-1] + letter) > _TITLE_COLUMNS:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > 2:
+        while _columns(lines[1]) >= _TITLE_COLUMNS:
+            lines[1] = lines[1][:-1]
+        lines[1] += "…"
+    return "\n".join(lines[:2])
+
+
+def _columns(text: str) -> int:
+    """Return how many letters' room a text takes: those of Chinese, Japanese and Korean are twice as wide."""
+    return sum(1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
 def _inches(text: str, points: float) -> float:
@@ -115,23 +138,21 @@ class _Sheet:
                 outline = Rectangle((x + x0, y - y1), x1 - x0, y1 - y0, fill=False, lw=line_width, ec=color)
                 self.axes.add_patch(outline)
 
-    def explain_colors(self, scales: Sequence[_Scale], rows: int) -> None:
-        """Draw the bars of some scales, the first on top, beside so many of the lowest rows."""
+    def explain_colors(self, scale: _Scale, first: int, rows: int) -> None:
+        """Draw the bar of a scale beside so many rows from the first one down."""
         width, height = self.size
-        free = rows * (_CELL + _GAP) - _GAP - (len(scales) - 1) * _BAR_GAP
-        for number, scale in enumerate(reversed(scales)):
-            span = min(free / len(scales), 3.2)
-            below = 0.05 + _GAP + number * (span + _BAR_GAP)
-            bar = self.figure.add_axes(((self.right + 0.06) / width, below / height, 0.09 / width, span / height))
-            self.figure.colorbar(ScalarMappable(cmap=scale.colormap), cax=bar, ticks=[at for at, _ in scale.ticks])
-            bar.set_yticklabels([words for _, words in scale.ticks], fontsize=7)
-            # The words at the ends stay within the bar, where nothing cuts them or is in their way.
-            low, *_, high = bar.get_yticklabels()
-            low.set_verticalalignment("bottom")
-            high.set_verticalalignment("top")
-            bar.set_ylabel(scale.label, fontsize=7, labelpad=-8)
-            bar.tick_params(length=0, pad=2)
-            bar.spines[:].set_visible(False)
+        span = min(rows * (_CELL + _GAP) - _GAP, _LONGEST_BAR)
+        below = self._upper_edge(first) - span
+        bar = self.figure.add_axes(((self.right + 0.06) / width, below / height, 0.09 / width, span / height))
+        self.figure.colorbar(ScalarMappable(cmap=scale.colormap), cax=bar, ticks=[at for at, _ in scale.ticks])
+        bar.set_yticklabels([words for _, words in scale.ticks], fontsize=7)
+        # The words at the ends stay within the bar, where nothing cuts them or is in their way.
+        low, *_, high = bar.get_yticklabels()
+        low.set_verticalalignment("bottom")
+        high.set_verticalalignment("top")
+        bar.set_ylabel(scale.label, fontsize=7, labelpad=-8)
+        bar.tick_params(length=0, pad=2)
+        bar.spines[:].set_visible(False)
 
 
 def comparison_figure(
@@ -166,8 +187,11 @@ def comparison_figure(
         backdrop = Backdrop(image, style, OVERLAY_SIDE)
         for line, (method, attributions) in enumerate(maps.items(), start=1):
             sheet.show(backdrop.overlay(attributions[column], method in signed_methods), line, column)
-    kinds = sorted({method in signed_methods for method in maps})
-    sheet.explain_colors([_scale(style, signed) for signed in kinds], len(maps))
+    line = 1
+    for signed, methods in groupby(maps, key=lambda method: method in signed_methods):
+        rows = len(list(methods))
+        sheet.explain_colors(_scale(style, signed), line, rows)
+        line += rows
     return sheet.figure
 
 
@@ -192,6 +216,11 @@ def figure_bytes(figure: Figure, extension: str = "png") -> bytes:
         "svg": {"metadata": {"Date": None}},
     }
     # Pictures are not joined either: joined ones would take the low resolution of a vector figure.
-    with matplotlib.rc_context({"svg.hashsalt": "gmarpp", "image.composite_image": False}):
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "gmarpp", "image.composite_image": False}),
+        warnings.catch_warnings(),
+    ):
+        # The report shows such names, and nobody can do anything about a font that is not there.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(stream, format=extension, **by_format[extension])
     return stream.getvalue()

@@ -53,7 +53,7 @@ _METHOD_COLORS = {
     "gmarpp_l1": "#d7263d",
     "gmarpp_l2": "#f0851f",
     "gmarpp_sum": "#8c1c13",
-    "gmarpp_balanced": "#c2477f",
+    "gmarpp_balanced": "#087691",
     "token_relevance": "#1b1b1e",
     "gmar_l1": "#2a62c9",
     "gmar_l2": "#4fa8e0",

@@ -1,4 +1,4 @@
-"""`explain`: maps of all methods from one forward and one backward pass."""
+"""`explain`: maps of all methods from one forward pass and a backward pass per gradient rule."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,7 +46,7 @@ def explain(
     architecture: Architecture | None = None,
     recompute: bool = False,
 ) -> Explanation:
-    """Explain a Vision Transformer's output by all given methods, in one forward and one backward pass.
+    """Explain a Vision Transformer's output by all given methods, in one forward and one or two backward passes.
 
     The network runs in eval mode without its own activation checkpointing and is left exactly as it was; no parameter's
     gradient is computed. `explain` works under autocast, and inside `torch.inference_mode`.

@@ -103,7 +103,7 @@ def _check_presentation(method: AttributionMethod) -> None:
 
 
 def is_own(method: AttributionMethod) -> bool:
-    """Tell whether a method is none of this package's by name."""
+    """Return whether a method is none of this package's by name."""
     return method.name not in _PUBLISHED and method.name not in _VARIANTS
 
 

@@ -344,4 +344,5 @@ class ExplanationWriter(BasePredictionWriter):
         write_run(self.folder, {**self._run, **done})
         remove_parts(self.folder)
         skipped = f", skipped {self._skipped} that cannot be read" if self._skipped else ""
-        logger.info("Explained %d images%s: %s", images, skipped, self.folder)
+        place = self.folder / "report.html" if self.report else self.folder
+        logger.info("Explained %d images%s: %s", images, skipped, place)

@@ -108,6 +108,7 @@ def _explain(args: list[str] | None) -> "ExplainCLI | EvaluationCLI | None":
         _import_torchmetrics()
         from gmarpp.cli import explain
 
+        _log_to_stderr()
         evaluates = arguments[:1] in (["validate"], ["test"])
         return explain.evaluate_main(args) if evaluates else explain.explain_main(args)
 

@@ -130,6 +130,13 @@ class TrainCLI(CommandLine):
         """Refuse to train for metrics that nobody logs."""
         require_monitored_metrics(self.trainer, self.model)
 
+    def after_fit(self) -> None:
+        """Say where the best checkpoint is."""
+        for each in self.trainer.checkpoint_callbacks:
+            if isinstance(each, ModelCardCheckpoint) and each.best_model_path:
+                score = "" if each.best_model_score is None else f", {each.monitor} {float(each.best_model_score):.4g}"
+                rank_zero_info(f"Best checkpoint{score}: {each.best_model_path}")
+
     def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
         """Validate without letting Lightning load the checkpoint a second time."""
         self.trainer.validate(model, **options)

@@ -76,7 +76,8 @@ class ImageFolder(ImageDataModule):
     def read_split(self, split: Split) -> tuple[Files, Labels]:
         """See `ImageDataModule`."""
         if not self.labelled and split != "predict":
-            raise ValueError(f"{split} needs labels: set labelled to true if the folders in {self.root} are classes")
+            remedy = f"set --data.labelled true if the folders in {self.root} are classes"
+            raise ValueError(f"{split} needs labels: {remedy}")
         folder = self._split_folder(split)
         paths = self._images(folder)
         if not self.labelled:

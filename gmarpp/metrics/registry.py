@@ -148,7 +148,7 @@ def require_metric(name: str) -> None:
 
 
 def is_own_metric(name: str) -> bool:
-    """Tell whether a metric is none of this package's."""
+    """Return whether a metric is none of this package's."""
     return name not in _BUILT_IN
 
 

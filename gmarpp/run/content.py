@@ -258,7 +258,7 @@ def check_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
 
 
 def is_plain_name(name: Any) -> bool:
-    """Tell whether a text can be the name of a folder and leads nowhere else."""
+    """Return whether a text can be the name of a folder and leads nowhere else."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= 100

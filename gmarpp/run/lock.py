@@ -70,7 +70,7 @@ class FolderLock:
         return handle
 
     def _lock(self, handle: int) -> bool:
-        """Tell whether the file is locked now; not where the file system knows no locks."""
+        """Return whether the file is locked now; not where the file system knows no locks."""
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -57,8 +57,8 @@ class OutputFolder:
                 ("a complete", "read again what it skipped") if is_complete else ("an interrupted", "go on")
             )
             raise FileExistsError(
-                f"output folder {self.path} holds {state} run: replace it with --overwrite, {goes_on} with --resume, or "
-                "choose another folder"
+                f"output folder {self.path} holds {state} run: replace it with --overwrite, {goes_on} with --resume, "
+                "or choose another folder"
             )
 
     def lock(self) -> None:

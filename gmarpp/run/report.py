@@ -24,6 +24,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 _EMBEDDED_IMAGES = 4_000_000
 _SEPARATOR = "<!-- data -->"
+_PERCENT = frozenset(("average_drop", "average_increase", "average_gain"))
 
 
 def write_report(
@@ -123,7 +124,10 @@ def _summary_data(explanations: StoredRun) -> dict[str, Any]:
             }
             for method in methods
         ],
-        "metrics": [{"name": m, "label": metric_label(m), "higher": higher_is_better(m)} for m in metrics],
+        "metrics": [
+            {"name": m, "label": metric_label(m), "higher": higher_is_better(m), "unit": "%" if m in _PERCENT else ""}
+            for m in metrics
+        ],
         "summary": intervals,
         "leaders": best,
         "fewestImages": FEWEST_IMAGES,

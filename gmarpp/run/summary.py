@@ -17,7 +17,7 @@ _CELLS = 1 << 20
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """Tell whether more of a metric is better; None for a metric that only describes maps.
+    """Return whether more of a metric is better; None for a metric that only describes maps.
 
     Examples:
         >>> higher_is_better("average_drop"), higher_is_better("insertion_auc"), higher_is_better("sparseness")
