@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix, attributes
 
 
 class ClassLayer(AttentionLayer):
@@ -21,7 +21,7 @@ class ClassLayer(AttentionLayer):
     """
 
     def __init__(self, prefix: AttentionLayer) -> None:
-        super().__init__(**vars(prefix))
+        super().__init__(**attributes(prefix))
         self._prefix = prefix
 
     @property

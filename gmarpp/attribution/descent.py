@@ -6,7 +6,7 @@ backward step. The fused one leaves that step to the network and makes no matrix
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from gmarpp.network.pooling import Pooling
 from gmarpp.network.transport import Step
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """An attention call as the backward pass meets it: its inputs, and the gradient of its output or `None`."""
 
     call: AttentionCall
@@ -206,9 +205,8 @@ class Descent:
         Returns:
             of each part, which images and which entries of the call's inputs it has, and its layer.
         """
-        call, query, key, value, mask, outer = vars(given).values()
-        has_local = is_whole and call.block is not None and len(self.local) > 0
-        local = self.local[call.block] if has_local else None
+        call, query, key, value, mask, outer = given
+        local = self.local[call.block] if is_whole and call.block is not None and len(self.local) > 0 else None
         residual = self.residuals.pop(call.block, None) if is_whole and call.block is not None else None
         if residual is not None and call.step is not None:
             residual = call.step.by_token(residual)

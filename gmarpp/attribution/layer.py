@@ -1,7 +1,7 @@
 """One attention layer, as methods see it: products of rows with its matrices, and the matrices themselves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -237,6 +237,11 @@ class WrittenLayer(AttentionLayer):
         of_attention, of_value = found
         of_attention.copy_(self.gradient * self.gradient_scale)
         of_value.copy_(torch.matmul(self.attention.mT, self.outer.float()))
+
+
+def attributes(layer: AttentionLayer) -> dict[str, Any]:
+    """Return what a layer was made of, to make another one that sees it differently."""
+    return {each.name: getattr(layer, each.name) for each in fields(layer)}
 
 
 def share(norms: Tensor) -> Tensor:

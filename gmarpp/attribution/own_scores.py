@@ -39,7 +39,6 @@ class OwnScores:
         self._tails_may_run = passed.plan.tails_again and passed.attends_once and by_token
         self._known: tuple[Head, bool] | None = None
         self._described, self._agrees = self._quick_head() if self._tails_may_run else (None, None)
-        self._alike: Tensor | None = None
 
     def _quick_head(self) -> tuple[Head | None, Tensor | None]:
         """Return the architecture's head, if it may read prefix tokens alone, and whether these make the output."""
@@ -61,29 +60,27 @@ class OwnScores:
             # error. One that all tokens cause is raised where the head is needed (`head_of`).
             return None
 
-    def gradients(self, score: Score, scale: float) -> list[Tensor]:
+    def gradients(self, score: Score, scale: float) -> tuple[list[Tensor], Tensor]:
         """Return the gradient of each layer's own score with respect to the first rows of its attention output.
 
-        Nothing is waited for: what comes of it counts if `are_right`, and `carefully` does it otherwise.
+        A GPU is not waited for: where the gradients turn out to be none of the network's own blocks and head,
+        `carefully` makes them anew.
 
         Args:
             score: of an output of the head.
             scale: factor of the score.
 
         Returns:
-            by block, (B, H, R, dv), times the factor; R is the number of prefix tokens, or of all.
+            by block, (B, H, R, dv), times the factor, R the number of prefix tokens or of all; and whether they are
+            right, a scalar on the network's device.
         """
-        found = None
         if self._described is not None and self._agrees is not None:
             found = self._by_prefix_tails(self._described, score, scale)
-        self._alike = None if found is None else self._alike
-        return self.carefully(score, scale) if found is None else found
-
-    def are_right(self) -> Tensor:
-        """Return whether the last gradients are those of the network's own blocks and head."""
-        if self._alike is None or self._agrees is None:
-            return torch.ones((), dtype=torch.bool, device=self._passed.entered[0].device)
-        return self._alike & self._agrees
+            if found is not None:
+                gradients, is_alike = found
+                return gradients, is_alike & self._agrees
+        right = torch.ones((), dtype=torch.bool, device=self._passed.entered[0].device)
+        return self.carefully(score, scale), right
 
     def carefully(self, score: Score, scale: float) -> list[Tensor]:
         """Return the gradients as `gradients` does, by a way that was made sure of first.
@@ -106,8 +103,8 @@ class OwnScores:
         head, by_prefix = self._known
         if by_prefix:
             found = self._by_prefix_tails(head, score, scale)
-            if found is not None and self._alike is not None and decide(self._alike)[0]:
-                return found
+            if found is not None and decide(found[1])[0]:
+                return found[0]
             # Tokens mix outside attention, so the prefix tokens need the others.
             self._known = head, False
         return [self._of_all(head, block, score, scale) for block in range(len(passed.runs))]
@@ -115,8 +112,11 @@ class OwnScores:
     def _calls(self, block: int) -> list[AttentionCall]:
         return [call for call in self._passed.calls if call.block == block]
 
-    def _by_prefix_tails(self, head: Head, score: Score, scale: float) -> list[Tensor] | None:
-        """Differentiate through the tails of the prefix tokens; `None` if these cannot run without the others."""
+    def _by_prefix_tails(self, head: Head, score: Score, scale: float) -> tuple[list[Tensor], Tensor] | None:
+        """Differentiate through the tails of the prefix tokens, and return whether these are the blocks' own.
+
+        `None` if they cannot run without the others.
+        """
         passed, starts, made = self._passed, [], []
         for block in range(len(passed.runs)):
             (call,) = self._calls(block)
@@ -129,10 +129,10 @@ class OwnScores:
             if own is None:
                 return None
             made.append(own)
-        self._alike = alike(made, left, entered)
+        is_alike = alike(made, left, entered)
         # No tail depends on another, so one sum yields the gradients of all.
         total = torch.stack([score(output).float().sum() for output in head.of_layers(made)]).sum()
-        return list(torch.autograd.grad(total * scale, starts))
+        return list(torch.autograd.grad(total * scale, starts)), is_alike
 
     def _of_all(self, head: Head, block: int, score: Score, scale: float) -> Tensor:
         """Differentiate through the tail of all tokens."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix, attributes
 from gmarpp.network.pooling import Pooling
 
 
@@ -22,7 +22,7 @@ class ReducedLayer(AttentionLayer):
     """
 
     def __init__(self, few: AttentionLayer, keys: Pooling) -> None:
-        super().__init__(**vars(few))
+        super().__init__(**attributes(few))
         self._few, self._keys = few, keys
 
     @Matrix

@@ -1,6 +1,6 @@
 """Relevance on its way from the readout to the input tokens: a row for each method and image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -26,7 +26,7 @@ class Relevance:
         methods: the methods that the rows belong to.
         readout: the tokens that the head reads, (B, Q), or the queries of an attention-pool head.
         images: (B, 3, H, W).
-        tokens: number N of tokens, in networks that merge tokens of those that leave the last block.
+        tokens: number N of tokens that leave the last block; lower layers may have more.
         input_tokens: number of tokens that enter the first block.
         around: number of prefix tokens and of suffix tokens among those of the top layer.
         taps: by position of a block below the last one, the tokens it leaves that the head reads too, (B, N).
@@ -128,13 +128,7 @@ class Relevance:
         def spread(rows: Tensor) -> Tensor:
             return torch.cat((rows[..., : self._prefix], merged.spread(rows[..., self._prefix :])), dim=-1)
 
-        self._rows, self._sums, tokens = spread(self._rows), spread(self._sums), self._tokens
-        self._other_rows = [
-            # Rows that take nothing of the layers may be those of the input tokens already.
-            (above, spread(rows) if rows.shape[-1] == tokens else rows)
-            for above, rows in self._other_rows
-        ]
-        self._tokens = self._rows.shape[-1]
+        self._change(spread)
 
     def pool(self, step: Step, is_top: bool) -> None:
         """Make room for rows of the tokens below a layer that pools its queries, which comes next.
@@ -157,11 +151,18 @@ class Relevance:
         late = self._tokens - tokens
         if late <= 0:
             return
-        self._rows, self._sums = self._rows[..., late:], self._sums[..., late:]
+        self._change(lambda rows: rows[..., late:])
+        self._prefix -= late
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Bring all rows to other tokens."""
+        self._rows, self._sums, tokens = change(self._rows), change(self._sums), self._tokens
         self._other_rows = [
-            (above, rows[..., late:] if rows.shape[-1] == self._tokens else rows) for above, rows in self._other_rows
+            # Rows that take nothing of the layers may be those of the input tokens already.
+            (above, change(rows) if rows.shape[-1] == tokens else rows)
+            for above, rows in self._other_rows
         ]
-        self._prefix, self._tokens = self._prefix - late, tokens
+        self._tokens = self._rows.shape[-1]
 
     def rows(self) -> dict[str, Tensor]:
         """Return the rows, (B, N), by method."""

@@ -85,18 +85,22 @@ class WayDown:
         need_gradient = need_local or any(method.needs_gradient for method in methods)
         found = Readout(total, self._output, passed, scale)
         own_scores = self._own_scores if need_local else None
-        local = () if own_scores is None else own_scores.gradients(score, scale)
+        local: list[Tensor] = []
+        checks: list[Tensor] = []
+        if own_scores is not None:
+            local, are_right = own_scores.gradients(score, scale)
+            checks = [are_right]
         readout, taps = found.rows()
+        checks = [self._scores.are_finite(), found.is_plain(), *checks]
+        may_dilute = not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods)
+        patches = readout[:, layout.patches(passed.top_tokens, block)]
         # A GPU is not waited for but here, when it has enough to do.
-        usual = [self._scores.are_finite(), found.is_plain(), *([] if own_scores is None else [own_scores.are_right()])]
-        is_diluted = not passed.calls[-1].is_pool and any(method.name in _DILUTED for method in methods)
-        all_are_read = (readout[:, layout.patches(passed.top_tokens, block)] > 0).all() if is_diluted else usual[0] < 0
-        *are_usual, dilutes = decide(*usual, all_are_read)
+        *are_usual, dilutes = decide(*checks, (patches > 0).all() if may_dilute else torch.zeros_like(checks[0]))
         if not all(are_usual):
             self._scores.require_finite()
             found.require_plain(need_gradient)
             readout, taps = found.rows()
-            local = () if own_scores is None else own_scores.carefully(score, scale)
+            local = [] if own_scores is None else own_scores.carefully(score, scale)
         if dilutes:
             _warn_once()
         if not keep:

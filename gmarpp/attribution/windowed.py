@@ -1,7 +1,6 @@
 """An attention layer in windows, as methods see it: a layer over all tokens of a grid."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cached_property
 from typing import Literal
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix, share
+from gmarpp.attribution.layer import AttentionLayer, HeadNorm, Matrix, attributes, share
 from gmarpp.network.transport import Step
 
 
@@ -17,7 +16,7 @@ class _WithoutPadding(AttentionLayer):
     """A layer of padded windows without its entries for padding; the rows that are left do not sum to 1."""
 
     def __init__(self, whole: AttentionLayer, step: Step) -> None:
-        super().__init__(**vars(whole))
+        super().__init__(**attributes(whole))
         self._whole, self._step = whole, step
 
     @Matrix
@@ -55,7 +54,7 @@ class WindowedLayer(AttentionLayer):
     """
 
     def __init__(self, windows: AttentionLayer, step: Step, shares: Tensor | None) -> None:
-        super().__init__(**{each.name: getattr(windows, each.name) for each in fields(windows)})
+        super().__init__(**attributes(windows))
         self._step, self._whole, self._shares = step, windows, shares
         is_padded = step.is_padded or step.above.is_padded
         self._windows = _WithoutPadding(windows, step) if is_padded else windows
