@@ -62,7 +62,7 @@ def test_nothing_to_explain_is_named(tmp_path):
 
 def test_labels_are_needed_to_train(tmp_path):
     write(tmp_path, "a.png")
-    with pytest.raises(ValueError, match=r"train needs labels: set labelled to true"):
+    with pytest.raises(ValueError, match=r"train needs labels: set --data\.labelled true"):
         opened(tmp_path, "fit")
     with pytest.raises(ValueError, match=r"a\.png: expected images in folders named by class"):
         opened(tmp_path, "predict", labelled=True)

@@ -323,9 +323,11 @@ def classes_by_hand(rows, values):
         indices = [row["index"] for row in members]
         means = [float(np.nanmean(values[metric][indices])) for metric in METRICS]
         name = CLASS_NAMES[target].split(",")[0]
-        cells = [f"{mean:.3f}" for mean in means]
-        table.append((-len(members), name, f"{100 * sum(known) / len(known):.1f} %", cells))
-    return [[name, str(-count), correct, "50.0 %", *cells] for count, name, correct, cells in sorted(table)]
+        texts = [
+            f"{mean:.1f} %" if "average" in name else f"{mean:.3f}" for name, mean in zip(METRICS, means, strict=True)
+        ]
+        table.append((-len(members), name, f"{100 * sum(known) / len(known):.1f} %", texts))
+    return [[name, str(-count), correct, "50.0 %", *texts] for count, name, correct, texts in sorted(table)]
 
 
 # Draws the first signed map both ways and leaves what it saw in an element of the document.
