@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 import gmarpp
-from gmarpp.network.refused import REFUSED
+from gmarpp.network.families.refused import REFUSED
 
 METHODS = gmarpp.METHODS + gmarpp.VARIANTS
 BEGIN, END = "<!-- made by benchmarks/networks.py -->", "<!-- end -->"

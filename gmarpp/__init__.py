@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         register_method,
     )
     from gmarpp.labels import METHOD_LABELS
-    from gmarpp.network.load import load_model
+    from gmarpp.network.files.load import load_model
     from gmarpp.perturbation import perturbation_curves
     from gmarpp.run.reader import load_explanations
 
@@ -72,7 +72,7 @@ else:
         "architecture_of": "gmarpp.attribution",
         "explain": "gmarpp.attribution",
         "load_explanations": "gmarpp.run.reader",
-        "load_model": "gmarpp.network.load",
+        "load_model": "gmarpp.network.files.load",
         "perturbation_curves": "gmarpp.perturbation",
         "register_method": "gmarpp.attribution",
     }

@@ -9,9 +9,9 @@ from torch import nn
 
 from gmarpp.command import run_function
 from gmarpp.files import atomic_file
-from gmarpp.network.load import build_network, describe_weights
+from gmarpp.network.files.load import build_network, describe_weights
+from gmarpp.network.files.save import describe_model, save_weights
 from gmarpp.network.preprocessing import get_image_size
-from gmarpp.network.save import describe_model, save_weights
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from gmarpp.command import run_function
 from gmarpp.files import expand_path, find_path, first_line
-from gmarpp.network.load import load_model
+from gmarpp.network.files.load import load_model
 from gmarpp.network.preprocessing import get_image_size
 
 logger = logging.getLogger(__name__)

@@ -123,6 +123,12 @@ def test_networks_are_explained_and_measured_without_lightning():
             assert not [path for path in paths for module in imported(path) if module.split(".")[0] == "lightning"]
 
 
+def test_families_and_files_of_networks_know_nothing_of_each_other():
+    for path in (PACKAGE / "network").rglob("*.py"):
+        for other in {"families", "files"} - {path.parent.name}:
+            assert not [module for module in imported(path) if module.startswith(f"gmarpp.network.{other}")], path
+
+
 if __name__ == "__main__":
     for (source, destination), files in sorted(arrows().items()):
         print(f"{source} -> {destination}: {', '.join(sorted(files))}")

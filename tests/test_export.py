@@ -6,9 +6,9 @@ import torch
 from gmarpp import export as export_file
 from gmarpp.export import main, save_onnx
 from gmarpp.network.build import build_model
-from gmarpp.network.load import load_model
+from gmarpp.network.files.load import load_model
+from gmarpp.network.files.save import save_weights
 from gmarpp.network.preprocessing import set_preprocessing
-from gmarpp.network.save import save_weights
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gmarpp.network.build import build_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.save import save_weights
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "overlay_on_photo.py"
 

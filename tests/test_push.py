@@ -12,8 +12,8 @@ import torch
 
 import gmarpp
 from gmarpp.network.build import build_model
+from gmarpp.network.files.save import save_weights
 from gmarpp.network.preprocessing import get_preprocessing, set_preprocessing
-from gmarpp.network.save import save_weights
 from gmarpp.push import main
 
 

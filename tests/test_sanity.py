@@ -8,7 +8,7 @@ import torch
 import gmarpp
 from gmarpp import sanity
 from gmarpp.data import Digits
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.save import save_weights
 from gmarpp.sanity import sanity_check
 from gmarpp.training.module import ViTClassifier
 

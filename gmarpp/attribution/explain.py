@@ -30,10 +30,11 @@ from gmarpp.network.architecture import Architecture
 from gmarpp.network.bound import BoundNetwork
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.extent import fit_to_extent, grid_extent
-from gmarpp.network.families import architecture_of, unwrapped
+from gmarpp.network.families import architecture_of
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.network.output import class_names
 from gmarpp.network.preprocessing import displayable
+from gmarpp.network.wrappers import unwrapped
 
 
 def explain(

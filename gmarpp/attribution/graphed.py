@@ -14,7 +14,7 @@ from gmarpp.attribution.precision import close
 from gmarpp.attribution.target import ClassTarget, Contrast, Score, Target, class_indices
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.families import unwrapped
+from gmarpp.network.wrappers import unwrapped
 
 _WARM_UP = 3
 """Calls before the capture, in which kernels are compiled and chosen, and the allocator finds its sizes."""

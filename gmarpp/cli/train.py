@@ -15,8 +15,8 @@ from gmarpp.callbacks.termination import Termination
 from gmarpp.cli.command_line import CommandLine, parser_options
 from gmarpp.command import run_command
 from gmarpp.files import find_path
-from gmarpp.network.load import describe_weights
-from gmarpp.network.weights import Weights
+from gmarpp.network.files.load import describe_weights
+from gmarpp.network.files.weights import Weights
 from gmarpp.training.hyperparameters import GROUPS, classifier_options, moved_options
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.resume import find_checkpoint

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gmarpp.network.families import unwrapped
+from gmarpp.network.wrappers import unwrapped
 
 
 class ImageEmbedding(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from gmarpp.network.weights import PREPROCESSING, check_preprocessing, expect_pair
+from gmarpp.network.expected import PREPROCESSING, check_preprocessing, expect_pair
 
 # Those of timm's that `EvaluationTransform` has.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")

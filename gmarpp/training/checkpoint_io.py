@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from gmarpp.files import atomic_file, remove_leftovers
-from gmarpp.network.safe_reading import load_tensors
+from gmarpp.network.files.safe_reading import load_tensors
 
 # What Lightning takes for granted in a checkpoint, by its type.
 PARTS = {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from gmarpp.network.weights import Weights
+from gmarpp.network.files.weights import Weights
 from gmarpp.options import Range, require_ranges
 from gmarpp.training.execution import Execution
 from gmarpp.training.mixing import Mixing

@@ -10,11 +10,11 @@ from typing_extensions import Self, override
 
 from gmarpp.files import first_line
 from gmarpp.network.build import undrawn_weights
-from gmarpp.network.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
-from gmarpp.network.load import complete, fill_model
+from gmarpp.network.files.formats import read_lightning_checkpoint, read_weights, weights_of_checkpoint
+from gmarpp.network.files.load import complete, fill_model
+from gmarpp.network.files.weights import Weights
 from gmarpp.network.preprocessing import Preprocessing, get_image_size, get_preprocessing
 from gmarpp.network.task import TaskName
-from gmarpp.network.weights import Weights
 from gmarpp.training.checkpoint_io import require_no_code
 from gmarpp.training.class_weights import class_weights as weights_of
 from gmarpp.training.classes import ClassList

@@ -12,12 +12,12 @@ import torch
 from jsonargparse.typing import register_type
 from torch import nn
 
-from gmarpp.network.formats import read_weights
-from gmarpp.network.load import build_network, describe_weights
-from gmarpp.network.prefix import part_of_network
-from gmarpp.network.pretrained import pretrained_network, require_network_name
-from gmarpp.network.state_dict import load_exactly
-from gmarpp.network.weights import content_digest
+from gmarpp.network.files.formats import read_weights
+from gmarpp.network.files.load import build_network, describe_weights
+from gmarpp.network.files.prefix import part_of_network
+from gmarpp.network.files.pretrained import pretrained_network, require_network_name
+from gmarpp.network.files.state_dict import load_exactly
+from gmarpp.network.files.weights import content_digest
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.pretrained_classifier import PretrainedClassifier
 from gmarpp.training.trained_network import network_in

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from gmarpp.network.build import build_model
-from gmarpp.network.load import load_pretrained, load_weights
+from gmarpp.network.files.load import load_pretrained, load_weights
+from gmarpp.network.files.weights import Weights
 from gmarpp.network.preprocessing import set_preprocessing
-from gmarpp.network.weights import Weights
 
 DEFAULT_ARCHITECTURE = "vit_large_patch16_224.augreg_in21k_ft_in1k"
 

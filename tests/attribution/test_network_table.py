@@ -13,7 +13,7 @@ from torch import nn
 import gmarpp
 from gmarpp.network import families
 from gmarpp.network.architecture import Architecture
-from gmarpp.network.encoders import by_patch
+from gmarpp.network.families.encoders import by_patch
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/networks.md"

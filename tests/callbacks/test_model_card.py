@@ -6,7 +6,7 @@ from squares import Squares
 
 from gmarpp.callbacks import AttributionMonitor, ModelCardCheckpoint
 from gmarpp.explainer import Explainer
-from gmarpp.network.load import load_model
+from gmarpp.network.files.load import load_model
 from gmarpp.training.mixing import Mixing
 from gmarpp.training.module import ViTClassifier
 

@@ -21,8 +21,8 @@ from gmarpp.cli.explain import explain_main
 from gmarpp.cli.train import train_main
 from gmarpp.data import ImageDataModule
 from gmarpp.explainer import FAITHFULNESS_METRICS
-from gmarpp.network.load import load_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.load import load_model
+from gmarpp.network.files.save import save_weights
 from gmarpp.run.reader import load_explanations
 
 ROOT = Path(__file__).parents[2]

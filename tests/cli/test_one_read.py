@@ -12,8 +12,8 @@ from squares import Squares
 
 from gmarpp.cli.explain import explain_main
 from gmarpp.cli.train import train_main
-from gmarpp.network.load import load_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.load import load_model
+from gmarpp.network.files.save import save_weights
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.network_choice import load_classifier
 

@@ -17,7 +17,7 @@ import gmarpp
 from gmarpp.attribution import registry
 from gmarpp.cli import main
 from gmarpp.cli.explain import explain_main
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.save import save_weights
 from gmarpp.training.module import ViTClassifier
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from noise import write_noise
 from small_model import MODEL
 
 from gmarpp.cli.train import train_main
-from gmarpp.network.load import describe_weights, load_model
+from gmarpp.network.files.load import describe_weights, load_model
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "checkpoints" / "vit_small_patch14_112.tiny_imagenet.safetensors"

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gmarpp.network.build import build_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.save import save_weights
 
 
 @pytest.fixture(scope="module")

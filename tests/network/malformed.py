@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from gmarpp.network.load import load_model
+from gmarpp.network.files.load import load_model
 
 TINY = {"patch_size": 16, "depth": 2, "embed_dim": 16, "num_heads": 2}
 CLASSES = ["ant", "bee", "cat"]

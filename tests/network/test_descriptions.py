@@ -7,7 +7,7 @@ import pytest
 import torch
 from malformed import CLASSES, CONFIG, HYPER_PARAMETERS, PREPROCESSOR, TINY, ends_well
 
-from gmarpp.network.load import load_model
+from gmarpp.network.files.load import load_model
 
 # Each is wrong for every field of every description.
 WRONG = [None, [], {}, [1], [[]], "x", "", {"0": 1}, -1, 0.5, math.nan, math.inf, 10**30, [1, 2, 3, 4, 5], True]

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gmarpp.network.build import build_model
-from gmarpp.network.formats import read_weights
-from gmarpp.network.load import load_model, load_weights
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.formats import read_weights
+from gmarpp.network.files.load import load_model, load_weights
+from gmarpp.network.files.save import save_weights
 
 
 def damage(raw, seed, rounds):

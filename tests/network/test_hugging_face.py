@@ -4,8 +4,8 @@ import pytest
 import torch
 from timm.data import resolve_model_data_config
 
-from gmarpp.network.load import load_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.load import load_model
+from gmarpp.network.files.save import save_weights
 
 
 def hugging_face_folder(folder, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gmarpp.network.image_processor import processor_preprocessing
+from gmarpp.network.files.image_processor import processor_preprocessing
 
 NORMALIZED = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
 

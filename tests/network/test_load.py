@@ -15,11 +15,11 @@ from tiny_network import TINY, tiny
 
 from gmarpp.export import main as export_main
 from gmarpp.network.build import build_model
-from gmarpp.network.formats import read_weights
-from gmarpp.network.load import complete, load_model, load_pretrained, load_weights
+from gmarpp.network.files.formats import read_weights
+from gmarpp.network.files.load import complete, load_model, load_pretrained, load_weights
+from gmarpp.network.files.save import save_weights
+from gmarpp.network.files.weights import Weights
 from gmarpp.network.preprocessing import set_preprocessing
-from gmarpp.network.save import save_weights
-from gmarpp.network.weights import Weights
 
 PREPROCESSING = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear", "crop_pct": 1.0}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gmarpp.network.prefix import part_of_network
+from gmarpp.network.files.prefix import part_of_network
 
 NAMES = ("embed.weight", "head.weight", "head.bias")
 WEIGHTS = {name: torch.full((2,), float(place)) for place, name in enumerate(NAMES)}

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 import gmarpp
-from gmarpp.network.refused import REFUSED
+from gmarpp.network.families.refused import REFUSED
 
 # Some are parts of networks.
 OF_TIMM = {

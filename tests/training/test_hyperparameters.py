@@ -10,7 +10,7 @@ import yaml
 from squares import Squares
 
 from gmarpp.cli.train import train_main
-from gmarpp.network.load import describe_weights, load_model
+from gmarpp.network.files.load import describe_weights, load_model
 from gmarpp.training.execution import Execution
 from gmarpp.training.mixing import Mixing
 from gmarpp.training.module import ViTClassifier

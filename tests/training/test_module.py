@@ -16,8 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from gmarpp.callbacks import AveragedWeights
 from gmarpp.data import Augmentation, ImageFolder
-from gmarpp.network.load import describe_weights, load_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.load import describe_weights, load_model
+from gmarpp.network.files.save import save_weights
 from gmarpp.training import start
 from gmarpp.training.evaluation import counted_images
 from gmarpp.training.execution import Execution

@@ -17,7 +17,7 @@ from gmarpp import sanity
 from gmarpp.cli.explain import explain_main
 from gmarpp.cli.train import train_main
 from gmarpp.export import main as export_main
-from gmarpp.network.load import load_model
+from gmarpp.network.files.load import load_model
 from gmarpp.training.checkpoint_io import AtomicCheckpointIO
 from gmarpp.training.module import ViTClassifier
 from gmarpp.training.network_choice import load_classifier

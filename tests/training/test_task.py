@@ -9,8 +9,8 @@ from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from gmarpp.explainer import Explainer
-from gmarpp.network.load import load_model
-from gmarpp.network.save import save_weights
+from gmarpp.network.files.load import load_model
+from gmarpp.network.files.save import save_weights
 from gmarpp.training.evaluation import known_labels
 from gmarpp.training.mixing import Mixing
 from gmarpp.training.module import ViTClassifier

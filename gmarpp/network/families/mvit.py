@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from timm.models.mvitv2 import MultiScaleAttention, MultiScaleVit, reshape_post_pool, reshape_pre_pool
 from torch import Tensor
 
-from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.families.block_by_block import along, by_convolution
+from gmarpp.network.families.sam import attend_with_positions
+from gmarpp.network.families.stages import Stages
 from gmarpp.network.pooling import Grid, Pooling, convolved
-from gmarpp.network.sam import attend_with_positions
-from gmarpp.network.stages import Stages
 from gmarpp.network.transport import QueryPool, Step, footprints
 
 

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from gmarpp.files import first_line
-from gmarpp.network.image_processor import choose, processor_preprocessing, read_image_processor
-from gmarpp.network.prefix import without_prefix
-from gmarpp.network.safe_reading import load_safetensors, load_tensors, read_json
-from gmarpp.network.weights import (
-    PREPROCESSING,
-    Weights,
-    expect_integer,
-    expect_mapping,
-    expect_names,
-    expect_pair,
-)
+from gmarpp.network.expected import PREPROCESSING, expect_integer, expect_mapping, expect_names, expect_pair
+from gmarpp.network.files.image_processor import choose, processor_preprocessing, read_image_processor
+from gmarpp.network.files.prefix import without_prefix
+from gmarpp.network.files.safe_reading import load_safetensors, load_tensors, read_json
+from gmarpp.network.files.weights import Weights
 
 CONFIG = "config.json"
 # Weights are in one file, or in several that an index lists.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gmarpp.network.weights import PREPROCESSING, expect_mapping, expect_pair
+from gmarpp.network.expected import PREPROCESSING, expect_mapping, expect_pair
 
 # Beside the model's name, its number of outputs and its preprocessing.
 _POOLING = "gp"

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import MaxVit as TorchvisionMaxVit
 from torchvision.models import SwinTransformer as TorchvisionSwinTransformer
 
-from gmarpp.network import hybrid, swin
+from gmarpp.network.families import hybrid, swin
 from gmarpp.network.pooling import Grid, Pooling
 from gmarpp.network.transport import Step
 

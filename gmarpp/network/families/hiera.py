@@ -18,9 +18,9 @@ from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor
 
-from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.families.block_by_block import along, by_convolution
+from gmarpp.network.families.stages import Stages
 from gmarpp.network.pooling import Grid
-from gmarpp.network.stages import Stages
 from gmarpp.network.transport import QueryPool, Step, cells, footprints, padded, partitioned
 
 

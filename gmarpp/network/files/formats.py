@@ -11,21 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from gmarpp.files import damaged, find_path
-from gmarpp.network.hugging_face import CONFIG, read_folder
-from gmarpp.network.safe_reading import load_safetensors, load_tensors, parse_json
-from gmarpp.network.timm_training import timm_description
-from gmarpp.network.weights import (
-    DIGEST,
-    DIGEST_NAME,
-    MAX_CLASSES,
-    PREPROCESSING,
-    Weights,
-    content_digest,
-    expect_integer,
-    expect_mapping,
-    expect_names,
-    expect_pair,
-)
+from gmarpp.network.expected import PREPROCESSING, expect_integer, expect_mapping, expect_names, expect_pair
+from gmarpp.network.files.hugging_face import CONFIG, read_folder
+from gmarpp.network.files.safe_reading import load_safetensors, load_tensors, parse_json
+from gmarpp.network.files.timm_training import timm_description
+from gmarpp.network.files.weights import DIGEST, DIGEST_NAME, MAX_CLASSES, Weights, content_digest
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gmarpp.files import first_line
-from gmarpp.network.state_dict import at_most_parameters, require_finite
-from gmarpp.network.weights import Weights
+from gmarpp.network.files.state_dict import at_most_parameters, require_finite
+from gmarpp.network.files.weights import Weights
 
 # No classifier has this many times the parameters that its file has.
 MAX_MISSING = 2

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from gmarpp.files import first_line
 from gmarpp.network.build import build_model, undrawn_weights
-from gmarpp.network.formats import read_weights
-from gmarpp.network.prefix import part_of_network
+from gmarpp.network.files.formats import read_weights
+from gmarpp.network.files.prefix import part_of_network
+from gmarpp.network.files.state_dict import at_most_parameters, load_exactly, require_same_layout, to_layout_of
+from gmarpp.network.files.weights import Weights
 from gmarpp.network.preprocessing import get_image_size, set_preprocessing
-from gmarpp.network.state_dict import at_most_parameters, load_exactly, require_same_layout, to_layout_of
-from gmarpp.network.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def build_network(weights: Weights) -> nn.Module:
     """Build the network that complete weights describe, as `load_model` does."""
     if weights.configuration:
         # transformers takes seconds to import.
-        from gmarpp.network.transformers_classifier import build_classifier
+        from gmarpp.network.files.transformers_classifier import build_classifier
 
         return build_classifier(weights)
     assert weights.architecture is not None

@@ -9,12 +9,11 @@ from importlib import import_module
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from gmarpp.network import convolutional, encoders, hiera, levit, mvit, pooled, reduced, sam, stages
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.refused import REFUSED, refusal
+from gmarpp.network.families import convolutional, encoders, hiera, levit, mvit, pooled, reduced, sam, stages
+from gmarpp.network.families.refused import REFUSED, refusal
 
 
 def _in_stages(describe: Callable[[Any], stages.Stages]) -> Callable[[Any], Architecture]:
@@ -109,21 +108,6 @@ def _unknown(model: nn.Module) -> UnsupportedNetworkError:
         "architecture=gmarpp.Architecture(grid=..., prefix_tokens=..., blocks=...). Other networks with "
         "windowed or pyramid attention cannot be explained by these methods: use a ViT, Swin or MaxViT"
     )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside `DataParallel`, `DistributedDataParallel` and `torch.compile`.
-
-    The first would run copies of it in other threads, the second wait for the other processes; compiled code is not
-    run while a network is explained.
-    """
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def _known_networks(

@@ -12,7 +12,7 @@ from torch import nn
 
 from gmarpp.files import first_line
 from gmarpp.network.build import require_known
-from gmarpp.network.load import build_network, describe_weights
+from gmarpp.network.files.load import build_network, describe_weights
 from gmarpp.network.preprocessing import set_preprocessing
 
 HUB = "hf-hub:"

@@ -27,10 +27,10 @@ from timm.models.pit import PoolingVisionTransformer
 from timm.models.visformer import Visformer
 from torch import Tensor, nn
 
-from gmarpp.network.hybrid import padded_step, whole_step
+from gmarpp.network.families.hybrid import padded_step, whole_step
+from gmarpp.network.families.reduced import above_convolutions, by_convolutions, of_kind
+from gmarpp.network.families.stages import Family, Stages, in_stages, merged
 from gmarpp.network.pooling import Grid, Pooling
-from gmarpp.network.reduced import above_convolutions, by_convolutions, of_kind
-from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step, cells, partitioned
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from timm.models.levit import Attention, AttentionDownsample, Levit, LevitDownsample
 from torch import Tensor, nn
 
-from gmarpp.network.hybrid import whole_step
+from gmarpp.network.families.hybrid import whole_step
+from gmarpp.network.families.stages import Family, Stages, in_stages, merged
 from gmarpp.network.pooling import Grid, Pooling, convolved
-from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step
 
 

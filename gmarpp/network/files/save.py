@@ -10,9 +10,9 @@ from safetensors.torch import save
 from torch import nn
 
 from gmarpp.files import write_atomically
+from gmarpp.network.files.weights import DIGEST, DIGEST_NAME, content_digest
 from gmarpp.network.preprocessing import get_image_size, get_preprocessing
 from gmarpp.network.task import task_of
-from gmarpp.network.weights import DIGEST, DIGEST_NAME, content_digest
 
 
 def save_weights(

@@ -22,12 +22,12 @@ from timm.models import cpubone, lowformer, shvit
 from timm.models.byobnet import ByobNet, SelfAttnBlock
 from torch import Tensor, nn
 
-from gmarpp.network.hybrid import whole_step
-from gmarpp.network.levit import by_head
+from gmarpp.network.families.hybrid import whole_step
+from gmarpp.network.families.levit import by_head
+from gmarpp.network.families.reduced import above_convolutions, of_kind
+from gmarpp.network.families.sam import attend_with_positions
+from gmarpp.network.families.stages import Family, Stages, in_stages, merged
 from gmarpp.network.pooling import Grid, Pooling
-from gmarpp.network.reduced import above_convolutions, of_kind
-from gmarpp.network.sam import attend_with_positions
-from gmarpp.network.stages import Family, Stages, in_stages, merged
 from gmarpp.network.transport import Step
 
 

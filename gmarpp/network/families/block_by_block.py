@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from gmarpp.network.families.stages import Stages
 from gmarpp.network.pooling import Grid, convolved
-from gmarpp.network.stages import Stages
 from gmarpp.network.transport import Step
 
 

@@ -19,10 +19,10 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.vision_transformer_sam import VisionTransformerSAM, get_rel_pos
 from torch import Tensor
 
-from gmarpp.network import hybrid
-from gmarpp.network.block_by_block import along, by_convolution
+from gmarpp.network.families import hybrid
+from gmarpp.network.families.block_by_block import along, by_convolution
+from gmarpp.network.families.stages import Stages
 from gmarpp.network.pooling import Grid
-from gmarpp.network.stages import Stages
 from gmarpp.network.transport import Step
 
 

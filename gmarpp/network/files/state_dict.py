@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from gmarpp.files import first_line
-from gmarpp.network.weights import Weights
+from gmarpp.network.files.weights import Weights
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 

@@ -22,10 +22,10 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.twins import LocallyGroupedAttn, Twins
 from torch import Tensor, nn
 
-from gmarpp.network.hybrid import padded_step, whole_step
+from gmarpp.network.families.hybrid import padded_step, whole_step
+from gmarpp.network.families.stages import Family, Stages, in_stages, merged
+from gmarpp.network.families.swin import attended
 from gmarpp.network.pooling import Grid, Pooling, convolved
-from gmarpp.network.stages import Family, Stages, in_stages, merged
-from gmarpp.network.swin import attended
 from gmarpp.network.transport import Step, padded, partitioned, put_together
 
 

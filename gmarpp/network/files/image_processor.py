@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gmarpp.network.safe_reading import read_json
-from gmarpp.network.weights import expect_integer, expect_mapping, expect_pair
+from gmarpp.network.expected import expect_integer, expect_mapping, expect_pair
+from gmarpp.network.files.safe_reading import read_json
 
 PIL_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Processors of these families, by the beginning of their names, take a single number for the shortest edge.
