@@ -76,7 +76,6 @@ def _arguments(
     mask: Tensor | None,
     scale: float,
     gradient_scale: float,
-    is_causal: bool,
 ) -> dict[str, Any]:
     """Check the tensors of a call, and return the arguments that both kernels take."""
     _check_shapes(query, key, value, outer)
@@ -99,11 +98,22 @@ def _arguments(
         **{name: stride // unit for name, stride in strides.items()},
         "mask": mask,
         **_strides(mask, "mask", "image", "head", "query", "key"),
-        **{"heads": heads, "group": heads // key.shape[1], "queries": queries, "keys": keys},
-        **{"scale": float(scale), "factor": 1.0 / gradient_scale, "CAUSAL": is_causal, "PRECISION": precision},
-        **{"SIZE": size, "BLOCK": block, "VALUE_SIZE": value_size, "VALUE_BLOCK": value_block, "UNIT": unit},
-        **{"QUERIES": min(tile, _power_of_two(queries)), "KEYS": min(tile, _power_of_two(keys))},
-        **{"num_warps": 4, "num_stages": 2},
+        "heads": heads,
+        "group": heads // key.shape[1],
+        "queries": queries,
+        "keys": keys,
+        "scale": float(scale),
+        "factor": 1.0 / gradient_scale,
+        "PRECISION": precision,
+        "SIZE": size,
+        "BLOCK": block,
+        "VALUE_SIZE": value_size,
+        "VALUE_BLOCK": value_block,
+        "UNIT": unit,
+        "QUERIES": min(tile, _power_of_two(queries)),
+        "KEYS": min(tile, _power_of_two(keys)),
+        "num_warps": 4,
+        "num_stages": 2,
     }
 
 
@@ -209,7 +219,6 @@ def statistics(
     mask: Tensor | None = None,
     scale: float,
     gradient_scale: float = 1.0,
-    is_causal: bool = False,
     norms: Collection[HeadNorm] = NORMS,
 ) -> Statistics:
     """Return what methods need to know of a layer before their rows pass through it: one kernel and two reductions.
@@ -222,13 +231,12 @@ def statistics(
         mask: as `scaled_dot_product_attention` takes it: `True` where a query attends to a key, or an additive bias.
         scale: factor of the scores.
         gradient_scale: what `outer` was multiplied by.
-        is_causal: whether query i attends to the keys up to i only.
         norms: those that are wanted.
 
     Raises:
         ValueError: the shapes do not fit each other, or a head is too large.
     """
-    layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
+    layer = _arguments(query, key, value, outer, mask, scale, gradient_scale)
     batch, heads, queries, _ = query.shape
     if _is_short(key.shape[2]) or query.dtype == torch.float32:
         layer["KEYS"] = min(layer["KEYS"], 32)
@@ -263,12 +271,11 @@ def carry(
     mask: Tensor | None = None,
     scale: float,
     gradient_scale: float = 1.0,
-    is_causal: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return rows times the layer's matrices, summed over heads: one kernel for all rows, and the sum.
 
     Args:
-        query: as in `statistics`, like key, value, outer, mask, scale, gradient_scale and is_causal.
+        query: as in `statistics`, like key, value, outer, mask, scale and gradient_scale.
         key: see there.
         value: see there.
         outer: see there; not needed for `attention_rows` alone.
@@ -279,7 +286,6 @@ def carry(
         mask: see there.
         scale: see there.
         gradient_scale: see there.
-        is_causal: see there.
 
     Returns:
         `Σ_h rows_h @ matrix_h` for each of the three, (B, M, N), float32; `None` for `None`. The sum's order does not
@@ -291,7 +297,7 @@ def carry(
     kinds = {"attention_rows": attention_rows, "product_rows": product_rows, "gradient_rows": gradient_rows}
     _check_rows(kinds, query, outer, statistics)
     log_sums = None if statistics is None else statistics.log_sums.contiguous()
-    layer = _arguments(query, key, value, outer, mask, scale, gradient_scale, is_causal)
+    layer = _arguments(query, key, value, outer, mask, scale, gradient_scale)
     batch, heads, _, _ = query.shape
     keys = key.shape[2]
     # Float32 rows need registers: with fewer queries in a tile, more programs fit beside each other.

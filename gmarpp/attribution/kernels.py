@@ -51,11 +51,9 @@ def _tokens(head, stride, positions, tokens, SIZE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _bias(mask, query_stride, key_stride, q, n, queries, keys, CAUSAL: tl.constexpr):
+def _bias(mask, query_stride, key_stride, q, n, queries, keys):
     """Return the addend of the scores, (QUERIES, KEYS), or (1, KEYS) for all queries: -inf where none attends."""
     allowed = n[None, :] < keys
-    if CAUSAL:
-        allowed = allowed & (n[None, :] <= q[:, None])
     bias = tl.where(allowed, 0.0, float("-inf"))
     if mask is not None:
         pointers = (mask + q.to(tl.int64) * query_stride)[:, None] + (n.to(tl.int64) * key_stride)[None, :]
@@ -124,7 +122,7 @@ _SIZES = [*_STRIDES, "mask_image", "mask_head", "mask_query", "heads", "queries"
 @triton.jit
 def _over_keys(
     query_tile, outer_tile, key, key_token, value, value_token, mask, mask_query, mask_key, q, queries, keys, scale,
-    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     L1: tl.constexpr, POSITIVE_L1: tl.constexpr, L2: tl.constexpr, POSITIVE_L2: tl.constexpr, BY_THREAD: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +139,7 @@ def _over_keys(
         n = start + tl.arange(0, KEYS)
         if not BY_THREAD:
             # Made later, it would decide how all tiles are laid out, and the loop would be half as long again.
-            bias = _bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL)
+            bias = _bias(mask, mask_query, mask_key, q, n, queries, keys)
         key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
         scores = _products(query_tile, key_tile, PRECISION) * (scale * LOG2_E)
         if BY_THREAD:
@@ -177,7 +175,7 @@ def statistics_kernel(
     value_image, value_head, value_token, outer_image, outer_head, outer_token,
     mask_image, mask_head, mask_query, mask_key,
     heads, group, queries, keys, scale, factor,
-    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     L1: tl.constexpr, POSITIVE_L1: tl.constexpr, L2: tl.constexpr, POSITIVE_L2: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +187,7 @@ def statistics_kernel(
     Σ ReLU(G), Σ G² and Σ ReLU(G)²; the flags L1 to POSITIVE_L2 say which.
     """
     # With a mask, tiles are laid out among the threads as it is loaded.
-    BY_THREAD: tl.constexpr = (mask is None) and not CAUSAL
+    BY_THREAD: tl.constexpr = mask is None
     image_head, q = _place(queries, QUERIES)
     key += _head(key_image, key_head, image_head, heads, group, UNIT)
     if mask is not None:
@@ -203,7 +201,7 @@ def statistics_kernel(
         outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
     highest, total, product, l1, positive_l1, squares, positive_squares = _over_keys(
         query_tile, outer_tile, key, key_token, value, value_token, mask, mask_query, mask_key, q, queries, keys, scale,
-        CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, KEYS, UNIT, PRECISION,
+        SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, KEYS, UNIT, PRECISION,
         L1, POSITIVE_L1, L2, POSITIVE_L2, BY_THREAD,
     )  # fmt: skip
     row = image_head.to(tl.int64) * queries + q
@@ -256,11 +254,10 @@ def _over_queries(
     query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key, log_sums,
     attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
     gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
-    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, ROW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return what a head's rows carry to a block of keys, by attention, product and gradient, (KEYS, ROWS) each."""
-    MASKED: tl.constexpr = (mask is not None) or CAUSAL
     ATTENDS: tl.constexpr = attention_rows is not None or product_rows is not None
     DIFFERENTIATES: tl.constexpr = product_rows is not None or gradient_rows is not None
     if ATTENDS:
@@ -272,12 +269,12 @@ def _over_queries(
     by_gradient = tl.zeros([n.shape[0], ROWS], tl.float32)
     for start in range(0, queries, QUERIES):
         q = start + tl.arange(0, QUERIES)
-        if MASKED:
-            bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys, CAUSAL))
+        if mask is not None:
+            bias = tl.trans(_bias(mask, mask_query, mask_key, q, n, queries, keys))
         if ATTENDS:
             query_tile = _tokens(query, query_token, q, queries, SIZE, BLOCK, UNIT)
             scores = _products(key_tile, query_tile, PRECISION) * (scale * LOG2_E)
-            if MASKED:
+            if mask is not None:
                 scores += bias
             # No query beyond the end has any attention.
             sums = tl.load(log_sums + image_head.to(tl.int64) * queries + q, mask=q < queries, other=float("inf"))
@@ -285,7 +282,7 @@ def _over_queries(
         if DIFFERENTIATES:
             outer_tile = _tokens(outer, outer_token, q, queries, VALUE_SIZE, VALUE_BLOCK, UNIT)
             gradient = _products(value_tile, outer_tile, PRECISION)
-            if MASKED:
+            if mask is not None:
                 gradient = _where_attended(gradient, bias)
             positive = _relu(gradient)
         if attention_rows is not None:
@@ -313,7 +310,7 @@ def carry_kernel(
     mask_image, mask_head, mask_query, mask_key, attention_image, attention_head, attention_row,
     product_image, product_head, product_row, gradient_image, gradient_head, gradient_row,
     heads, group, queries, keys, attention_count, product_count, gradient_count, scale, factor,
-    CAUSAL: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     ROW_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -340,7 +337,7 @@ def carry_kernel(
         query, query_token, key, key_token, value, value_token, outer, outer_token, mask, mask_query, mask_key,
         log_sums, attention_rows, attention_row, attention_count, product_rows, product_row, product_count,
         gradient_rows, gradient_row, gradient_count, image_head, n, queries, keys, scale, factor,
-        CAUSAL, SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, UNIT, PRECISION, ROW_PRECISION,
+        SIZE, BLOCK, VALUE_SIZE, VALUE_BLOCK, QUERIES, UNIT, PRECISION, ROW_PRECISION,
     )  # fmt: skip
     products = attention_count + product_count
     rows = products + gradient_count

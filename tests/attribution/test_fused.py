@@ -52,13 +52,11 @@ def layers():
             yield Layers(torch.device("cpu"), interpreter)
 
 
-def matrices(query, key, value, outer, mask=None, scale=1.0, gradient_scale=1.0, is_causal=False):
+def matrices(query, key, value, outer, mask=None, scale=1.0, gradient_scale=1.0):
     """Give the scores, A and G of shape (B, H, Q, N), float64."""
     query, key, value, outer = (each.double() for each in (query, key, value, outer))
     key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     scores = query @ key.transpose(-2, -1) * scale
-    if is_causal:
-        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
@@ -198,10 +196,6 @@ def additive_mask(*shape):
 )
 def test_masks(layers, mask):
     check(layers, *layer(batch=2), mask=mask, scale=0.25)
-
-
-def test_causal_attention(layers):
-    check(layers, *layer(heads=1, queries=20, keys=35), is_causal=True, scale=0.25)
 
 
 def test_strides_of_every_kind(layers):
