@@ -81,6 +81,9 @@ def _arguments(
     _check_shapes(query, key, value, outer)
     batch, heads, queries, size = query.shape
     keys, value_size = value.shape[2:]
+    if scale <= 0:
+        # The kernels look for the largest score before they multiply by the factor.
+        query, scale = query * scale, 1.0
     query, key = _alike(query, key)
     value, outer = (_alike(value)[0], None) if outer is None else _alike(value, outer)
     mask = None if mask is None else _expanded(mask, (batch, heads, queries, keys))

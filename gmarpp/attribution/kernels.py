@@ -96,12 +96,15 @@ def _relu(tile):
 
 
 @triton.jit
-def _powers(scores, highest):
-    """Return the maximum of all scores so far, the factor of sums with the last one, and `2^(scores - maximum)`."""
-    higher = tl.maximum(highest, tl.max(scores, axis=1))
+def _powers(scores, factor, highest):
+    """Return the maximum of all scores so far times a factor above 0, what sums of the last one shrink by, and powers.
+
+    These are `2^(factor · scores - maximum)`: one operation each, where scores that are multiplied before take two.
+    """
+    higher = tl.maximum(highest, factor * tl.max(scores, axis=1))
     # The maximum of a query that has attended to nothing so far is -inf, and -inf - -inf would be NaN.
     shift = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, tl.exp2(highest - shift), tl.exp2(scores - shift[:, None])
+    return higher, tl.exp2(highest - shift), tl.exp2(factor * scores - shift[:, None])
 
 
 @triton.jit
@@ -131,6 +134,7 @@ def _over_keys(
     Within the loop a thread adds up what it holds; to add up a tile's keys, threads would wait for each other in every
     step. Nothing is masked but keys beyond the end where there is no mask, and the gradient's factor comes last.
     """
+    factor = scale * LOG2_E
     highest = tl.full([QUERIES], float("-inf"), tl.float32)
     nothing = _row_sums(tl.zeros([QUERIES, KEYS], tl.float32), BY_THREAD)
     total, product = nothing, nothing
@@ -141,14 +145,13 @@ def _over_keys(
             # Made later, it would decide how all tiles are laid out, and the loop would be half as long again.
             bias = _bias(mask, mask_query, mask_key, q, n, queries, keys)
         key_tile = _tokens(key, key_token, n, keys, SIZE, BLOCK, UNIT)
-        scores = _products(query_tile, key_tile, PRECISION) * (scale * LOG2_E)
+        scores = _products(query_tile, key_tile, PRECISION)
         if BY_THREAD:
             scores = tl.where(n[None, :] < keys, scores, float("-inf"))
-        else:
-            scores += bias
-        highest, shrink, powers = _powers(scores, highest)
-        if BY_THREAD:
+            highest, shrink, powers = _powers(scores, factor, highest)
             shrink = shrink[:, None]
+        else:
+            highest, shrink, powers = _powers(scores * factor + bias, 1.0, highest)
         total = total * shrink + _row_sums(powers, BY_THREAD)
         if outer_tile is not None:
             value_tile = _tokens(value, value_token, n, keys, VALUE_SIZE, VALUE_BLOCK, UNIT)

@@ -198,6 +198,12 @@ def test_masks(layers, mask):
     check(layers, *layer(batch=2), mask=mask, scale=0.25)
 
 
+@pytest.mark.parametrize("scale", [-0.25, 0.0])
+@pytest.mark.parametrize("mask", [None, torch.arange(20) < 13])
+def test_scales_that_are_not_positive(layers, scale, mask):
+    check(layers, *layer(heads=1), scale=scale, mask=None if mask is None else mask.expand(20, 20))
+
+
 def test_strides_of_every_kind(layers):
     torch.manual_seed(0)
     packed = torch.randn(2, 20, 3, 2, 18)[..., 1:17]  # tokens, then query, key and value, then heads; not aligned
