@@ -90,7 +90,7 @@ def run_function(function: Callable[..., None], args: list[str] | None, program:
 
 
 def one_line(error: Exception) -> str | None:
-    """Return what to tell the user; None for what is no user's error."""
+    """Return what to tell the user; None if the error is not the user's."""
     message = str(error).strip() or type(error).__name__
     if "Original Traceback" in message:
         # An error in a data loader's worker arrives with its whole traceback as the message.

@@ -187,10 +187,8 @@ class Explainer:
         if explanation.target.dim() != 1:
             given = tuple(explanation.target.shape)
             raise ValueError(f"explain.target: expected one score per image, shape ({len(images)},), got {given}")
-        label, (predicted, target_probability, predicted_probability) = (
-            batch["label"],
-            self._prediction(model, explanation),
-        )
+        label: Tensor = batch["label"]
+        predicted, target_probability, predicted_probability = self._prediction(model, explanation)
         if rows is not None:
             label, predicted = rows.labels(label, predicted, explanation.logits)
             if rows.task != "multiclass":

@@ -18,7 +18,7 @@ _TEXT_HALVES = ("get_text_features", "encode_text")
 
 
 class Text(ImageScore):
-    """How like texts images are: the cosine of their embeddings, scaled and shifted as the network does.
+    """Similarity of images to texts: the cosine of their embeddings, scaled and shifted as the network does.
 
     For networks of images and texts, of transformers (CLIP, SigLIP, MetaCLIP 2, AltCLIP, …) and open_clip, and for
     their image towers with projection. The score equals the network's `logits_per_image`.

@@ -299,16 +299,15 @@ class ForwardPass:
         queries = keys if is_class else queries
         # Queries that are not computed from the tokens belong to a pool, which may have as many of them as tokens.
         is_latent = self._block is None and key.requires_grad and not query.requires_grad
-        follows = any(each.requires_grad for each in (query, key, inputs.value))
         call = AttentionCall(
-            len(self.calls),
-            self._block,
-            inputs.scale,
-            queries,
-            keys,
-            (step is None and queries != keys) or (is_latent and not is_class),
-            follows,
-            weakref.ref(inputs.value),
+            index=len(self.calls),
+            block=self._block,
+            scale=inputs.scale,
+            queries=queries,
+            keys=keys,
+            is_pool=(step is None and queries != keys) or (is_latent and not is_class),
+            follows=any(each.requires_grad for each in (query, key, inputs.value)),
+            values=weakref.ref(inputs.value),
             step=step,
             shares=self._shares,
             is_class=is_class,

@@ -66,9 +66,9 @@ class RowProducts:
             (method.alpha, float(method.normalized), float(method.needs_residual), float(method.start_layer))
             for method in methods
         )
-        # Rows of M that are not normalized are divided by 0 times their sum, plus 1.
-        self._alpha, self._share_of_sum, has_share, self._starts = _columns(options, device)
-        self._normalized, self._has_share = self._share_of_sum > 0, has_share > 0
+        self._alpha, self._is_divided, has_share, self._starts = _columns(options, device)
+        # 1 where rows of M are divided by their sum; others are divided by 0 times their sum, plus 1.
+        self._normalized, self._has_share = self._is_divided > 0, has_share > 0
         self._added = torch.where(self._normalized, self._alpha, 1.0)
         self._needs_share = any(method.needs_residual for method in methods)
         self._last_start = max(method.start_layer for method in methods)
@@ -92,7 +92,7 @@ class RowProducts:
             return self._through_pool(rows, weights, sums, layer)
         residual = self._residual(layer)
         added = self._added if residual is self._alpha else torch.where(self._normalized, residual, 1.0)
-        total = torch.addcmul(added, self._share_of_sum, sums)
+        total = torch.addcmul(added, self._is_divided, sums)
         if self._may_be_empty or not layer.has_residual:
             # A row without relevance and residual passes unchanged; a smaller sum would divide it to infinity.
             empty = total < torch.finfo(total.dtype).tiny

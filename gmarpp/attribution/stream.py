@@ -70,7 +70,7 @@ def watch_tokens(tokens: Tensor, block: int, channels: int, descent: Descent) ->
 def watch_addition(
     output: Tensor, edge: GradientEdge, attended: GradientEdge, entered: Entered, descent: Descent
 ) -> None:
-    """Let a way down see the residual share `x · ds/dm`, m behind the addition of attention to a block's tokens x.
+    """Have a backward pass record `x · ds/dm`, m the residual stream behind the addition of attention to a block's x.
 
     Args:
         output: of the block.

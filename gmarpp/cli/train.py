@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from gmarpp.callbacks.latest_checkpoint import LatestCheckpoint
@@ -131,11 +132,15 @@ class TrainCLI(CommandLine):
         require_monitored_metrics(self.trainer, self.model)
 
     def after_fit(self) -> None:
-        """Say where the best checkpoint is."""
+        """Say where the best checkpoint is, and have TensorBoard compare runs by its score in the tab HParams."""
         for each in self.trainer.checkpoint_callbacks:
-            if isinstance(each, ModelCardCheckpoint) and each.best_model_path:
-                score = "" if each.best_model_score is None else f", {each.monitor} {float(each.best_model_score):.4g}"
-                rank_zero_info(f"Best checkpoint{score}: {each.best_model_path}")
+            if isinstance(each, ModelCardCheckpoint) and each.best_model_path and each.best_model_score is not None:
+                score = float(each.best_model_score)
+                rank_zero_info(f"Best checkpoint, {each.monitor} {score:.4g}: {each.best_model_path}")
+                for logger in self.trainer.loggers:
+                    if isinstance(logger, TensorBoardLogger):
+                        logger.log_hyperparams(self.model.hparams, {f"best/{each.monitor}": score})
+                        logger.finalize("success")
 
     def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
         """Validate without letting Lightning load the checkpoint a second time."""

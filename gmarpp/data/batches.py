@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from gmarpp.processes import follow_parent
 
 ChooseBatches: TypeAlias = Callable[[Any], list[list[int]]]
-"""Given what a data module would load, which of its images are loaded together: positions, batch by batch."""
+"""From the loader of all images to the positions of those that are loaded together, batch by batch."""
 
 
 BATCH_SIZE = 32

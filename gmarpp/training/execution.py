@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Execution:
-    """How the network runs on a machine: no part of what it is, so a run can be resumed with other values.
+    """How the network runs on a machine; a resumed run may have other values.
 
     Args:
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 
 def average_weights_alone(checkpoint: dict[str, Any], trainer: Any, module: L.LightningModule) -> None:
-    """Put an average of the weights in their place, as its callback does where Lightning asks it: not of weights alone.
+    """Replace the weights in a checkpoint of weights alone by their average, as Lightning does in whole ones only.
 
     Args:
         checkpoint: to be written; left as it is if it is a whole one.

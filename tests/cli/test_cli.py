@@ -15,6 +15,7 @@ from noise import write_noise
 from PIL import Image
 from small_model import MODEL
 from squares import Squares
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gmarpp import command
 from gmarpp.cli.explain import explain_main
@@ -76,7 +77,10 @@ def test_fit_logs_and_keeps_best_and_last(folder):
     files = {str(path.relative_to(folder / "logs")) for path in (folder / "logs").rglob("*") if path.is_file()}
     kept = {f"version_0/checkpoints/{name}" for name in ("best.ckpt", "best.md", "last.ckpt")}
     assert kept | {"version_0/config.yaml"} <= files
-    assert any("tfevents" in file for file in files)
+    events = EventAccumulator(str(folder / "logs/version_0")).Reload()
+    best = run.trainer.checkpoint_callback.best_model_score
+    assert [each.value for each in events.Scalars("best/val/accuracy")] == [best]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata)
     assert run.trainer.checkpoint_callback.monitor == "val/accuracy"
     assert torch.load(folder / "logs/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     config = yaml.safe_load((folder / "logs/version_0/config.yaml").read_text())

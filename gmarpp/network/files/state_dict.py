@@ -70,7 +70,7 @@ def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], origin: s
     current = model.state_dict()
     missing, extra = sorted(current.keys() - state.keys()), sorted(state.keys() - current.keys())
     problems = [
-        f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+        f"{len(keys)} {what} ({some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
     ]
     both = sorted(current.keys() & state.keys())
     shapes = [key for key in both if current[key].shape != state[key].shape]
@@ -78,14 +78,13 @@ def require_same_layout(model: nn.Module, state: Mapping[str, Tensor], origin: s
     types = [key for key in both if (current[key].dtype in FLOATS) != (state[key].dtype in FLOATS)]
     problems += [f"{key}: expected {current[key].dtype}, got {state[key].dtype}" for key in types[:1]]
     if problems:
-        remedy = "give it the options that it was saved with" if both and not (missing or extra) else ""
-        raise ValueError(
-            f"{origin} does not fit {_architecture(model)}: {'; '.join(problems)}; "
-            f"{remedy or 'name the architecture that it was saved from'}"
-        )
+        what = "architecture that it was saved from" if missing or extra else "options that it was saved with"
+        remedy = f"give the {what}"
+        raise ValueError(f"{origin} does not fit {_architecture(model)}: {'; '.join(problems)}; {remedy}")
 
 
-def _some(keys: list[str]) -> str:
+def some(keys: list[str]) -> str:
+    """Return the first few of some names, for a message."""
     return f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
 
 

@@ -5,9 +5,6 @@ from typing import Any
 
 from gmarpp.network.expected import PREPROCESSING, expect_mapping, expect_pair
 
-# Beside the model's name, its number of outputs and its preprocessing.
-_POOLING = "gp"
-
 
 def timm_description(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields of `Weights` that the options of a training tell.
@@ -32,8 +29,9 @@ def timm_description(options: Mapping[str, Any]) -> dict[str, Any]:
     if (size := arguments.pop("img_size", None)) is not None:
         described["image_size"] = expect_pair("model_kwargs.img_size", size)
     arguments.pop("num_classes", None)
-    if _POOLING in given:
-        arguments.setdefault("global_pool", given[_POOLING])
+    # timm's name of global_pool.
+    if "gp" in given:
+        arguments.setdefault("global_pool", given["gp"])
     preprocessing = {key: given[key] for key in PREPROCESSING if key in given}
     # The script takes one number for all channels, too.
     for key in {"mean", "std"} & preprocessing.keys():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gmarpp.files import first_line
-from gmarpp.network.files.state_dict import at_most_parameters, require_finite
+from gmarpp.network.files.state_dict import at_most_parameters, require_finite, some
 from gmarpp.network.files.weights import Weights
 
 # No classifier has this many times the parameters that its file has.
@@ -94,11 +94,10 @@ def _require_size(outline: nn.Module, weights: Weights) -> None:
 
 def _require_loaded(found: Any, weights: Weights, name: str) -> None:
     problems = []
-    for what in ("missing", "unexpected", "mismatched"):
+    for what, label in (("missing", "missing"), ("unexpected", "unknown"), ("mismatched", "of another shape")):
         keys = sorted(str(each[0] if isinstance(each, tuple) else each) for each in found[f"{what}_keys"])
-        label = {"missing": "missing", "unexpected": "unknown", "mismatched": "of another shape"}[what]
         if keys:
-            problems.append(f"{len(keys)} {label} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})")
+            problems.append(f"{len(keys)} {label} ({some(keys)})")
     if problems:
         raise ValueError(
             f"{weights.origin} does not fit its configuration, {name}: {'; '.join(problems)}; save weights and "
