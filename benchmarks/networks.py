@@ -76,7 +76,7 @@ def refusal(model: nn.Module, images: Tensor, methods: Sequence[str]) -> str | N
         gmarpp.explain(model, images, methods, score)
     except gmarpp.UnsupportedNetworkError as error:
         held = next((name for name in map(kind_of, model.modules()) if name in REFUSED), None)
-        return str(error).partition(":")[0][:90] if held is None else REFUSED[held]
+        return str(error).partition(":")[0] if held is None else REFUSED[held]
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:90]}"
     return None
@@ -242,7 +242,7 @@ def of_transformers(patterns: list[str]) -> Iterator[Row]:
         try:
             model, images = build_transformers(name)
         except Exception as error:
-            yield Row(name, "transformers", f"not tried: {str(error).strip().splitlines()[0][:60]}", name, None)
+            yield Row(name, "transformers", f"not tried: {str(error).strip().splitlines()[0]}", name, None)
             continue
         if attends(model):
             yield Row(name, "transformers", outcome(model, images), name, None)

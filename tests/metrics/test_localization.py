@@ -202,3 +202,10 @@ def test_masks_of_other_values_than_0_and_1_are_refused(value):
 def test_thresholds_are_shares_of_the_minmax_map(threshold):
     with pytest.raises(ValueError, match=r"threshold: expected a number in \[0, 1\]"):
         iou(torch.eye(2)[None], torch.eye(2)[None], threshold=threshold)
+
+
+@pytest.mark.parametrize("metric", [pointing_game, energy_inside, iou, pixel_accuracy, average_precision])
+def test_no_images_have_no_values(metric):
+    maps, masks = torch.zeros(0, 4, 4), torch.zeros(0, 8, 8, dtype=torch.bool)
+    assert metric(maps, masks, reduction="none").shape == (0,)
+    assert metric(maps, masks).isnan()

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_accuracy
 
 from gmarpp.maps import check_finite_maps, minmax
 from gmarpp.metrics.functional.reduction import Reduction, reduce_images
@@ -160,8 +159,7 @@ def pixel_accuracy(
         tensor(0.5000)
     """
     scaled, masks = _aligned(maps, masks)
-    correct = binary_accuracy(_highlighted(scaled, threshold).int(), masks.int(), multidim_average="samplewise")
-    return _where_masked(correct, masks, reduction)
+    return _where_masked((_highlighted(scaled, threshold) == masks).double().mean(1), masks, reduction)
 
 
 def average_precision(maps: Tensor, masks: Tensor, reduction: Reduction = "mean") -> Tensor:
