@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,18 +48,25 @@ def _scale(style: MapStyle, signed: bool) -> _Scale:
     return _Scale(matplotlib.colormaps[style.colormap], ((0, words[0]), (1, words[1])), words[2])
 
 
-def short_name(name: str) -> str:
-    r"""Shorten a class name for a title: the first of its synonyms, in at most two lines.
+def first_name(name: str) -> str:
+    """Return the first synonym in a class name.
 
     Examples:
-        >>> short_name("German shepherd, German shepherd dog, alsatian")
+        >>> first_name("German shepherd, German shepherd dog, alsatian")
         'German shepherd'
-        >>> short_name("Saccharomyces_cerevisiae_strain_288")
+    """
+    return name.split(",")[0].strip() or name
+
+
+def wrapped(name: str) -> str:
+    r"""Wrap a class name for a title, in at most two lines.
+
+    Examples:
+        >>> wrapped("Saccharomyces_cerevisiae_strain_288")
         'Saccharomyces_cer\nevisiae_strain_2…'
     """
-    first = name.split(",")[0].strip() or name
     lines = [""]
-    for word in first.split():
+    for word in name.split():
         if lines[-1] and _columns(f"{lines[-1]} {word}") <= _TITLE_COLUMNS:
             lines[-1] += f" {word}"
             continue
@@ -169,7 +177,8 @@ def comparison_figure(
     Args:
         images: one image (3, H, W) in [0, 1], or uint8 pixels (H, W, 3), per column; shapes may differ.
         maps: for each method, one raw map (h, w) per column; each is scaled by itself.
-        names: name of the explained class of each column; the first of its synonyms is shown, wrapped.
+        names: name of the explained class of each column; the first of its synonyms is shown, wrapped, where it is no
+            other class's.
         probabilities: the network's probability of that class, 0 to 1; None or NaN leaves it out.
         boxes: for each column, the object's box (x0, y0, x1, y1) in pixels of the image, or None.
         signed_methods: names of the methods whose maps are signed.
@@ -179,7 +188,8 @@ def comparison_figure(
         A figure outside matplotlib's global state; save it with `figure_bytes`.
     """
     columns = [image if image.dtype == np.uint8 else pixels(image) for image in map(np.asarray, images)]
-    headings = [short_name(name) for name in names]
+    firsts = Counter(first_name(name) for name in set(names))
+    headings = [wrapped(name if firsts[first_name(name)] > 1 else first_name(name)) for name in names]
     sheet = _Sheet([image.shape[:2] for image in columns], headings, ["Image", *map(method_label, maps)])
     for column, image in enumerate(columns):
         sheet.head(column, headings[column], probabilities[column])

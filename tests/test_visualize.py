@@ -10,7 +10,7 @@ from PIL import Image
 
 from gmarpp.attribution import METHODS, VARIANTS, Explanation
 from gmarpp.colormaps import colormap_table, diverging_table
-from gmarpp.figures import comparison_figure, figure_bytes, short_name
+from gmarpp.figures import comparison_figure, figure_bytes, first_name, wrapped
 from gmarpp.labels import method_color, method_dashes, method_label
 from gmarpp.maps import normalize_map, normalize_signed_map
 from gmarpp.run.curve_figure import curves_figure
@@ -129,11 +129,14 @@ def test_every_method_looks_different():
     assert method_label("my_own") == "my_own"
 
 
-def test_short_name_takes_the_first_synonym_and_wraps_it():
-    assert short_name("Egyptian cat") == "Egyptian cat"
-    assert short_name("projectile, missile") == "projectile"
-    assert short_name("a very long name of a class with no end in sight").count("\n") == 1
-    assert short_name("a very long name of a class with no end in sight").endswith("…")
+def test_class_names_are_their_first_synonym_wrapped():
+    assert first_name("projectile, missile") == "projectile"
+    assert wrapped("Egyptian cat") == "Egyptian cat"
+    assert wrapped("a very long name of a class with no end in sight").count("\n") == 1
+    assert wrapped("a very long name of a class with no end in sight").endswith("…")
+    for name in ("Saccharomyces_cerevisiae_strain_288", "とても長い犬の名前ですからここで切ります"):
+        assert all(len(line) <= 17 for line in wrapped(name).split("\n"))
+        assert wrapped(name).replace("\n", "").rstrip("…") == name[: len(wrapped(name).replace("\n", "").rstrip("…"))]
 
 
 @pytest.mark.parametrize("extension", ["png", "pdf", "svg"])
