@@ -56,5 +56,6 @@ class LatestCheckpoint(ObservedCheckpoint):
 
 
 def _are_finite(module: L.LightningModule) -> bool:
-    tensors = [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point() and each.numel()]
-    return not tensors or bool(torch.stack([each.detach().isfinite().all() for each in tensors]).all())
+    # What is not trained may hold -inf, as masks do.
+    trained = [each.detach().isfinite().all() for each in module.parameters() if each.requires_grad]
+    return not trained or bool(torch.stack(trained).all())
