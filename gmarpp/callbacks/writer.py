@@ -57,6 +57,7 @@ class ExplanationWriter(BasePredictionWriter):
             whole picture in its own resolution, at the place where preprocessing took the image from; false, none.
         resume: continue the interrupted run in ``output``, or add images to a complete one. A limit of the trainer's
             batches counts from the beginning of the data, not from where the run is resumed.
+        overwrite: replace the run in ``output``, once the new one can start.
         colormap: one of ``gmarpp.colormaps.COLORMAPS``.
         opacity: share of the map's colors in overlays, 0 to 1.
         signed_maps: how maps with relevance against the class are drawn: ``diverging``, blue against and red for the
@@ -177,15 +178,6 @@ class ExplanationWriter(BasePredictionWriter):
             self._resumed = True
         return {index // self._run.get("rows_per_image", 1) for index in finished}
 
-    def _open(self, trainer: L.Trainer, module: Any, rows_per_image: int) -> None:
-        """Make the folder ready on rank 0, while the others wait."""
-        self._run["rows_per_image"] = rows_per_image
-        names = [PARTS, MAPS, IMAGES]
-        if self.overlays:
-            names += [f"{OVERLAYS}/{method}" for method in ("", *module.explainer.names)]
-        on_rank_zero(trainer, lambda: self.output.open(self._run, not self._resumed, names))
-        self._opened = True
-
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make ready to draw pictures beside the network."""
         if not self._run:
@@ -237,8 +229,9 @@ class ExplanationWriter(BasePredictionWriter):
             return
         shard = stored_batch(prediction)
         if not self._opened:
-            on_rank_zero(trainer, lambda: self._require_space(trainer, shard, prediction))
-            self._open(trainer, pl_module, prediction.rows_per_image)
+            self._run["rows_per_image"] = prediction.rows_per_image
+            on_rank_zero(trainer, lambda: self._begin(trainer, pl_module, shard, prediction))
+            self._opened = True
         assert self._tasks is not None
         self._draw(self._tasks, [row["file"] for row in shard.rows], prediction)
         self._buffer.append(shard)
@@ -248,13 +241,15 @@ class ExplanationWriter(BasePredictionWriter):
             self._flush(trainer, self._tasks)
         show_rate(trainer, self._done * trainer.world_size / (time.monotonic() - self._started))
 
-    def _require_space(self, trainer: L.Trainer, shard: Shard, explained: ExplainedBatch) -> None:
-        """Estimate from the first image what all of them take."""
+    def _begin(self, trainer: L.Trainer, module: Any, shard: Shard, explained: ExplainedBatch) -> None:
+        """Estimate from the first image what room all of them take, and make the folder ready."""
         maps = {method: maps[0].numpy() for method, maps in explained.maps.items()} if self.overlays else {}
         image = pixels(explained.images[:1])[0]
         images = int(sum(trainer.num_predict_batches)) * trainer.world_size * len(shard.rows)
         assert self._pictures is not None
         self.output.require_space(images * bytes_per_image(shard, self._pictures, image, maps))
+        overlays = [f"{OVERLAYS}/{method}" for method in ("", *module.explainer.names)] if self.overlays else []
+        self.output.open(self._run, not self._resumed, [PARTS, MAPS, IMAGES, *overlays])
 
     def _draw(self, tasks: BackgroundTasks, files: list[str], explained: ExplainedBatch) -> None:
         """Have the processes that draw share a batch."""
@@ -284,9 +279,8 @@ class ExplanationWriter(BasePredictionWriter):
         self._tasks.wait()
         self._close()
         if not self._opened:
-            # What the others did with the first batch that they explained, the space and the folder.
-            for _ in range(2):
-                on_rank_zero(trainer, self._require_explanations)
+            # The others were here with the first batch that they explained.
+            on_rank_zero(trainer, self._require_explanations)
         skipped: Any = trainer.strategy.reduce(torch.tensor(self._skipped, device=pl_module.device), reduce_op="sum")
         self._skipped = int(skipped)
 
