@@ -137,9 +137,11 @@ class TrainCLI(CommandLine):
             if isinstance(each, ModelCardCheckpoint) and each.best_model_path and each.best_model_score is not None:
                 score = float(each.best_model_score)
                 rank_zero_info(f"Best checkpoint, {each.monitor} {score:.4g}: {each.best_model_path}")
+                # Lightning's command line adds options of its own.
+                options = {name: value for name, value in self.model.hparams.items() if not name.startswith("_")}
                 for logger in self.trainer.loggers:
                     if isinstance(logger, TensorBoardLogger):
-                        logger.log_hyperparams(self.model.hparams, {f"best/{each.monitor}": score})
+                        logger.log_hyperparams(options, {f"best/{each.monitor}": score})
                         logger.finalize("success")
 
     def validate(self, model: ViTClassifier, ckpt_path: str | None = None, **options: Any) -> None:
