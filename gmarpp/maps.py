@@ -69,6 +69,8 @@ def check_maps(maps: Mapping[str, Tensor], images: Tensor) -> tuple[int, int]:
 def stacked_maps(maps: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """Return maps (B, h, w) of several methods as one tensor (M, B, h, w), in the widest of their types."""
     dtype = functools.reduce(torch.promote_types, (each.dtype for each in maps.values()), torch.float32)
+    # Apple's GPUs have no wider type.
+    dtype = torch.float32 if device.type == "mps" else dtype
     return torch.stack([each.to(device, dtype) for each in maps.values()])
 
 

@@ -23,7 +23,7 @@ from gmarpp.attribution.plan import Plan
 from gmarpp.attribution.registry import select_methods
 from gmarpp.attribution.replay import Replay, forwards_replaced
 from gmarpp.attribution.scores import Scores
-from gmarpp.attribution.seam import answered_by, intercepted
+from gmarpp.attribution.seam import answered_by, intercepted, one_at_a_time
 from gmarpp.attribution.target import Target
 from gmarpp.attribution.way_down import WayDown
 from gmarpp.network.architecture import Architecture
@@ -145,9 +145,10 @@ class Request:
 
     def maps(self, images: Tensor) -> tuple[dict[str, Tensor], Scores]:
         """Return the maps of the methods that take part in the pass, and the scores that are explained."""
-        if self.plan.names:
-            return _maps(self.network, images, self.plan, self.target)
-        return {}, _scores(self.network, images, self.target)
+        with one_at_a_time:
+            if self.plan.names:
+                return _maps(self.network, images, self.plan, self.target)
+            return {}, _scores(self.network, images, self.target)
 
     def explanation(self, images: Tensor, maps: Mapping[str, Tensor], scores: Scores) -> Explanation:
         """Return the explanation of images by all methods' maps."""

@@ -11,6 +11,7 @@ from gmarpp.attribution.explain import Request, explain
 from gmarpp.attribution.explanation import Explanation
 from gmarpp.attribution.method import AttributionMethod
 from gmarpp.attribution.precision import close
+from gmarpp.attribution.seam import one_at_a_time
 from gmarpp.attribution.target import ClassTarget, Contrast, Score, Target, class_indices
 from gmarpp.network.architecture import Architecture
 from gmarpp.network.errors import UnsupportedNetworkError
@@ -84,7 +85,7 @@ class GraphedExplain:
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         self._autocast = torch.autocast("cuda", dtype, enabled=enabled)
         self._graph = torch.cuda.CUDAGraph()
-        with self._request.running():
+        with one_at_a_time, self._request.running():
             expected = self._warm_up()
             self._capture()
         self._require(expected)

@@ -19,7 +19,7 @@ class Matrix(cached_property[Tensor]):
     @override
     def __get__(self, layer: Any, owner: Any = None) -> Tensor:  # type: ignore[override]
         made: Any = super().__get__(layer, owner)
-        if layer is not None:
+        if layer is not None and not made.is_inference():
             vars(layer).setdefault("_versions", {}).setdefault(self.attrname, made._version)
         return made  # type: ignore[no-any-return]
 

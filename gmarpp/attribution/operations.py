@@ -62,7 +62,9 @@ def _is_constant(node: Any) -> bool:
 
 def followed(node: Any) -> list[Any]:
     """Return the nodes that the balanced gradient goes on to."""
-    chosen = getattr(node, "followed", range(len(node.next_functions)))
+    # Of what is overwritten by a copy nothing is left.
+    inputs = (1,) if operation(node) == "Copy" else range(len(node.next_functions))
+    chosen = getattr(node, "followed", inputs)
     return [node.next_functions[each][0] for each in chosen if not _is_constant(node.next_functions[each][0])]
 
 

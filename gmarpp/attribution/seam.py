@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from gmarpp.attribution.written import WrittenAttention
 from gmarpp.network.errors import UnsupportedNetworkError
-from gmarpp.network.modes import one_at_a_time
 
 Handler = Callable[..., Any]
 """Takes the arguments of `scaled_dot_product_attention` and answers in its place.
@@ -25,6 +24,9 @@ Attention that a network writes out comes as its weights, `None` in place of the
 """
 
 fused_attention = F.scaled_dot_product_attention
+# All threads share the function and the fast path of `nn.MultiheadAttention`, so calls of `explain` take turns.
+one_at_a_time = threading.RLock()
+
 
 # The arguments of `nn.MultiheadAttention` from the fifth on.
 _NEED_WEIGHTS, _AFTER = 4, ("need_weights", "attn_mask", "average_attn_weights", "is_causal")
@@ -153,8 +155,7 @@ def _relaid(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def intercepted(model: nn.Module) -> Iterator[None]:
     """Replace the function, and restore it even after an error; other threads still call the original.
 
-    All threads share the function and the fast path of `nn.MultiheadAttention`, so they take turns. This path and
-    compiled code, which would bypass the function, are off meanwhile.
+    The fast path of `nn.MultiheadAttention` and compiled code, which would bypass it, are off meanwhile.
     """
     with one_at_a_time, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         fast_path, original = torch.backends.mha.get_fastpath_enabled(), F.scaled_dot_product_attention

@@ -42,8 +42,21 @@ _RANDOM = frozenset(
         torch.normal,
     )
 )
-_EXPONENTIALS = frozenset((torch.exp, torch.Tensor.exp, torch.log_softmax, torch.Tensor.log_softmax, F.log_softmax))
-_WATCHED = _RANDOM | _SOFTMAX | _EXPONENTIALS | {_FUSED, F.multi_head_attention_forward}
+# A softmax in pieces, where no matrix is seen in whole.
+_EXPONENTIALS = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor, torch.special, F)
+    for name in ("exp", "exp_", "exp2", "exp2_", "expm1", "expm1_", "log_softmax", "softmin", "_softmax")
+    if hasattr(owner, name)
+)
+_EXPONENTIAL_OPERATORS = re.compile(r"aten\._?(exp2?|expm1|(log_)?softmax)_?(\.|$)")
+_KERNELS = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch._C._nn)
+    for name in dir(owner)
+    if name.startswith("_scaled_dot_product") or name in ("_flash_attention_forward", "_efficient_attention_forward")
+)
+_WATCHED = _RANDOM | _SOFTMAX | _EXPONENTIALS | _KERNELS | {_FUSED, F.multi_head_attention_forward}
 _REMEDY = (
     "switch it to torch.nn.functional.scaled_dot_product_attention (model.set_attn_implementation('sdpa'), "
     "module.fused_attn = True, need_weights=False), or explain a network without it"
@@ -58,11 +71,13 @@ class _Softmax:
         size: number of entries that sum to 1; `None` of `nn.MultiheadAttention`.
         result: where it stands in the graph, if it has one.
         is_followed: whether it was handed on as attention.
+        queries: how many rows of exponentials there are; `None` of a softmax, which says by itself what it is.
     """
 
     size: int | None
     result: Any
     is_followed: bool = False
+    queries: int | None = None
 
 
 class WrittenAttention(TorchFunctionMode):
@@ -103,8 +118,9 @@ class WrittenAttention(TorchFunctionMode):
         if function is _FUSED or operator in _FUSED_OPERATORS:
             self.is_needed = True
             return answer(*args, **options)
-        if _ATTENTION.search(operator):
-            raise UnsupportedNetworkError(f"the network attends through {operator}, which is not followed: {_REMEDY}")
+        if function in _KERNELS or _ATTENTION.search(operator.split(".")[-2 if operator.count(".") > 1 else -1]):
+            called = operator or f"torch.{function.__name__}"
+            raise UnsupportedNetworkError(f"the network attends through {called}, which is not followed: {_REMEDY}")
         if function in _RANDOM:
             raise UnsupportedNetworkError(
                 f"the network draws random numbers (torch.{function.__name__}) in eval mode, as networks that "
@@ -118,21 +134,25 @@ class WrittenAttention(TorchFunctionMode):
         result = function(*args, **options)
         if function is F.multi_head_attention_forward and options.get("need_weights", True):
             self._met.append(_Softmax(None, result[0].grad_fn))
-        if function in _EXPONENTIALS:
-            # A softmax in pieces, where the matrix is not seen in whole.
-            self._note(result, -1, is_whole=False)
+        if function in _EXPONENTIALS or _EXPONENTIAL_OPERATORS.match(operator):
+            self._note_exponentials(result)
         elif function in _SOFTMAX:
             self._note(result, args[1] if len(args) > 1 else options.get("dim"))
         elif given and factors is None and isinstance(result, Tensor) and result.numel() == given[0].numel():
             self._weights[result] = [met for each in given for met in self._weights[each]]
         return result
 
-    def _note(self, result: Tensor, dim: Any, is_whole: bool = True) -> None:
+    def _note_exponentials(self, result: Tensor) -> None:
+        # Those of parameters, such as scales of channels or heads, have no queries.
+        if result.dim() > 2 and result.shape[-2] > 1:
+            self._met.append(_Softmax(result.shape[-1], result.grad_fn, queries=result.shape[-2]))
+
+    def _note(self, result: Tensor, dim: Any) -> None:
         # Scores of classes have two dimensions: images and classes.
         if isinstance(dim, int) and result.dim() > 2:
             met = _Softmax(result.shape[dim], result.grad_fn)
             self._met.append(met)
-            if is_whole and dim % result.dim() == result.dim() - 1:
+            if dim % result.dim() == result.dim() - 1:
                 self._weights[result] = [met]
                 self._is_following = True
 
@@ -165,7 +185,7 @@ class WrittenAttention(TorchFunctionMode):
         """
         counts = set(token_counts)
         for met in self._met:
-            if met.size is not None and met.size not in counts:
+            if {met.size, met.queries} - {None} - counts:
                 continue
             # Below the first layer that gradients reach, everything counts.
             if met.is_followed if met.result is None else _is_unused(scores, met.result):

@@ -12,6 +12,7 @@ from typing_extensions import override
 from gmarpp.files import write_atomically
 from gmarpp.labels import method_label, metric_label
 from gmarpp.run.versions import versions
+from gmarpp.training.finite_weights import require_finite_weights
 from gmarpp.training.hyperparameters import GROUPS
 from gmarpp.training.lightning_private import ObservedCheckpoint
 
@@ -34,6 +35,10 @@ class ModelCardCheckpoint(ObservedCheckpoint):
         if Path(state_dict["best_model_path"]).is_file():
             state_dict = {**state_dict, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
+
+    @override
+    def before_save(self, trainer: L.Trainer) -> None:
+        require_finite_weights(trainer.lightning_module, trainer.global_step)
 
     @override
     def on_file_saved(self, trainer: L.Trainer, filepath: str) -> None:

@@ -3,9 +3,11 @@
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
@@ -23,37 +25,61 @@ _CHECKPOINT_OPTIONS = (
 )
 
 
-one_at_a_time = threading.RLock()
-"""Held while networks are changed for a time: threads that run the same one would restore it to each other's state."""
+class _Evaluated:
+    """A network in eval mode, and the threads that use it so, each as often as it has entered.
+
+    Args:
+        model: the network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.threads: Counter[int] = Counter()
+        # A network has hundreds of modules, and a GPU waits while they are looked at.
+        modules = list(model.modules())
+        training = [module for module in modules if module.training]
+        checkpointing: list[Any] = [module for module in modules if vars(module).get("grad_checkpointing", False)]
+        with ExitStack() as restored:
+            for module in training:
+                restored.callback(setattr, module, "training", True)
+            if training:
+                model.eval()
+            for module in checkpointing:
+                restored.callback(setattr, module, "grad_checkpointing", True)
+                module.grad_checkpointing = False
+            restored.enter_context(_usable_by_autograd(modules))
+            parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+            for parameter in [parameter for parameter in parameters if parameter.requires_grad]:
+                restored.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+            restored.enter_context(_without_checkpoints(modules, self.threads))
+            self.restored = restored.pop_all()
+
+
+_evaluated: MutableMapping[nn.Module, _Evaluated] = WeakKeyDictionary()
+_changing = threading.Lock()
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, freeze every parameter, and switch off activation checkpointing.
 
-    All states are restored, even after an error, and threads take turns. Checkpointed blocks would run a second time in
-    the backward pass, without the hooks of the first. Parameters and buffers that were made in inference mode, which
-    autograd cannot save, are temporarily replaced by copies.
+    All states are restored, even after an error, when the last of the threads that are here for the same network
+    leaves. Checkpointed blocks would run a second time in the backward pass, without the hooks of the first. Parameters
+    and buffers that were made in inference mode, which autograd cannot save, are temporarily replaced by copies.
     """
-    with one_at_a_time, ExitStack() as restored:
-        # A network has hundreds of modules, and a GPU waits while they are looked at.
-        modules = list(model.modules())
-        training = [module for module in modules if module.training]
-        checkpointing: list[Any] = [module for module in modules if vars(module).get("grad_checkpointing", False)]
-        for module in training:
-            restored.callback(setattr, module, "training", True)
-        if training:
-            model.eval()
-        for module in checkpointing:
-            restored.callback(setattr, module, "grad_checkpointing", True)
-            module.grad_checkpointing = False
-        restored.enter_context(_usable_by_autograd(modules))
-        parameters = [each for module in modules for each in module._parameters.values() if each is not None]
-        for parameter in [parameter for parameter in parameters if parameter.requires_grad]:
-            restored.callback(parameter.requires_grad_, True)
-            parameter.requires_grad_(False)
-        restored.enter_context(_without_checkpoints(modules))
+    thread = threading.get_ident()
+    with _changing:
+        evaluated = _evaluated.get(model) or _Evaluated(model)
+        _evaluated[model] = evaluated
+        evaluated.threads[thread] += 1
+    try:
         yield
+    finally:
+        with _changing:
+            evaluated.threads[thread] -= 1
+            if not +evaluated.threads:
+                del _evaluated[model]
+                evaluated.restored.close()
 
 
 @contextmanager
@@ -79,16 +105,15 @@ def _usable_by_autograd(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_checkpoints(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Make the network's calls of `torch.utils.checkpoint.checkpoint` in this thread run the given function directly.
+def _without_checkpoints(modules: Sequence[nn.Module], threads: Mapping[int, int]) -> Iterator[None]:
+    """Make the network's calls of `torch.utils.checkpoint.checkpoint` in some threads run the given function directly.
 
     The function is replaced everywhere the network may have it from: its own module, the modules that define the
     network's classes, and the attributes of the network's modules (`apply_activation_checkpointing`).
     """
-    owner = threading.get_ident()
 
     def plain(function: Callable[..., Any] | None = None, *args: Any, **options: Any) -> Any:
-        if function is None or threading.get_ident() != owner:
+        if function is None or not threads[threading.get_ident()]:
             return _checkpoint(function, *args, **options)
         return function(*args, **{name: each for name, each in options.items() if name not in _CHECKPOINT_OPTIONS})
 

@@ -108,7 +108,7 @@ class ObservedCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that tells of each file, and that can be told to save."""
 
     def before_save(self, trainer: L.Trainer) -> None:
-        """Act before a checkpoint is saved in place of an older one, on all ranks."""
+        """Act before a checkpoint is saved, on all ranks."""
 
     def on_file_saved(self, trainer: L.Trainer, filepath: str) -> None:
         """Act when a checkpoint has been saved, on all ranks."""

@@ -121,6 +121,10 @@ ACTIVATIONS = {
         lambda x: F.gelu(x).mul_(x.flip(-1)),
         lambda x: F.gelu(x).detach() * x.flip(-1),
     ),
+    "sigmoid times values in place": (
+        lambda x: (2 * x.sigmoid()).mul_(x.flip(-1)),
+        lambda x: (2 * x.sigmoid()).detach() * x.flip(-1),
+    ),
     "gated by sigmoid": (lambda x: x.sigmoid() * x.flip(-1), lambda x: x.sigmoid().detach() * x.flip(-1)),
 }
 

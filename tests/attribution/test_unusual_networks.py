@@ -138,6 +138,33 @@ def test_a_method_that_changes_the_networks_modes_changes_no_other():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_method_may_explain_another_network_in_a_thread_of_its_own():
+    def explains(model, batch, target):
+        found = []
+        other = threading.Thread(target=lambda: found.append(gmarpp.explain(vit(seed=1), images(), "rollout")))
+        other.start()
+        other.join(60)
+        return found[0].maps["rollout"]
+
+    found = gmarpp.explain(vit(), images(), FunctionMethod("explains", explains), TARGET).maps["explains"]
+    torch.testing.assert_close(found, gmarpp.explain(vit(seed=1), images(), "rollout").maps["rollout"])
+
+
+class InInferenceMode(Method):
+    name = label = "in_inference_mode"
+
+    @torch.inference_mode()
+    def step(self, row, layer):
+        return (row[:, None] @ layer.attention.mean(1))[:, 0]
+
+
+def test_a_method_may_compute_in_inference_mode():
+    found = gmarpp.explain(vit(), images(), [InInferenceMode(), "gmarpp_l1"], TARGET).maps
+    alone = gmarpp.explain(vit(), images(), "gmarpp_l1", TARGET).maps["gmarpp_l1"]
+    torch.testing.assert_close(found["gmarpp_l1"], alone)
+    assert found["in_inference_mode"].isfinite().all()
+
+
 class InPlaceResidual(nn.Module):
     def __init__(self, block):
         super().__init__()

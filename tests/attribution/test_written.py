@@ -297,9 +297,12 @@ def test_written_out_or_fused_a_network_has_the_same_maps(kind):
             assert relative_error(found[method], expected[method]) < 1e-4, method
 
 
-def by_exponentials(query, key, value):
-    weights = (query @ key.mT / 4).exp()
-    return weights / weights.sum(-1, keepdim=True) @ value
+def by_exponentials(exponentials):
+    def attend(query, key, value):
+        weights = exponentials(query @ key.mT / 4)
+        return weights / weights.sum(-1, keepdim=True) @ value
+
+    return attend
 
 
 CALLED = {
@@ -310,7 +313,13 @@ CALLED = {
     "operator's overload": torch.ops.aten.scaled_dot_product_attention.default,
     "kernel": lambda *each: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*each)[0],
     "flexible": flex_attention,
-    "exponentials": by_exponentials,
+    "exponentials": by_exponentials(torch.exp),
+    "exponentials in place": by_exponentials(lambda scores: scores.exp_()),
+    "powers of two": by_exponentials(torch.exp2),
+    "exponentials' operator": by_exponentials(torch.ops.aten.exp),
+    "softmax's operator": lambda query, key, value: torch.ops.aten.softmax.int(query @ key.mT / 4, -1) @ value,
+    "softmin": lambda query, key, value: nn.functional.softmin(query @ key.mT / -4, dim=-1) @ value,
+    "private function": lambda *each: torch._scaled_dot_product_attention_math(*each)[0],
     "logarithms": lambda query, key, value: (query @ key.mT / 4).log_softmax(dim=-1).exp() @ value,
 }
 
@@ -389,11 +398,27 @@ def test_attention_is_followed_by_whatever_name_it_is_called(kind, methods, reco
         assert relative_error(found[name], expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("kind", ["kernel", "flexible", "exponentials", "logarithms"])
+@pytest.mark.parametrize("kind", sorted(CALLED.keys() - {"function", "name", "operator", "operator's overload"}))
 @pytest.mark.parametrize("methods", ["gmarpp_l1", "rollout"])
 def test_attention_in_other_forms_beside_fused_attention_is_refused(kind, methods):
     with pytest.raises(gmarpp.UnsupportedNetworkError, match=r"attends through|softmax over 17 tokens|FlexAttention"):
         gmarpp.explain(vit_with(kind, beside=True), images(), methods)
+
+
+@pytest.mark.parametrize("methods", ["gmarpp_l1", "rollout"])
+def test_exponentials_of_parameters_are_no_attention(methods):
+    class Scaled(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.logarithm = block, nn.Parameter(torch.zeros(1, 1, 17))
+
+        def forward(self, tokens):
+            return self.block(tokens) * self.logarithm.exp().mean()
+
+    model, expected = timm_network("vit_tiny_patch16_224"), timm_network("vit_tiny_patch16_224")
+    model.blocks[1] = Scaled(model.blocks[1])
+    found = gmarpp.explain(model, images(), methods, TARGET).maps[methods]
+    assert relative_error(found, gmarpp.explain(expected, images(), methods, TARGET).maps[methods]) < 1e-5
 
 
 def test_attention_after_the_blocks_is_followed_by_whatever_name_it_is_called():

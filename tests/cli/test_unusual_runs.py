@@ -55,7 +55,9 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(folder, burst, messag
     assert message in failure(train_main, [*options, f"--trainer.callbacks+=test_unusual_runs.{burst}"], capsys)
     last = torch.load(folder / "logs/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 3
-    assert all(each.isfinite().all() for each in last["state_dict"].values() if each.is_floating_point())
+    best = torch.load(folder / "logs/checkpoints/best.ckpt", weights_only=True)
+    for each in (*last["state_dict"].values(), *best["state_dict"].values()):
+        assert each.isfinite().all()
     assert train_main([*options, "--ckpt_path=last"]).trainer.global_step == 9
 
 
