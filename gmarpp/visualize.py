@@ -229,7 +229,11 @@ def laid_over(
 def _require_same_picture(image: Tensor, picture: Image.Image, region: Region) -> None:
     """Compare a coarse gray version of the image with that part of the picture, whatever contrast either has."""
     seen = Image.fromarray(pixels(image)).convert("L").resize(_COARSE, Image.Resampling.BOX)
-    part = picture.convert("L").resize(_COARSE, Image.Resampling.BOX, box=_within(region, picture.size))
+    # In the image's own size first: what is finer is lost in both, and not averaged in one of them.
+    part = picture.convert("L").resize(
+        (image.shape[2], image.shape[1]), Image.Resampling.BICUBIC, box=_within(region, picture.size)
+    )
+    part = part.resize(_COARSE, Image.Resampling.BOX)
     values = np.stack([np.asarray(each, dtype=float).ravel() for each in (seen, part)])
     if values.std(axis=1).min() < 1:
         return

@@ -34,6 +34,7 @@ from gmarpp.network.families import architecture_of
 from gmarpp.network.modes import evaluation_mode
 from gmarpp.network.output import class_names
 from gmarpp.network.preprocessing import displayable
+from gmarpp.network.task import task_of
 from gmarpp.network.wrappers import unwrapped
 
 
@@ -158,7 +159,7 @@ class Request:
         names = class_names(model) if scores.of_classes else tuple(getattr(self.target, "names", ()))
         signed = tuple(method.name for method in self.selected if method.signed)
         ordered = {method.name: maps[method.name] for method in self.selected}
-        return Explanation(ordered, scores.indices, scores.logits, scores.values, seen, names, signed)
+        return Explanation(ordered, scores.indices, scores.logits, scores.values, seen, names, signed, task_of(model))
 
 
 @contextmanager

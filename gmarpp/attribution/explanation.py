@@ -34,6 +34,7 @@ class Explanation:
         class_names: names of the classes for people, or of the K scores where the target was a function that names
             them; empty if they have none.
         signed_methods: names of the methods whose maps are signed, negative for what speaks against the score.
+        task: of the network, as `gmarpp.network.task.task_of` tells; decides what stands above a figure's columns.
     """
 
     maps: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Explanation:
     images: Tensor = field(repr=False)
     class_names: tuple[str, ...] = field(default=(), repr=False)
     signed_methods: tuple[str, ...] = ()
+    task: str = "multiclass"
 
     def overlay(
         self,
@@ -67,11 +69,13 @@ class Explanation:
                 default. `gmarpp.network.preprocessing.Preprocessing.region` tells timm's crop.
 
         Raises:
-            ValueError: that part of the original does not look like the image.
+            ValueError: an unknown method, or that part of the original does not look like the image.
         """
         from gmarpp.visualize import laid_over
 
         method = method or next(iter(self.maps))
+        if method not in self.maps:
+            raise ValueError(f"unknown method {method!r}: choose from {', '.join(self.maps)}")
         drawn = signed_maps if method in self.signed_methods else None
         attribution = self._map(method, image, column)
         return laid_over(self._picture(image, method), attribution, drawn, original, region)
@@ -141,8 +145,13 @@ class Explanation:
             return [f"{value} {text}" for value, text in zip(values, texts, strict=True)], [None] * len(columns)
         explained = [int(targets[column]) for column in columns]
         names = [self.class_names[index] if self.class_names else f"class {index}" for index in explained]
-        softmax = self.logits.float().softmax(dim=1)
-        return names, [float(softmax[image, k]) for (image, _), k in zip(columns, explained, strict=True)]
+        if self.task == "regression":
+            return [f"{float(scores[column]):.3g} {name}" for column, name in zip(columns, names, strict=True)], [
+                None
+            ] * len(columns)
+        logits = self.logits.float()
+        probabilities = logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
+        return names, [float(probabilities[image, k]) for (image, _), k in zip(columns, explained, strict=True)]
 
     def _picture(self, image: int, method: str) -> Tensor:
         picture = self.images[image].cpu()

@@ -32,12 +32,12 @@ def save_explanation(
     if originals is not None and suffix and not path.is_dir():
         raise ValueError(f"{path}: originals are for the overlays of a folder, expected a path without a suffix")
     if path.is_dir() or not suffix:
-        overlays = _overlays(explanation, signed_maps, originals, regions)
+        overlays, raw = _overlays(explanation, signed_maps, originals, regions), _raw(explanation)
         for earlier in path.glob(f"{_OVERLAYS}/*/[0-9][0-9][0-9][0-9]*.png"):
             earlier.unlink()
         for name, data in overlays:
             _write(path / name, data)
-        _write(path / "maps.safetensors", _raw(explanation))
+        _write(path / "maps.safetensors", raw)
     elif suffix == "safetensors":
         _write(path, _raw(explanation))
     elif suffix in FIGURE_FORMATS:
@@ -59,7 +59,8 @@ def _raw(explanation: "Explanation") -> bytes:
     about = {"class_names": explanation.class_names, "signed_methods": explanation.signed_methods}
     # One entry only: safetensors keeps no order among several, and equal explanations are to be equal bytes.
     metadata = {"explanation": json.dumps(about)}
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    # The scores of a function are its output, and files hold no tensor twice.
+    return save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def _overlays(

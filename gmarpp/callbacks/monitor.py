@@ -103,6 +103,7 @@ class AttributionMonitor(L.Callback):
         self._log: MonitorLog | None = None
         self._seconds = 0.0
         self._validations = 0
+        self._values: dict[str, float] = {}
 
     @property
     @override
@@ -111,11 +112,11 @@ class AttributionMonitor(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
+        return {"validations": self._validations, "values": self._values}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations = state_dict["validations"]
+        self._validations, self._values = state_dict["validations"], state_dict.get("values", {})
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -184,16 +185,24 @@ class AttributionMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_due(trainer):
             self._require_images(trainer)
-            values = {method: collection.compute() for method, collection in self._metrics.items()}
-            for method, metrics in values.items():
-                for name, value in metrics.items():
-                    # The same on all ranks already: sync_dist only tells Lightning so.
-                    pl_module.log(f"attribution/{method}/{name}", value.to(pl_module.device), sync_dist=True)
+            values = {method: _numbers(collection.compute()) for method, collection in self._metrics.items()}
+            self._values = {
+                f"attribution/{method}/{name}": value
+                for method, metrics in values.items()
+                for name, value in metrics.items()
+            }
+            for name, value in self._values.items():
+                # The same on all ranks already: sync_dist only tells Lightning so.
+                pl_module.log(name, value, sync_dist=True)
             pl_module.log("attribution/seconds", self._seconds, sync_dist=True, reduce_fx="max")
             self._sum_curves(trainer, pl_module.device)
             if trainer.is_global_zero and self._log is not None:
-                self._log.compare({method: _numbers(metrics) for method, metrics in values.items()})
+                self._log.compare(values)
                 self._draw(self._log)
+        elif not trainer.sanity_checking:
+            # What stops a run or chooses its best checkpoint looks for them at every validation, also after a resume.
+            for name, value in self._values.items():
+                trainer.callback_metrics.setdefault(name, torch.tensor(value))
         self._validations += not trainer.sanity_checking
 
     def _is_due(self, trainer: L.Trainer) -> bool:

@@ -330,7 +330,7 @@ class ExplanationWriter(BasePredictionWriter):
             self._run["status"] = "running"
             write_run(self.folder, self._run)
         images = merge_parts(self.folder, self.shard_size)
-        explanations = StoredRun(self.folder, self._run)
+        explanations = StoredRun(self.folder, {**self._run, "status": "complete"})
         write_results(explanations, self.figure_images, self.figure_formats, self.style, self.report)
         # The parts may go only when the disk has all that replaces them.
         sync_disk()
@@ -339,4 +339,5 @@ class ExplanationWriter(BasePredictionWriter):
         remove_parts(self.folder)
         skipped = f", skipped {self._skipped} that cannot be read" if self._skipped else ""
         place = self.folder / "report.html" if self.report else self.folder
-        logger.info("Explained %d images%s: %s", images, skipped, place)
+        what = "images" if self._run["rows_per_image"] == 1 else "outputs of images"
+        logger.info("Explained %d %s%s: %s", images, what, skipped, place)

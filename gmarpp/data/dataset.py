@@ -243,5 +243,6 @@ def _fitted_mask(path: str, image: Tensor, name: str) -> Tensor:
         )
     if mask.shape == image.shape[-2:]:
         return mask
-    resized = torch.nn.functional.interpolate(mask[None, None].to(torch.uint8), size=(height, width), mode="nearest")
+    pixels = mask[None, None].to(torch.uint8)
+    resized = torch.nn.functional.interpolate(pixels, size=(height, width), mode="nearest-exact")
     return resized[0, 0].bool()

@@ -82,16 +82,17 @@ class EvaluationTransform:
         if box is not None:
             boxes = box.reshape(-1, 4)
             inputs["box"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-        if mask is not None:
-            inputs["mask"] = tv_tensors.Mask(mask)
-        size = self.preprocessing.resized(height, width)
+        size, final = list(self.preprocessing.resized(height, width)), list(self.preprocessing.size)
         outputs = {
             name: F.center_crop(
-                F.resize(value, list(size), interpolation=self.interpolation, antialias=True),
-                list(self.preprocessing.size),
+                F.resize(value, size, interpolation=self.interpolation, antialias=True), final
             ).as_subclass(Tensor)
             for name, value in inputs.items()
         }
+        if mask is not None:
+            # A mask as such would be resized by pixels' corners, and moved by up to half a pixel.
+            resized = F.resize(mask[None].to(torch.uint8), size, interpolation=InterpolationMode.NEAREST_EXACT)
+            outputs["mask"] = F.center_crop(resized, final)[0].bool()
         outputs["image"] = self.normalize(outputs["image"])
         if box is not None:
             outputs["box"] = outputs["box"].reshape(box.shape)

@@ -44,6 +44,11 @@ def write_overlays(
     lock = FolderLock(folder)
     try:
         stored = load_explanations(folder)
+        if stored.run["writer"]["overlays"] == "original":
+            raise ValueError(
+                f"the run in {folder} has overlays on whole pictures, which it does not store: run predict again, with "
+                f"--write.overlays original --write.colormap {colormap} --overwrite"
+            )
         for name in ("", *stored.methods):
             make_folder(folder / OVERLAYS / name)
         remove_leftovers(folder)

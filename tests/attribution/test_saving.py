@@ -97,3 +97,38 @@ def test_a_part_that_looks_otherwise_is_refused():
     # A gray image, of which nobody can tell, and one that was squashed.
     explanation(torch.full((1, 3, 64, 64), 0.5)).overlay(0, original=picture)
     assert explanation(as_image(picture, (64, 64))).overlay(0, original=picture).size == (160, 90)
+
+
+def test_the_scores_of_a_function_are_saved(tmp_path):
+    scores = torch.tensor([[0.5], [1.5]])
+    maps = {"rollout": torch.rand(2, 1, 4, 6)}
+    found = Explanation(maps, torch.full((2, 1), -1), scores, scores, torch.rand(2, 3, 16, 24))
+    for path in ("maps.safetensors", "folder"):
+        found.save(tmp_path / path)
+        read = load_file(tmp_path / path if path.endswith("safetensors") else tmp_path / path / "maps.safetensors")
+        assert torch.equal(read["scores"], read["logits"])
+
+
+@pytest.mark.parametrize(
+    ("task", "headings"),
+    [
+        ("multiclass", [("b", 0.5), ("a", 0.25)]),
+        ("multilabel", [("b", 2 / 3), ("a", 0.5)]),
+        ("regression", [("0.693 b", None), ("0 a", None)]),
+    ],
+)
+def test_columns_are_headed_by_what_the_networks_outputs_are(task, headings):
+    logits = torch.tensor([[0.0, float(np.log(2)), 0.0]])
+    target = torch.tensor([[1, 0]])
+    found = Explanation(
+        {"rollout": torch.rand(1, 2, 4, 6)}, target, logits, logits.gather(1, target), torch.rand(1, 3, 16, 24),
+        ("a", "b", "c"), (), task,
+    )  # fmt: skip
+    names, probabilities = found._headings([(0, 0), (0, 1)])
+    assert names == [name for name, _ in headings]
+    assert probabilities == pytest.approx([value for _, value in headings], abs=1e-6)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ValueError, match="unknown method 'gradcam': choose from rollout, token_relevance"):
+        explanation(torch.rand(1, 3, 16, 24)).overlay(0, "gradcam")

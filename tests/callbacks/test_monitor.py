@@ -170,6 +170,24 @@ def test_resumed_run_skips_the_same_validations(tmp_path):
     assert [event.step for event in events.Scalars("attribution/rollout/deletion_auc")] == [8]
 
 
+def test_a_resumed_run_can_be_judged_by_a_metric_of_a_validation_before(tmp_path):
+    def fit(epochs, resume=None):
+        best = ModelCheckpoint(tmp_path, "best", monitor="attribution/rollout/deletion_auc", mode="min")
+        stopping = EarlyStopping("attribution/rollout/deletion_auc", patience=9)
+        monitor = AttributionMonitor(EXPLAINER, images=3, every_n_epochs=3)
+        run = trainer(tmp_path, monitor, best, stopping, max_epochs=epochs, enable_checkpointing=True)
+        run.fit(classifier(), Squares(), ckpt_path=resume)
+        return run
+
+    first = fit(1)
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = fit(2, tmp_path / "run.ckpt")
+    assert resumed.current_epoch == 2
+    for run in (first, resumed):
+        value = run.callback_metrics["attribution/rollout/deletion_auc"].item()
+        assert run.checkpoint_callback.best_model_score.item() == pytest.approx(value)
+
+
 def test_monitors_a_network_that_recomputes_its_activations(tmp_path):
     values = []
     for recompute in (False, True):

@@ -57,6 +57,20 @@ def test_box_and_mask_by_hand():
     assert all(type(value) is torch.Tensor for value in sample.values())
 
 
+@pytest.mark.parametrize(("side", "size"), [(60, 84), (96, 224), (500, 256), (640, 256)])
+def test_a_mask_stays_where_its_object_is(side, size):
+    y, x = torch.meshgrid(torch.arange(side) / side, torch.arange(side) / side, indexing="ij")
+    mask = (x - 0.55) ** 2 + (y - 0.4) ** 2 < 0.3**2
+    image = mask.to(torch.uint8).mul(255).expand(3, -1, -1)
+    plain = Preprocessing((size, size), (0.0,) * 3, (1.0,) * 3)
+    sample = EvaluationTransform(plain)(image, None, mask)
+    places = torch.arange(size, dtype=torch.float64)
+    for axis in (0, 1):
+        bright, masked = sample["image"][0].double().sum(axis), sample["mask"].double().sum(axis)
+        centers = [(each * places).sum() / each.sum() for each in (bright, masked)]
+        assert abs(centers[0] - centers[1]) < 0.1
+
+
 def test_box_and_mask_follow_a_drawn_rectangle():
     image, mask = torch.zeros(3, 48, 80, dtype=torch.uint8), torch.zeros(48, 80, dtype=torch.bool)
     image[:, 12:30, 30:50] = 255

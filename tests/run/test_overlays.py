@@ -73,6 +73,14 @@ def test_damaged_image_is_named_and_the_run_left_as_it_was(folder):
     assert not (folder / ".lock").exists()
 
 
+def test_overlays_on_whole_pictures_are_not_replaced_by_others(folder):
+    run = load_explanations(folder).run
+    write_run(folder, {**run, "writer": {**run["writer"], "overlays": "original"}})
+    with pytest.raises(ValueError, match=r"overlays on whole pictures.*--write\.overlays original"):
+        write_overlays(str(folder))
+    assert load_explanations(folder).run["writer"]["overlays"] == "original"
+
+
 def test_a_folder_in_use_is_refused(folder):
     lock = FolderLock(folder)
     with pytest.raises(BlockingIOError):
