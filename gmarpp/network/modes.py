@@ -4,10 +4,9 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
@@ -55,7 +54,8 @@ class _Evaluated:
             self.restored = restored.pop_all()
 
 
-_evaluated: MutableMapping[nn.Module, _Evaluated] = WeakKeyDictionary()
+# By the network's identity: each is here only while somebody uses it.
+_evaluated: dict[int, _Evaluated] = {}
 _changing = threading.Lock()
 
 
@@ -69,8 +69,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     thread = threading.get_ident()
     with _changing:
-        evaluated = _evaluated.get(model) or _Evaluated(model)
-        _evaluated[model] = evaluated
+        shared = _evaluated.get(id(model))
+        # A call inside another one of its thread may find the network changed by what called it.
+        evaluated = _Evaluated(model) if shared is None or shared.threads[thread] else shared
+        _evaluated.setdefault(id(model), evaluated)
         evaluated.threads[thread] += 1
     try:
         yield
@@ -78,7 +80,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         with _changing:
             evaluated.threads[thread] -= 1
             if not +evaluated.threads:
-                del _evaluated[model]
+                if _evaluated[id(model)] is evaluated:
+                    del _evaluated[id(model)]
                 evaluated.restored.close()
 
 

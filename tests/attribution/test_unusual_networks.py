@@ -138,6 +138,16 @@ def test_a_method_that_changes_the_networks_modes_changes_no_other():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_method_may_explain_its_network_after_changing_its_mode():
+    def explains(model, batch, target):
+        return gmarpp.explain(model.train(), batch.detach(), "rollout", target).maps["rollout"]
+
+    model = vit(proj_drop_rate=0.5, drop_path_rate=0.5)
+    found = gmarpp.explain(model, images(), [FunctionMethod("explains", explains), "rollout"], TARGET).maps
+    torch.testing.assert_close(found["explains"], found["rollout"])
+    assert not model.training
+
+
 def test_a_method_may_explain_another_network_in_a_thread_of_its_own():
     def explains(model, batch, target):
         found = []
