@@ -62,8 +62,10 @@ def _is_constant(node: Any) -> bool:
 
 def followed(node: Any) -> list[Any]:
     """Return the nodes that the balanced gradient goes on to."""
-    # Of what is overwritten by a copy nothing is left.
-    inputs = (1,) if operation(node) == "Copy" else range(len(node.next_functions))
+    inputs = range(len(node.next_functions))
+    if operation(node) == "Copy":
+        # Of the first, which is overwritten, nothing is left.
+        inputs = inputs[-1:]
     chosen = getattr(node, "followed", inputs)
     return [node.next_functions[each][0] for each in chosen if not _is_constant(node.next_functions[each][0])]
 

@@ -114,13 +114,14 @@ class WrittenAttention(TorchFunctionMode):
         answer = self._answer()
         if answer is None:
             return function(*args, **options)
-        operator = str(function) if isinstance(function, _OPERATORS) else ""
-        if function is _FUSED or operator in _FUSED_OPERATORS:
+        is_operator = isinstance(function, _OPERATORS)
+        if function is _FUSED or (is_operator and str(function) in _FUSED_OPERATORS):
             self.is_needed = True
             return answer(*args, **options)
-        if function in _KERNELS or _ATTENTION.search(operator.split(".")[-2 if operator.count(".") > 1 else -1]):
-            called = operator or f"torch.{function.__name__}"
-            raise UnsupportedNetworkError(f"the network attends through {called}, which is not followed: {_REMEDY}")
+        if function in _KERNELS or (is_operator and _ATTENTION.search(function.__name__)):
+            raise UnsupportedNetworkError(
+                f"the network attends through {function.__name__}, which is not followed: {_REMEDY}"
+            )
         if function in _RANDOM:
             raise UnsupportedNetworkError(
                 f"the network draws random numbers (torch.{function.__name__}) in eval mode, as networks that "
@@ -134,7 +135,7 @@ class WrittenAttention(TorchFunctionMode):
         result = function(*args, **options)
         if function is F.multi_head_attention_forward and options.get("need_weights", True):
             self._met.append(_Softmax(None, result[0].grad_fn))
-        if function in _EXPONENTIALS or _EXPONENTIAL_OPERATORS.match(operator):
+        if function in _EXPONENTIALS or (is_operator and _EXPONENTIAL_OPERATORS.match(str(function))):
             self._note_exponentials(result)
         elif function in _SOFTMAX:
             self._note(result, args[1] if len(args) > 1 else options.get("dim"))
