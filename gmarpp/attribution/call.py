@@ -98,6 +98,37 @@ def require_windows(query: Tensor, key: Tensor, step: Step, batch: int, block: i
         )
 
 
+CUT = (
+    "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
+    "gradients, or ask for methods that need none (rollout, attention)"
+)
+
+
+def require_followed(calls: Sequence[AttentionCall], needs_gradients: bool) -> None:
+    """Refuse calls of which one does not start from the one before it.
+
+    Args:
+        calls: at least one, from the input upward.
+        needs_gradients: whether gradients have to pass from each call to the one below. If not, this is known of calls
+            outside of blocks alone, and of those at which autograd recorded what the network did.
+
+    Raises:
+        UnsupportedNetworkError: naming the layer.
+    """
+    first = calls[0].block
+    cut = [call.index for call in calls[1:] if not call.follows and (first is None or call.block != first)]
+    if needs_gradients and cut:
+        raise UnsupportedNetworkError(
+            f"no gradient passes from attention layer {cut[-1]} to the one below, which these methods need: {CUT}"
+        )
+    if first is None and any(calls[each - 1].is_recorded for each in cut):
+        raise UnsupportedNetworkError(
+            f"attention layer {cut[-1]} does not start from the one before it, as of two networks side by side or of "
+            "one that runs twice: explain one of them, or describe a chain of blocks in "
+            "gmarpp.Architecture(..., blocks=...)"
+        )
+
+
 def require_one_chain(calls: Sequence[AttentionCall], layout: Architecture) -> None:
     """Refuse a network whose attention calls do not follow each other as layers.
 

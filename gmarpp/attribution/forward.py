@@ -14,6 +14,7 @@ from gmarpp.attribution.attend import Inputs, attended
 from gmarpp.attribution.call import (
     AttentionCall,
     gradient_of,
+    require_followed,
     require_no_prefix,
     require_one_chain,
     require_shares,
@@ -60,12 +61,6 @@ def tokens_of(output: Any) -> Tensor:
             f"a block returns a {type(output).__name__}, expected its tokens, or a tuple that begins with them"
         )
     return tokens
-
-
-CUT = (
-    "a part that runs under torch.no_grad, detaches its input or is quantized ends all gradients: run it with "
-    "gradients, or ask for methods that need none (rollout, attention)"
-)
 
 
 class ForwardPass:
@@ -242,19 +237,7 @@ class ForwardPass:
     def check_calls(self) -> None:
         """Raise `UnsupportedNetworkError` unless the calls are one chain of layers that gradients can pass through."""
         require_one_chain(self.calls, self.plan.layout)
-        first = self.calls[0].block
-        above = [call for call in self.calls[1:] if first is None or call.block != first]
-        cut = [call.index for call in above if not call.follows]
-        if first is None and not self.plan.gradients and any(self.calls[each - 1].is_recorded for each in cut):
-            raise UnsupportedNetworkError(
-                f"attention layer {cut[-1]} does not start from the one before it, as of two networks side by side or "
-                "of one that runs twice: explain one of them, or describe a chain of blocks in "
-                "gmarpp.Architecture(..., blocks=...)"
-            )
-        if self.plan.gradients and cut:
-            raise UnsupportedNetworkError(
-                f"no gradient passes from attention layer {cut[-1]} to the one below, which these methods need: {CUT}"
-            )
+        require_followed(self.calls, self.plan.gradients)
 
     def _kept(self, call: AttentionCall, inputs: Inputs) -> Tensor:
         """Answer without a graph from block to block, and keep the inputs for a visit after the forward pass."""

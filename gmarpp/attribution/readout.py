@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gmarpp.attribution.forward import CUT, ForwardPass
+from gmarpp.attribution.call import CUT
+from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.head import distinct_sum
 from gmarpp.network.errors import UnsupportedNetworkError
 from gmarpp.network.output import check_finite

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmarpp.attribution.call import CUT
 from gmarpp.attribution.decisions import decide
-from gmarpp.attribution.forward import CUT, ForwardPass
+from gmarpp.attribution.forward import ForwardPass
 from gmarpp.attribution.head import Head
 from gmarpp.attribution.method import Method
 from gmarpp.attribution.operations import next_sequence_number, require_known
