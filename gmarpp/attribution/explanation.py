@@ -146,9 +146,8 @@ class Explanation:
         explained = [int(targets[column]) for column in columns]
         names = [self.class_names[index] if self.class_names else f"class {index}" for index in explained]
         if self.task == "regression":
-            return [f"{float(scores[column]):.3g} {name}" for column, name in zip(columns, names, strict=True)], [
-                None
-            ] * len(columns)
+            values = [f"{float(scores[column]):.3g} {name}" for column, name in zip(columns, names, strict=True)]
+            return values, [None] * len(columns)
         logits = self.logits.float()
         probabilities = logits.sigmoid() if self.task == "multilabel" else logits.softmax(dim=1)
         return names, [float(probabilities[image, k]) for (image, _), k in zip(columns, explained, strict=True)]

@@ -117,7 +117,7 @@ class AttentionLayer:
         return self.product.relu_()
 
     def is_changed(self) -> bool:
-        """Return whether a matrix was changed in place, which all that is computed from it later would miss."""
+        """Return whether somebody changed a matrix in place, from which others would compute something else."""
         versions: dict[str, int] = vars(self).get("_versions", {})
         return any(vars(self)[name]._version != version for name, version in versions.items())
 

@@ -87,7 +87,7 @@ COMMANDS = {
             "--output DIR": "folder of the results (results/NAME OF THE CHECKPOINT)",
             "--resume": "go on with an interrupted run in the same folder",
             "--overwrite": "replace the run in the same folder",
-            "--explain.methods '[NAME, …]'": "methods (the five of README: token_relevance, …)",
+            "--explain.methods '[NAME, …]'": "methods (token_relevance, gmarpp_balanced, …)",
             "--explain.metrics '[NAME, …]'": "metrics; [] for maps alone, about fifty times faster",
             "--explain.target CLASS": "predicted, label, or classes by name or index (predicted)",
             "--explain.steps N": "steps of the insertion and deletion curves (28)",
